@@ -1,0 +1,57 @@
+"""robustreg: policy-regularised MDPs as minimax games, solved exactly, with a certificate on every answer.
+
+    import robustreg as rr
+
+    mdp = rr.mdp(P, reward, discount=0.99)        # or rr.from_gymnasium(env), rr.problems.garnet(...)
+    reg = rr.kl(beta=5.0)                         # or rr.alpha(alpha=2.0, beta=5.0)
+    sol = rr.solve(mdp, reg, tol=1e-8)            # value, policy, worst-case perturbation, bounds, status
+
+`robustreg.bellman` states the mathematics in a page.
+"""
+
+from robustreg import adversary, problems
+from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
+from robustreg.certificates import Certificate, certify
+from robustreg.interop import from_gymnasium, load, save
+from robustreg.mdp import MDP, mdp
+from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
+from robustreg.solution import Solution, SolveError, Status
+from robustreg.solve import solve
+from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
+from robustreg.transitions import Dense, MatrixFree, Successors, Transitions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KL",
+    "MDP",
+    "Alpha",
+    "Anderson",
+    "Certificate",
+    "Dense",
+    "MatrixFree",
+    "ModifiedPolicyIteration",
+    "Newton",
+    "Regulariser",
+    "Solution",
+    "SolveError",
+    "Status",
+    "Successors",
+    "Transitions",
+    "ValueIteration",
+    "adversary",
+    "alpha",
+    "certify",
+    "evaluate",
+    "from_gymnasium",
+    "kl",
+    "load",
+    "mdp",
+    "nominal_optimum",
+    "occupancy",
+    "problems",
+    "save",
+    "slack",
+    "solve",
+    "worst_case",
+]

@@ -1,0 +1,210 @@
+"""Checks and conversions that factories make on the host, in double precision, before anything is traced.
+
+A check names its first offender and the remedy. A tracer (inside `jax.jit`, `vmap`, `grad`) has a shape and a
+dtype but no value: shapes are checked always, values only where they exist.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether any array among `values` (pytrees) is a tracer."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
+def number(name: str, value: Any) -> Any:
+    """A tracer as it is, a container of tracers stacked, anything else as a float64 NumPy array.
+
+    Raises:
+        TypeError: if `value` is not numeric.
+        ValueError: if it is a ragged nested sequence.
+    """
+    if isinstance(value, Tracer):
+        return value
+    if is_traced(value):
+        return jnp.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is a ragged nested sequence; pass an array with one length per axis"
+        ) from error
+    numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+    if not numeric:
+        raise TypeError(f"{name} has dtype {array.dtype}; pass an array of real numbers")
+    return array.astype(np.float64)
+
+
+def working_dtype(*values: Any) -> np.dtype:
+    """The floating dtype that inputs ask for, at least float32, as JAX is configured to hold it.
+
+    Arrays with axes decide, scalars and Python lists only follow (a list of floats beside a float32 array
+    does not promote it); with no floating array at all, JAX's default. float64 becomes float32 without x64.
+    """
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(values) if getattr(leaf, "ndim", 0) > 0}
+    floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    wanted = np.result_type(np.float32, *floating) if floating else np.dtype(np.float64)
+    return np.dtype(jax.dtypes.canonicalize_dtype(wanted))
+
+
+def tolerance(value: Any) -> tuple[float, str]:
+    """By how much probabilities may miss their sum, and how to say so: 1e-10 for float64 data, 1e-6 below.
+
+    Data without a dtype (lists) and integers were made in double precision.
+    """
+    dtypes = [np.dtype(leaf.dtype) for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
+    coarse = [d for d in dtypes if jnp.issubdtype(d, jnp.floating) and d.itemsize < 8]
+    return (1e-6, f"tolerance 1e-6 for {coarse[0]}") if coarse else (1e-10, "tolerance 1e-10 for float64")
+
+
+def show(x: Any, unlike: Any = 0.0) -> str:
+    """A number with enough digits to see by how much it differs from `unlike`, and no more."""
+    x, allowed = float(x), 0.01 * abs(float(x) - float(unlike))
+    shown = (f"{x:.{digits}g}" for digits in range(4, 17))
+    return next((text for text in shown if abs(float(text) - x) <= allowed), repr(x))
+
+
+def place(name: str, index: tuple[int, ...], axes: tuple[str, ...]) -> str:
+    """`name[lane=2, s=3, a=1]`: leading axes beyond the named ones are batch lanes."""
+    lanes = index[: len(index) - len(axes)]
+    lane = [f"lane={lanes[0] if len(lanes) == 1 else lanes}"] if lanes else []
+    named = [f"{axis}={i}" for axis, i in zip(axes, index[len(lanes) :], strict=True)]
+    return f"{name}[{', '.join(lane + named)}]" if index else name
+
+
+def first(bad: np.ndarray) -> tuple[int, ...] | None:
+    """Index of the first true entry, or None."""
+    if not bad.any():
+        return None
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), bad.shape))
+
+
+def refuse(name: str, x: Any, bad: Any, axes: tuple[str, ...], rule: str) -> None:
+    """Raise a `ValueError` on the first entry of `x` that is `bad`; `rule` says what holds and what to do."""
+    index = first(bad)
+    if index is not None:
+        raise ValueError(f"{place(name, index, axes)} is {show(x[index], 1.0)}; {rule}")
+
+
+def refuse_improper(name: str, x: Any, axes: tuple[str, ...]) -> None:
+    """Refuse the first entry of `x` that is no probability; no check on a tracer."""
+    if not is_traced(x):
+        refuse(name, x, ~np.isfinite(x), axes, "probabilities must be finite; find what produced it upstream")
+        refuse(name, x, x < 0, axes, "probabilities must not be negative; clip or correct the data")
+
+
+def check_rows(sums: np.ndarray, target: Any, ends: bool, margin: tuple[float, str], normalise: bool) -> None:
+    """Refuse the first row of P whose sum misses `target = 1 - termination` (or, rescaling, is 0)."""
+    sums, target = np.broadcast_arrays(sums, target)
+    close = np.abs(sums - target) <= margin[0]
+    index = first((sums <= 0) & ~close if normalise else ~close)
+    if index is None:
+        return
+    row, end = (place(name, index, ("s", "a")) for name in ("transitions", "termination"))
+    wanted = f"{show(target[index])} = 1 - {end}" if ends else "1"
+    message = f"{row} sum to {show(sums[index], target[index])}, not {wanted} ({margin[1]}); "
+    if normalise:
+        raise ValueError(
+            message + "a row without successors cannot be normalised: give it one, or termination 1"
+        )
+    message += "renormalise, or pass normalise=True"
+    if sums[index] < 1 and not ends:
+        message += "; if the episode ends with the rest of the probability, pass termination=1 - P.sum(-1)"
+    raise ValueError(message)
+
+
+def expect_shape(
+    name: str, shape: tuple[int, ...], core: tuple[int, ...], letters: str, remedy: str = ""
+) -> None:
+    """Refuse a shape that does not end in `core` (`letters` names it); leading axes are batch axes."""
+    if len(shape) < len(core) or tuple(shape[len(shape) - len(core) :]) != core:
+        wanted = ", ".join(map(str, core))
+        hint = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{name} has shape {tuple(shape)}; expected [*B, {letters}] = [*B, {wanted}]{hint}")
+
+
+def layout_of(p: Any, layout: str | None) -> str:
+    """The layout of `p`, given or evident; refuses one that does not fit and one that cannot be told."""
+    if p.ndim < 3 or 0 in p.shape:
+        raise ValueError(
+            f'transitions has shape {p.shape}; expected [S, A, S], or [A, S, S] with layout="ass", none empty'
+        )
+    x, y, z = p.shape[-3:]
+    fits = {"sas": x == z, "ass": y == z}
+    if layout is None and x == y == z > 1 and (is_traced(p) or (p != p.swapaxes(-3, -2)).any()):
+        raise ValueError(
+            f"transitions has shape {p.shape} with S == A, which does not tell [S, A, S] from [A, S, S]; "
+            'pass layout="sas" or layout="ass"'
+        )
+    layout = layout or "sas"
+    if fits[layout]:
+        return layout
+    other = "ass" if layout == "sas" else "sas"
+    if fits[other]:
+        letters = {"sas": "[S, A, S]", "ass": "[A, S, S]"}
+        raise ValueError(
+            f'transitions has shape {p.shape}, which only fits {letters[other]}; pass layout="{other}"'
+        )
+    raise ValueError(
+        f"transitions has shape {p.shape}; expected [S, A, S], one row of S probabilities per (s, a)"
+    )
+
+
+def check_batches(axes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse batch axes (given per argument) that do not broadcast."""
+    try:
+        np.broadcast_shapes(*axes.values())
+    except ValueError:
+        shown = ", ".join(f"{name} {list(shape)}" for name, shape in axes.items() if shape)
+        raise ValueError(
+            f"batch axes do not broadcast: {shown}; give each the same leading axes, or insert axes of size 1"
+        ) from None
+
+
+def pack_successors(
+    row: np.ndarray, successor: np.ndarray, probability: np.ndarray, n_states: int, n_actions: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Padded successor lists from entries in any order; repeated successors of a row are accumulated.
+
+    Args:
+        row: `s * A + a` of each entry.
+        successor: its successor state.
+        probability: its probability.
+        n_states: S.
+        n_actions: A.
+
+    Returns:
+        indices int32 and probabilities float64, `[S, A, K]`: successors ascending, then padding with 0.
+    """
+    present = probability != 0
+    row, successor, probability = row[present], successor[present], probability[present]
+    keys, inverse = np.unique(row.astype(np.int64) * n_states + successor, return_inverse=True)
+    summed = np.bincount(inverse.reshape(-1), weights=probability, minlength=keys.size)
+    row, successor = keys // n_states, keys % n_states
+    counts = np.bincount(row, minlength=n_states * n_actions)
+    slot = np.arange(keys.size) - (np.cumsum(counts) - counts)[row]
+    shape = (n_states * n_actions, max(1, int(counts.max(initial=0))))
+    indices, probabilities = np.zeros(shape, np.int32), np.zeros(shape)
+    indices[row, slot], probabilities[row, slot] = successor, summed
+    return indices.reshape(n_states, n_actions, -1), probabilities.reshape(n_states, n_actions, -1)
+
+
+def pack_sparse(matrices: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Padded successor lists from one SciPy sparse `[S, S]` per action; only `tocoo` and `shape` are used."""
+    n_states = next(matrix.shape[0] for matrix in matrices if hasattr(matrix, "tocoo"))
+    entries = []
+    for a, matrix in enumerate(matrices):
+        if not hasattr(matrix, "tocoo") or matrix.shape != (n_states, n_states):
+            got = f"transitions[{a}] is {type(matrix).__name__} of shape {np.shape(matrix)}"
+            raise ValueError(f"{got}; pass one sparse [S, S] = [{n_states}, {n_states}] per action")
+        coo = matrix.tocoo()
+        data = number(f"transitions[{a}]", coo.data)
+        entries.append((coo.row.astype(np.int64) * len(matrices) + a, coo.col, data))
+    row, successor, probability = (np.concatenate(part) for part in zip(*entries))
+    return pack_successors(row, successor, probability, n_states, len(matrices))

@@ -1,0 +1,80 @@
+"""Frozen dataclasses that are pytrees, and the two layouts that an array can have.
+
+Every object of the library (an MDP, a regulariser, a solver's options, a solution) is a frozen dataclass whose
+fields are pytree leaves, unless declared `static()`: those are part of the compiled program.
+
+**Layouts.** The public layout is batch first: `[*B, S]` and `[*B, S, A]`. The kernels work *actions first, lanes
+last*: `[A, S, *B]`. A reduction over actions then runs over the leading axis and everything else is elementwise
+over contiguous memory, and a scalar per lane broadcasts against any array with no reshaping, because NumPy aligns
+trailing axes. One soft backup of a 500-state, 8-action MDP with 8 successors costs 46 us this way against 165 us
+with `[S, A, K]` gathers reduced over their last axis (one CPU core, float64).
+"""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_T = TypeVar("_T")
+
+
+def static(**options: Any) -> Any:
+    """A dataclass field that is metadata of the compiled program instead of a leaf (must be hashable)."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def dataclass(cls: type[_T]) -> type[_T]:
+    """Make `cls` a frozen dataclass and register it as a pytree.
+
+    Instances compare and hash by identity: leaves are arrays, for which neither `==` nor `hash` gives a truth.
+    Classes without leaves (options of solvers) should use `options`, which compares by value.
+    """
+    return _register(dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls))
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def options(cls: type[_T]) -> type[_T]:
+    """Make `cls` a frozen dataclass of plain Python values, hashable by value: a static argument of `jax.jit`."""
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def _register(cls: type[_T]) -> type[_T]:
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # decorated one line above
+    data = [f.name for f in fields if not f.metadata.get("static", False)]
+    meta = [f.name for f in fields if f.metadata.get("static", False)]
+    jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+    if "__repr__" not in cls.__dict__:
+        setattr(cls, "__repr__", _summary)
+    return cls
+
+
+def _summary(self: Any) -> str:
+    """`Name(field=dtype[shape], ...)`: shapes are what one wants to see of a batch of arrays."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, (jax.Array, jax.core.Tracer)):
+            return f"{value.dtype}{list(value.shape)}"
+        return repr(value)
+
+    shown = (f"{f.name}={show(getattr(self, f.name))}" for f in dataclasses.fields(self))
+    return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def lanes_last(x: Array, batch_ndim: int, core_ndim: int) -> Array:
+    """`[*b, *core]` to `[*reversed(core), *b]` with `b` padded on its left to `batch_ndim` axes.
+
+    `core_ndim` 2 is `(S, A)`, 1 is `(S,)`, 0 a scalar per lane. Padding keeps every leaf aligned with every other
+    when batch axes follow instead of lead.
+    """
+    batch = x.ndim - core_ndim
+    core = tuple(range(x.ndim - 1, batch - 1, -1))
+    x = jnp.transpose(x, (*core, *range(batch)))
+    return x.reshape(x.shape[:core_ndim] + (1,) * (batch_ndim - batch) + x.shape[core_ndim:])
+
+
+def batch_first(x: Array, core_ndim: int) -> Array:
+    """Inverse of `lanes_last`: `[*reversed(core), *B]` to `[*B, *core]`."""
+    return jnp.transpose(x, (*range(core_ndim, x.ndim), *range(core_ndim - 1, -1, -1)))

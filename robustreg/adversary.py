@@ -1,0 +1,228 @@
+"""The adversary: worst cases, the robust set, and values of fixed policies under any reward.
+
+A regulariser `Omega` is the support function of a set of reward perturbations [Brekelmans et al. 2022, prop. 1],
+
+    Omega(p) = max { <p, dr> : dr in R },        R = { dr : Omega*(dr) <= 0 },
+
+state by state, so that the regularised value is the guaranteed value against an adversary who subtracts any `dr` in R
+from the reward. `worst_case` is the maximiser for a policy, `slack` tells how far inside R a perturbation lies.
+
+**Evaluation is a solve.** The value of a fixed policy is the fixed point of an affine T, the best unregularised value
+that of a maximum: both are "regularisers" whose conjugate is trivial, and the loop of `solve` treats them like any
+other, certificate included.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from robustreg import _tree, bellman, linear, solvers
+from robustreg.mdp import MDP
+from robustreg.regularisers import Regulariser
+from robustreg.solution import Status
+from robustreg.solve import iterate
+
+
+def worst_case(reg: Regulariser, policy: ArrayLike) -> Array:
+    """Perturbation that lowers a policy's return the most within the robust set.
+
+    Args:
+        reg: the regulariser, whose strength sets the adversary's budget.
+        policy: `[*B, ..., A]`, normalised over its last axis; any policy, optimal or not.
+
+    Returns:
+        `Delta_r`, `[*B, ..., A]`, in reward units: `(1/beta) log_alpha(p/p0) + (1 - alpha) D/beta`. Then
+        `<p, Delta_r> = Omega(p)` and `slack` is 0. Minus infinity where p = 0 < p0 for KL and alpha <= 1
+        (`Solution.perturbation` is the finite one at an optimum); 0 on masked actions.
+    """
+    return reg.worst_case(policy)
+
+
+def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
+    """How far inside the robust set a perturbation lies.
+
+    Args:
+        reg: the regulariser.
+        perturbation: `dr`, `[*B, ..., A]`, subtracted from the reward.
+
+    Returns:
+        `-Omega*(dr)`, `[*B, ...]`, in reward units. `dr` is in the robust set exactly where this is >= 0, and
+        `dr + slack` (the same amount on every action) lies on its boundary.
+    """
+    return -reg.conjugate(perturbation)
+
+
+@_tree.dataclass
+class _Fixed(Regulariser):
+    """The affine operator of one policy as a bound regulariser: `Omega*(q) = <p, q> - cost`."""
+
+    policy: Array
+    cost: Array
+    beta: Array
+    log_prior: Array
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        return jnp.sum(jnp.where(self.policy == 0, 0, self.policy * q), axis=0) - self.cost, self.policy
+
+
+@_tree.dataclass
+class _Unregularised(Regulariser):
+    """The maximum as a bound regulariser: `Omega*(q) = max q`, whose subgradient is the first best action."""
+
+    beta: Array
+    log_prior: Array
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
+        return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
+
+
+@_tree.dataclass
+class _Nothing(Regulariser):
+    """Stands for "no regulariser": binds to no cost at all, an infinite beta in the rounding bound."""
+
+    beta: Array
+    log_prior: Array | None = None
+    state_scale: Array | None = None
+
+    def _rebuild(self, beta: Array, log_prior: Array, place: object, dtype: object) -> _Unregularised:
+        return _Unregularised(beta, log_prior)
+
+
+def _nothing(mdp: MDP) -> _Nothing:
+    return _Nothing(jnp.asarray(jnp.finfo(mdp.dtype).max, mdp.dtype))
+
+
+def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward: ArrayLike | None = None) -> Array:
+    """Value of a fixed policy.
+
+    Args:
+        mdp: the MDP.
+        policy: `[*B, S, A]`, normalised over actions.
+        reg: with a regulariser, the regularised value `E sum g^t (r - Omega(p))`, which is the policy's guaranteed
+            value against every perturbation in the robust set; None: the plain value.
+        reward: another reward, `[*B, S, A]`, for example the deployed or the perturbed one.
+
+    Returns:
+        `[*B, S]`, in reward units, to the working precision; NaN in lanes where that failed (overflow, or a chain on
+        which the linear solver stagnates).
+    """
+    policy = jnp.asarray(policy, mdp.dtype)
+    if policy.shape[-2:] != (mdp.n_states, mdp.n_actions):
+        raise ValueError(f"policy must be [*B, {mdp.n_states}, {mdp.n_actions}], got shape {policy.shape}")
+    if reward is not None:
+        reward = jnp.asarray(reward, mdp.dtype)
+        if reward.shape[-2:] != (mdp.n_states, mdp.n_actions):
+            raise ValueError(f"reward must be [*B, {mdp.n_states}, {mdp.n_actions}], got shape {reward.shape}")
+    return _evaluate(mdp, policy, reg, reward)
+
+
+@jax.jit
+def _evaluate(mdp: MDP, policy: Array, reg: Regulariser | None, reward: Array | None) -> Array:
+    others = (policy.shape[:-2],) + (() if reward is None else (reward.shape[:-2],))
+    problem = bellman.lanes(mdp, _nothing(mdp) if reg is None else reg, *others)
+    n = len(problem.batch)
+    p = jnp.broadcast_to(_tree.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
+    cost = jnp.zeros((1,) * (n + 1), mdp.dtype) if reg is None else problem.regulariser._value(p)
+    # Actions never taken are masked: a perturbed reward may be infinite there.
+    reward = problem.reward if reward is None else _tree.lanes_last(reward, n, 2)
+    fixed = _Fixed(p, cost, problem.regulariser.beta, jnp.where(p == 0, -jnp.inf, 0))
+    return _fixed_point(problem, fixed, reward)
+
+
+def nominal_optimum(mdp: MDP) -> Array:
+    """Best value without a regulariser, `[*B, S]`: policy iteration, to the working precision.
+
+    `<initial, nominal_optimum - evaluate(policy)>` is the price of a policy's robustness.
+    """
+    return _nominal_optimum(mdp)
+
+
+@jax.jit
+def _nominal_optimum(mdp: MDP) -> Array:
+    problem = bellman.lanes(mdp, _nothing(mdp))
+    return _fixed_point(problem, problem.regulariser, problem.reward)
+
+
+def _fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -> Array:
+    """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`."""
+    problem = bellman.Lanes(
+        transitions=problem.transitions,
+        regulariser=operator,
+        reward=reward,
+        leave=problem.leave,
+        discount=problem.discount,
+        complement=problem.complement,
+        batch=problem.batch,
+        ends=problem.ends,
+    )
+    dtype = problem.dtype
+    tol, limit = jnp.full(problem.batch, -1, dtype), jnp.asarray(10_000, jnp.int32)
+    start = jnp.zeros((problem.n_states, *problem.batch), dtype)
+    loop = iterate(problem, solvers.automatic(problem), tol, limit, start)
+    failed = loop.status >= int(Status.NONFINITE_INPUT)
+    return _tree.batch_first(jnp.where(failed[None], jnp.nan, loop.h + loop.c[None]), 1)
+
+
+def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
+    """Discounted state-action occupancy of a policy, unnormalised.
+
+    Args:
+        mdp: the MDP, whose `initial` starts the episodes.
+        policy: `[*B, S, A]`, normalised over actions.
+
+    Returns:
+        `mu(s, a) = sum_t g^t Pr(s_t = s, a_t = a)`, `[*B, S, A]`; sums to 1/(1-g) if no episode ends. It is the
+        gradient of the return in the reward.
+    """
+    policy = jnp.asarray(policy, mdp.dtype)
+    if policy.shape[-2:] != (mdp.n_states, mdp.n_actions):
+        raise ValueError(f"policy must be [*B, {mdp.n_states}, {mdp.n_actions}], got shape {policy.shape}")
+    return _occupancy(mdp, policy)
+
+
+@jax.jit
+def _occupancy(mdp: MDP, policy: Array) -> Array:
+    problem = bellman.lanes(mdp, _nothing(mdp), policy.shape[:-2])
+    n = len(problem.batch)
+    p = jnp.broadcast_to(_tree.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
+    initial = jnp.broadcast_to(_tree.lanes_last(mdp.initial, n, 1), p.shape[1:])
+    states = _discounted(bellman.chain(problem, p), initial, problem)
+    return _tree.batch_first(p * states[None], 2)
+
+
+def _discounted(chain: bellman.Chain, initial: Array, problem: bellman.Lanes) -> Array:
+    """`(I - K^T)^{-1} initial`, `[S, *B]`, by Krylov solves for the correction until rounding stops them.
+
+    The error is at most the residual over 1-g in the 1-norm. Mass is conserved: the exits `<d, (I - K) 1>` add up to
+    `<initial, 1>`, which scales away the slowest mode.
+    """
+
+    def size(r: Array) -> Array:
+        return jnp.sum(jnp.abs(r), axis=0)
+
+    def rescale(x: Array) -> Array:
+        return x * (jnp.sum(initial, axis=0) / jnp.sum(x * chain.leave, axis=0))[None]
+
+    def residual(x: Array) -> Array:
+        return initial - (x - chain.transpose(x))
+
+    def better(state: tuple[Array, ...]) -> Array:
+        return jnp.any(state[2]) & (state[3] < 20)
+
+    def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r, active, count = state
+        target = jnp.maximum(1e-3 * size(r), 0)
+        new = rescale(x + linear.bicgstab(chain.transpose, r, size, target, 500))
+        new_r = residual(new)
+        progress = active & (size(new_r) < 0.5 * size(r))
+        accept = active & (size(new_r) < size(r))
+        return jnp.where(accept[None], new, x), jnp.where(accept[None], new_r, r), progress, count + 1
+
+    start = jnp.broadcast_to((jnp.sum(initial, axis=0) / jnp.max(chain.leave, axis=0))[None] * 0, initial.shape)
+    active = jnp.ones(initial.shape[1:], bool)
+    state = (start, initial, active, jnp.asarray(0, jnp.int32))
+    return lax.while_loop(better, improve, state)[0]

@@ -1,0 +1,107 @@
+"""Certificates: what a solution proves, checked from nothing but the problem and the numbers that are claimed.
+
+A certificate trusts no solver. From `value` and `policy` it recomputes
+
+* `upper`: no policy does better. One backup at `value` [Puterman 1994, sec. 6.6].
+* `lower`: this policy guarantees that much against every perturbation in the robust set. One evaluation step
+  `<p, q> - Omega(p)` of the policy itself at `value`, by the same theorem for its own operator.
+* `gap = upper - lower`: the duality gap per state; V* and the policy's guaranteed value both lie in between.
+* `slack`: the claimed perturbation is feasible where it is >= 0 (to rounding).
+* `indifference`: `|r - dr + g P V - V|`, largest over the actions that the policy takes: against the worst case, the
+  agent has no reason to prefer one action to another.
+* `consistency`: bound on the distance between `value` and the best value that *any* policy reaches on the perturbed
+  reward without a regulariser, which theory says is 0.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from robustreg import _tree, bellman
+from robustreg.mdp import MDP
+from robustreg.regularisers import Regulariser
+from robustreg.solution import Solution, SolveError
+
+
+@_tree.dataclass
+class Certificate:
+    """What was proved, all `[*B, S]` and in reward units.
+
+    Attributes:
+        lower: the policy's guaranteed value is at least this, and V* is.
+        upper: V* is at most this.
+        gap: `upper - lower`.
+        indifference: largest `|r - dr + g P V - V|` over the support of the policy.
+        slack: `-Omega*(dr)`, 0 at a worst case, negative where the perturbation is infeasible.
+        consistency: bound on `|W - value|`, W the plain optimal value on `reward - dr`.
+        rounding: share of floating point in each side of `lower` and `upper`, `[*B]`.
+    """
+
+    lower: Array
+    upper: Array
+    gap: Array
+    indifference: Array
+    slack: Array
+    consistency: Array
+    rounding: Array
+
+    def raise_if_loose(self, tol: float) -> "Certificate":
+        """Return the certificate if everything holds within `tol`.
+
+        Raises:
+            SolveError: naming the first quantity, lane and state that does not. Outside jit only.
+        """
+        claims = {
+            "gap": (np.asarray(self.gap), 2 * tol, "solve again with a smaller tol or in float64"),
+            "indifference": (np.asarray(self.indifference), 2 * tol, "the perturbation does not belong to the value"),
+            "slack": (np.abs(np.asarray(self.slack)), tol, "the perturbation is not on the boundary of the robust set"),
+            "consistency": (np.asarray(self.consistency), 2 * tol, "the perturbed reward does not have this value"),
+        }
+        for name, (size, limit, remedy) in claims.items():
+            loose = ~(size <= limit)
+            if loose.any():
+                where = tuple(int(i) for i in np.argwhere(loose)[0])
+                lane = f"lane {list(where[:-1])}, " if len(where) > 1 else ""
+                raise SolveError(f"certificate: {name} is {size[where]:.3g} > {limit:.3g} at {lane}state {where[-1]}: {remedy}")
+        return self
+
+
+def certify(mdp: MDP, reg: Regulariser, sol: Solution) -> Certificate:
+    """Check a solution against its problem, independently of the solver that made it.
+
+    Args:
+        mdp, reg: the problem.
+        sol: a `Solution`, or anything with its `value`, `policy` and `perturbation`.
+
+    Returns:
+        A `Certificate`.
+    """
+    return _certify(mdp, reg, sol.value, sol.policy, sol.perturbation)
+
+
+@jax.jit
+def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbation: Array) -> Certificate:
+    problem = bellman.lanes(mdp, reg, value.shape[:-1], policy.shape[:-2], perturbation.shape[:-2])
+    n = len(problem.batch)
+    v, p, dr = (
+        _tree.lanes_last(x.astype(mdp.dtype), n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2))
+    )
+    c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
+    h = v - c[None]
+    th, _, q = bellman.backup(problem, h, c)
+    masked = jnp.isneginf(problem.regulariser.log_prior)
+    q = jnp.where(masked, 0, q)
+    own = jnp.sum(p * q, axis=0) - problem.regulariser._value(p)
+    cost = bellman.cost(problem, own, q)
+    upper = bellman.value_bounds(problem, h, c, th, cost)[1]
+    lower = bellman.value_bounds(problem, h, c, own, cost)[0]
+    perturbed = q - dr
+    indifference = jnp.max(jnp.where(p > 0, jnp.abs(perturbed - h[None]), 0), axis=0)
+    best = jnp.max(jnp.where(masked, -jnp.inf, perturbed), axis=0)
+    below, above = bellman.value_bounds(problem, h, c, best, jnp.zeros_like(c))
+    consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
+    feasible = -problem.regulariser._maximiser(jnp.broadcast_to(dr, q.shape))[0]
+    noise = bellman.rounding(problem, h, c, cost)
+    public = [_tree.batch_first(x, 1) for x in (lower, upper, upper - lower, indifference, feasible, consistency)]
+    return Certificate(*public, rounding=noise)

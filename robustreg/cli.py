@@ -1,0 +1,197 @@
+"""The command line: `robustreg solve CONFIG` and `robustreg info`.
+
+It reads a configuration, calls the library, prints and writes what comes back; it has no method of its own.
+
+Exit codes: 0 done, 1 the solve or its certificate failed, 2 a bad configuration or command line.
+"""
+
+import argparse
+import dataclasses
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import robustreg as rr
+from robustreg import adversary, config, figures, interop
+
+PACKAGES = ("robustreg", "jax", "jaxlib", "numpy", "optax", "chex", "gymnasium", "matplotlib", "scipy")
+DEVICES = ("cpu", "gpu", "tpu")
+PRECISIONS = ("float32", "float64")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except config.ConfigError as error:
+        print(f"robustreg: {error}", file=sys.stderr)
+        return 2
+    except rr.SolveError as error:
+        print(f"robustreg: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="robustreg",
+        description="Policy-regularised Markov decision processes: solve, certify, show the adversary.",
+    )
+    parser.add_argument("--version", action="version", version=f"robustreg {_version('robustreg')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    solve = commands.add_parser("solve", help="solve a configuration: print a table, write results")
+    solve.add_argument("config", metavar="CONFIG", help="a TOML file; configs/ holds examples")
+    solve.add_argument("--out", metavar="DIR", type=Path, help="write result.npz and pictures here")
+    solve.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
+    solve.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
+    solve.set_defaults(command=_solve)
+    info = commands.add_parser("info", help="print versions, devices and precisions")
+    info.set_defaults(command=_info)
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A solved configuration and the seconds that it took."""
+
+    job: config.Job
+    solution: rr.Solution
+    certificate: rr.Certificate
+    compile_seconds: float
+    run_seconds: float
+
+
+def _solve(options: argparse.Namespace) -> int:
+    # The one place that sets JAX's precision: a program decides it for itself, a library does not.
+    jax.config.update("jax_enable_x64", options.precision == "float64")
+    with jax.default_device(_device(options.device)):
+        run = _run(config.load(options.config))
+        rows = _rows(run)
+    print(_table(rows))
+    if options.out is not None:
+        for path in _write(run, rows, options.out):
+            print(f"wrote {path}")
+    run.solution.raise_if_failed()
+    run.certificate.raise_if_loose(_limit(run))
+    return 0
+
+
+def _limit(run: Run) -> float:
+    """What the certificate has to stay within.
+
+    It starts from the value alone, which is within tol of the truth: one backup then moves it by 2 tol at
+    most, and a residual counts 1/(1-g) times in a bound on values.
+    """
+    half_width = float(run.solution.tol) + float(run.certificate.rounding)
+    return 2.0 * half_width / float(run.job.problem.mdp.complement)
+
+
+def _device(kind: str | None) -> Any:
+    if kind is None:
+        return None
+    try:
+        return jax.devices(kind)[0]
+    except RuntimeError as error:
+        found = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise config.ConfigError(f"--device {kind}: JAX has none here; it found: {found}") from error
+
+
+def _run(job: config.Job) -> Run:
+    """Solve twice: the first call compiles, the second only runs."""
+
+    def timed() -> tuple[rr.Solution, float]:
+        start = time.perf_counter()
+        solution = rr.solve(
+            job.problem.mdp, job.regulariser, job.solver, tol=job.tol, max_steps=job.max_steps
+        )
+        jax.block_until_ready(solution.value)
+        return solution, time.perf_counter() - start
+
+    _, first = timed()
+    solution, warm = timed()
+    certificate = rr.certify(job.problem.mdp, job.regulariser, solution)
+    return Run(job, solution, certificate, max(first - warm, 0.0), warm)
+
+
+def _rows(run: Run) -> dict[str, str]:
+    """The printed table. Values are expectations over the initial distribution, in units of reward."""
+    m, solution = run.job.problem.mdp, run.solution
+    nominal = _start(m, rr.evaluate(m, solution.policy))
+    return {
+        "problem": run.job.problem.title,
+        "states": f"{m.n_states}",
+        "actions": f"{m.n_actions}",
+        "discount": f"{float(m.discount):.6g}",
+        **_strength(run.job.regulariser),
+        "objective": f"{float(solution.objective):.9g}",
+        "nominal return": f"{nominal:.9g}",
+        "price of robustness": f"{_start(m, adversary.nominal_optimum(m)) - nominal:.4g}",
+        "certified gap": f"{float(solution.gap):.2e}",
+        "duality gap": f"{np.max(run.certificate.gap):.2e}",
+        "indifference residual": f"{np.max(run.certificate.indifference):.2e}",
+        "iterations": f"{int(solution.steps)}",
+        "compile seconds": f"{run.compile_seconds:.3f}",
+        "run seconds": f"{run.run_seconds:.4f}",
+        "precision": str(m.dtype),
+        "status": rr.Status(int(solution.status)).name,
+    }
+
+
+def _strength(regulariser: Any) -> dict[str, str]:
+    """The numbers of a regulariser for people."""
+    names = [name for name in ("alpha", "beta") if hasattr(regulariser, name)]
+    numbers = {name: f"{float(getattr(regulariser, name)):g}" for name in names}
+    return {"regulariser": type(regulariser).__name__, **numbers}
+
+
+def _start(m: rr.MDP, value: Any) -> float:
+    return float(np.vdot(np.asarray(m.initial), np.asarray(value)))
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
+    """Write the result and the pictures; return what was written."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, problem = out / "result.npz", run.job.problem
+    about = {"config": run.job.table, "dtype": rows["precision"], "versions": versions(), "table": dict(rows)}
+    interop.save(path, run.solution, about)
+    if not figures.available():
+        print('no pictures: pip install "robustreg[figures]"', file=sys.stderr)
+        return [path]
+    if not np.isfinite(run.solution.value).all():
+        return [path]  # nothing to draw; the status says why
+    numbers = _strength(run.job.regulariser)
+    kind = numbers.pop("regulariser")
+    title = f"{problem.title}, {kind}({', '.join(f'{name}={value}' for name, value in numbers.items())})"
+    return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on, those that are installed."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: v for name, v in found.items() if v}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _info(options: argparse.Namespace) -> int:
+    devices = ", ".join(f"{device.platform}:{device.id} ({device.device_kind})" for device in jax.devices())
+    machine = {"platform": platform.platform(), "devices": devices, "precisions": ", ".join(PRECISIONS)}
+    print(_table(versions() | machine))
+    return 0

@@ -1,0 +1,255 @@
+"""TOML files to objects, through explicit registries.
+
+A configuration has three tables. `kind` picks a constructor from a registry below, and every other key is an
+argument of that constructor: the allowed keys are read from its signature, so that nothing here repeats them.
+
+```toml
+[problem]                      # the MDP
+kind = "gymnasium"
+id = "FrozenLake-v1"
+discount = 0.99
+kwargs = { map_name = "8x8" }  # for gymnasium.make
+
+[regulariser]
+kind = "kl"
+beta = 30.0
+
+[solver]                       # optional
+kind = "auto"
+tol = 1e-8                     # certified error of the value; without it, what the precision supports
+max_steps = 10_000
+```
+
+Whatever is wrong with a file is a `ConfigError` that names the file, the table, the key, and what is allowed.
+"""
+
+import dataclasses
+import functools
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from robustreg import interop, problems, regularisers, solvers
+from robustreg.mdp import MDP
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An MDP and what a picture of it needs to know.
+
+    Attributes:
+        mdp: the problem.
+        title: what to call it in tables and figures.
+        marks: groups of remarkable cells of a grid by name ("goal", "hole", "water", ...), state numbers.
+        actions: names of the actions, empty where they have none.
+    """
+
+    mdp: MDP
+    title: str
+    marks: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    actions: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A configuration, built: everything that `robustreg.solve` is given."""
+
+    problem: Problem
+    regulariser: Any
+    solver: Any
+    tol: float | None
+    max_steps: int | None
+    table: Mapping[str, Any]
+
+
+def _gymnasium(id: str, discount: float, kwargs: Mapping[str, Any] | None = None) -> Problem:
+    """A tabular Gymnasium environment: `gymnasium.make(id, **kwargs)`."""
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ValueError('needs Gymnasium: pip install "robustreg[gym]"') from error
+    try:
+        environment: Any = gymnasium.make(id, **(kwargs or {})).unwrapped
+    except gymnasium.error.Error as error:
+        raise ValueError(f"id: {error}") from error
+    m = interop.from_gymnasium(environment, discount=discount)
+    options = ", ".join(f"{key} {value}" for key, value in (kwargs or {}).items())
+    title = f"{id} ({options})" if options else id
+    return Problem(m, title, _marks(environment), _ACTIONS.get(id.split("-")[0], ()))
+
+
+# Gymnasium documents what its actions do, but no environment says it in a form that a program can read.
+_ACTIONS = {"Taxi": ("south", "north", "east", "west", "pick up", "drop off")}
+_LETTERS = {"S": "start", "H": "hole", "G": "goal"}
+
+
+def _marks(environment: Any) -> dict[str, tuple[int, ...]]:
+    """The remarkable cells of those toy-text environments whose states are cells in row-major order."""
+    drawn, cliff = getattr(environment, "desc", None), getattr(environment, "_cliff", None)
+    if drawn is not None and np.size(drawn) == environment.observation_space.n:  # FrozenLake, but not Taxi
+        letters = np.asarray(drawn).astype(str)
+        found = {name: np.flatnonzero(letters == letter) for letter, name in _LETTERS.items()}
+    elif cliff is not None:  # CliffWalking starts and ends in the corners of its last row
+        corners = cliff.size - cliff.shape[1], cliff.size - 1
+        found = {"start": corners[:1], "cliff": np.flatnonzero(cliff), "goal": corners[1:]}
+    else:
+        found = {}
+    return {name: tuple(int(s) for s in states) for name, states in found.items() if len(states)}
+
+
+@functools.wraps(problems.grid_world)
+def _grid_world(cells: Any, **arguments: Any) -> Problem:
+    return Problem(problems.grid_world(cells, **arguments), "grid world", problems.grid_marks(cells))
+
+
+@functools.wraps(problems.slippery_grid)
+def _slippery_grid(**arguments: Any) -> Problem:
+    m = problems.slippery_grid(**arguments)
+    drawing = inspect.signature(problems.slippery_cells).parameters
+    cells = problems.slippery_cells(**{key: value for key, value in arguments.items() if key in drawing})
+    return Problem(m, "slippery grid", problems.grid_marks(cells))
+
+
+PROBLEMS: dict[str, Callable[..., Any]] = {
+    "gymnasium": _gymnasium,
+    "bandit": problems.bandit,
+    "grid_world": _grid_world,
+    "slippery_grid": _slippery_grid,
+    "chain": problems.chain,
+    "ring": problems.ring,
+    "garnet": problems.garnet,
+}
+
+
+def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory of arrays, given the numbers and lists of TOML."""
+
+    @functools.wraps(factory)
+    def build(**arguments: Any) -> Any:
+        arrays = {name: np.asarray(value) for name, value in arguments.items()}
+        for name, array in arrays.items():
+            if array.dtype.kind not in "iuf":
+                raise ValueError(f"{name} is {arguments[name]!r}; expected a number or a list of numbers")
+        return factory(**{name: array.astype(float) for name, array in arrays.items()})
+
+    return build
+
+
+REGULARISERS: dict[str, Callable[..., Any]] = {
+    "kl": _numeric(regularisers.kl),
+    "alpha": _numeric(regularisers.alpha),
+}
+
+
+def _auto() -> None:
+    """The solver that suits the problem."""
+
+
+SOLVERS: dict[str, Callable[..., Any]] = {
+    "auto": _auto,
+    "value_iteration": solvers.ValueIteration,
+    "modified_policy_iteration": solvers.ModifiedPolicyIteration,
+    "newton": solvers.Newton,
+    "anderson": solvers.Anderson,
+}
+
+
+def load(path: str | Path) -> Job:
+    """Read a configuration and build what it describes, in the precision that JAX is set to.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is not allowed.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return build(table, str(path))
+
+
+def build(table: Mapping[str, Any], source: str = "configuration") -> Job:
+    """The same from tables already parsed; `source` names them in errors.
+
+    Raises:
+        ConfigError: something in the tables is not allowed.
+    """
+    _refuse_unknown(table, ("problem", "regulariser", "solver"), source)
+    for name in ("problem", "regulariser"):
+        if name not in table:
+            raise ConfigError(f"{source}: no [{name}] table")
+    for name, section in table.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{source}: {name} is {section!r}; expected a table [{name}]")
+    options = {"kind": "auto", **table.get("solver", {})}
+    limits = {key: options.pop(key, None) for key in ("tol", "max_steps")}
+    _check_limits(limits, f"{source}: [solver]")
+    problem = _construct(PROBLEMS, table["problem"], f"{source}: [problem]")
+    if not isinstance(problem, Problem):
+        problem = Problem(problem, table["problem"]["kind"].replace("_", " "))
+    regulariser = _construct(REGULARISERS, table["regulariser"], f"{source}: [regulariser]")
+    solver = _construct(SOLVERS, options, f"{source}: [solver]", extra=tuple(limits))
+    if problem.mdp.batch_shape or regulariser.batch_shape:
+        raise ConfigError(f"{source}: describes a batch of problems; `solve` takes one: give scalars")
+    m = problem.mdp
+    try:
+        jax.eval_shape(regulariser.argmax, jax.ShapeDtypeStruct((m.n_states, m.n_actions), m.dtype))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: [regulariser] does not fit the problem: {error}") from error
+    return Job(problem, regulariser, solver, limits["tol"], limits["max_steps"], table)
+
+
+def _construct(
+    registry: Mapping[str, Callable], section: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
+) -> Any:
+    """Call the constructor that `kind` names with the other keys; `extra` are allowed keys used elsewhere."""
+    arguments = dict(section)
+    kind = arguments.pop("kind", None)
+    if not isinstance(kind, str) or kind not in registry:
+        given = "no kind" if kind is None else f"unknown kind {kind!r}"
+        raise ConfigError(f"{where} {given}; allowed: {', '.join(sorted(registry))}")
+    constructor = registry[kind]
+    # The precision is the caller's choice for all tables together, not a property of the problem.
+    parameters = {n: p for n, p in inspect.signature(constructor).parameters.items() if n != "dtype"}
+    _refuse_unknown(arguments, (*parameters, *extra), f"{where} kind {kind!r}")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
+    if missing:
+        raise ConfigError(f"{where} kind {kind!r} needs {', '.join(missing)}")
+    try:
+        for name, value in arguments.items():
+            _check_scalar(name, value, parameters[name].annotation)
+        return constructor(**arguments)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{where} kind {kind!r}: {error}") from error
+
+
+def _check_scalar(name: str, value: Any, annotation: Any) -> None:
+    """Arguments annotated as plain numbers: TOML's strings and booleans would go wrong far from here."""
+    wanted = {int: "a whole number", float: "a number"}.get(annotation)
+    fits = type(value) is int or (annotation is float and type(value) is float)
+    if wanted and not fits:
+        raise ValueError(f"{name} is {value!r}; expected {wanted}")
+
+
+def _refuse_unknown(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in allowed:
+            listed = ", ".join(sorted(set(allowed))) or "no keys"
+            raise ConfigError(f"{where} unknown key {key!r}; allowed: {listed}")
+
+
+def _check_limits(limits: Mapping[str, Any], where: str) -> None:
+    """Out-of-range limits are refused here: inside a solve they would be a wrong result, not an error."""
+    tol, steps = limits["tol"], limits["max_steps"]
+    if tol is not None and not (type(tol) in (int, float) and 0 < tol < float("inf")):
+        raise ConfigError(f"{where} tol is {tol!r}; expected a positive number")
+    if steps is not None and not (type(steps) is int and steps > 0):
+        raise ConfigError(f"{where} max_steps is {steps!r}; expected a positive whole number")

@@ -1,0 +1,383 @@
+"""Pictures of a solution: one function per figure, each returning a matplotlib `Figure`.
+
+Matplotlib is imported when a figure is drawn, and figures are made without pyplot: no window, no global
+state, no backend to choose. All arguments are unbatched arrays; select a lane first.
+
+Conventions. Cells of a grid are states in row-major order, the first row on top. Perturbations are what the
+adversary takes, so that the agent is paid `reward - perturbation`: red is taken from the agent, blue is given
+to it. Both colour maps (cividis; red to blue) can be read with every common form of colour blindness.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from robustreg.mdp import MDP
+from robustreg.solution import Solution
+
+Marks = Mapping[str, Sequence[int]]
+Grid = tuple[int, int]
+
+VALUES, DIFFERENCES, INK = "cividis", "RdBu_r", "#1a1a1a"
+# Marked cells: a letter, its colour, and the fill of cells that nobody acts in (None: an ordinary cell).
+STYLES = {
+    "start": ("S", "black", None),
+    "goal": ("★", "#b8860b", "white"),
+    "hole": ("H", "white", "#404040"),
+    "cliff": ("C", "white", "#404040"),
+    "wall": ("", "white", "#9e9e9e"),
+    "water": ("≈", "#1f4e9e", None),
+}
+UNMARKED: Marks = {}
+# An arrow from the origin to (1, 0). Scaled as a whole: a short one keeps its shape.
+_ARROW = np.array([[0, 0.07], [0.55, 0.07], [0.55, 0.24], [1, 0], [0.55, -0.24], [0.55, -0.07], [0, -0.07]])
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        _figure(1.0, 1.0)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of that size in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('figures need matplotlib: pip install "robustreg[figures]"') from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def write(
+    out: Path,
+    m: MDP,
+    solution: Solution,
+    title: str = "",
+    marks: Marks = UNMARKED,
+    actions: Sequence[str] = (),
+) -> list[Path]:
+    """Draw what suits the problem and write it as PNG files into `out`.
+
+    Grids get a value map, policy arrows and perturbation maps; a single state gets bars; others heat maps.
+
+    Args:
+        out: an existing folder.
+        m: the problem; `m.grid` says whether its states are cells.
+        solution: of one lane.
+        title: name of the problem.
+        marks: remarkable cells of a grid by name; see `STYLES`.
+        actions: names of the actions; on a grid, () reads them off the transitions.
+
+    Returns:
+        The paths written.
+    """
+    dr = solution.perturbation
+    if m.grid is not None:
+        names, steps = directions(m)
+        drawn = {
+            "value": value_map(solution.value, m.grid, title=title, marks=marks),
+            "policy": policy_map(solution.policy, steps, m.grid, title=title, marks=marks),
+            "perturbation": perturbation_maps(dr, m.grid, title=title, marks=marks, actions=actions or names),
+        }
+    elif m.n_states == 1:
+        drawn = {"decision": decision_bars(solution.q, solution.policy, dr, title=title, actions=actions)}
+    else:
+        drawn = {"heat_map": heat_map(solution.value, solution.policy, dr, title=title, actions=actions)}
+    paths = [out / f"{name}.png" for name in drawn]
+    for path, figure in zip(paths, drawn.values()):
+        figure.savefig(path)
+    return paths
+
+
+def directions(m: MDP) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and directions of the actions of a grid, read off the transitions.
+
+    The direction of an action is the one in which it moves to a neighbouring cell more often than the
+    opposite way, so that slipping to both sides cancels. Cells are told apart by their row and column modulo
+    3, which is enough to tell the neighbours of a cell: nine expectations, whatever the size of the grid.
+
+    Args:
+        m: an MDP with `grid`.
+
+    Returns:
+        One name per action, and unit steps `[A, 2]` as (right, down); an action that goes nowhere has step 0.
+
+    Raises:
+        ValueError: if the states are not cells of a grid.
+    """
+    if m.grid is None:
+        raise ValueError("the states of this MDP are not cells of a grid: m.grid is None")
+    row, column = np.indices(m.grid).reshape(2, -1)
+    kind = 3 * (row % 3) + column % 3
+    arrival = np.asarray(m.transitions.expect((kind == np.arange(9)[:, None]).astype(m.dtype)))  # [9, S, A]
+
+    def net(down: int, right: int) -> np.ndarray:
+        ahead, behind = (3 * ((row + k * down) % 3) + (column + k * right) % 3 for k in (1, -1))
+        states = np.arange(row.size)
+        return (arrival[ahead, states] - arrival[behind, states]).mean(0)
+
+    steps = np.stack([net(0, 1), net(1, 0)], -1)
+    larger = np.abs(steps) == np.abs(steps).max(-1, keepdims=True)
+    steps = np.where(larger & (np.abs(steps) > 0.02), np.sign(steps), 0.0)
+    names = {(1, 0): "→ right", (-1, 0): "← left", (0, 1): "↓ down", (0, -1): "↑ up", (0, 0): "stay"}
+    return tuple(names.get((int(x), int(y)), f"action {i}") for i, (x, y) in enumerate(steps)), steps
+
+
+def value_map(value: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = UNMARKED) -> Any:
+    """The value of every cell of a grid.
+
+    Args:
+        value: `[S]`, in reward units.
+        grid: rows and columns, `S = rows * columns`.
+        title: name of the problem.
+        marks: remarkable cells by name; see `STYLES`.
+    """
+    figure, axes = _map(grid)
+    shown = _inhabited(value, grid, marks)
+    image = axes.imshow(shown, cmap=VALUES)
+    share = 0.046 * grid[0] / max(grid)  # as tall as the map: wide maps need a smaller part of it
+    figure.colorbar(image, ax=axes, label="value (reward units)", fraction=share, pad=0.02)
+    if shown.size <= 144:
+        _numbers(axes, shown, image)
+    _dress(axes, grid, marks)
+    axes.set_title(_heading(title, "regularised value"))
+    return figure
+
+
+def policy_map(
+    policy: ArrayLike, steps: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = UNMARKED
+) -> Any:
+    """Arrows from the centre of every cell, one per action, as long as the action is probable.
+
+    Args:
+        policy: `[S, A]`.
+        steps: direction of each action, `[A, 2]` as (right, down); see `directions`.
+        grid: rows and columns, `S = rows * columns`.
+        title: name of the problem.
+        marks: remarkable cells by name; see `STYLES`.
+    """
+    from matplotlib.collections import PolyCollection
+
+    figure, axes = _map(grid)
+    axes.set(facecolor="#efeff4", aspect="equal")
+    probability = np.asarray(policy, dtype=float)
+    acting = np.isfinite(_inhabited(np.zeros(len(probability)), grid, marks)).ravel()
+    row, column = np.divmod(np.flatnonzero(acting), grid[1])
+    for p, (right, down) in zip(probability[acting].T, np.asarray(steps)):
+        arrow = 0.48 * _ARROW @ np.array([[right, down], [-down, right]])
+        arrows = np.stack([column, row], -1)[:, None, :] + p[:, None, None] * arrow
+        axes.add_collection(
+            PolyCollection(list(arrows[p >= 0.01]), facecolor=INK, edgecolor="none", zorder=3)
+        )
+    _dress(axes, grid, marks)
+    axes.set_title(_heading(title, "policy: arrow length is probability, half a cell is 1"))
+    return figure
+
+
+def perturbation_maps(
+    perturbation: ArrayLike,
+    grid: Grid,
+    *,
+    title: str = "",
+    marks: Marks = UNMARKED,
+    actions: Sequence[str] = (),
+) -> Any:
+    """The worst-case perturbation of every action on the grid, one map per action with one colour scale.
+
+    Args:
+        perturbation: `[S, A]`, in reward units; the perturbed reward is `reward - perturbation`.
+        grid: rows and columns, `S = rows * columns`.
+        title: name of the problem.
+        marks: remarkable cells by name; see `STYLES`.
+        actions: names of the actions.
+    """
+    taken = np.asarray(perturbation)
+    n_actions = taken.shape[-1]
+    across = 2 if n_actions == 4 else min(n_actions, 3)
+    down = -(-n_actions // across)
+    cell = min(0.45, 5.0 / max(grid))
+    figure = _figure(across * (cell * grid[1] + 0.2) + 1.3, down * (cell * grid[0] + 0.35) + 0.6)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    maps = [_inhabited(x, grid, marks) for x in taken.T]
+    norm, note = _diverging(np.stack(maps))
+    for axes, shown, name in zip(panels, maps, _names(actions, n_actions)):
+        axes.imshow(shown, cmap=DIFFERENCES, norm=norm)
+        _dress(axes, grid, marks, legend=False)
+        axes.set_title(name)
+    for axes in panels[n_actions:]:
+        axes.set_axis_off()
+    label = f"perturbation (reward units{note})\nblue: given, red: taken"
+    _colorbar(figure, panels[0].images[0], list(panels), label, aspect=30, pad=0.02)
+    figure.suptitle(_heading(title, "what the worst-case adversary takes", ": "))
+    return figure
+
+
+def decision_bars(
+    q: ArrayLike, policy: ArrayLike, perturbation: ArrayLike, *, title: str = "", actions: Sequence[str] = ()
+) -> Any:
+    """One decision: action values, policy, worst case, and what is left, equal for all actions that are used.
+
+    Args:
+        q: action values, `[1, A]` or `[A]`, in reward units.
+        policy: `[1, A]` or `[A]`.
+        perturbation: `[1, A]` or `[A]`, in reward units.
+        title: name of the problem.
+        actions: names of the actions.
+    """
+    worth, probability, taken = (np.asarray(x).reshape(-1) for x in (q, policy, perturbation))
+    panels = (
+        ("action values Q", worth, "#5a5a5a", "reward units"),
+        ("policy π", probability, "#6a51a3", "probability"),
+        ("perturbation Δ", taken, np.where(taken > 0, "#b2182b", "#2166ac"), "reward units"),
+        ("perturbed Q − Δ: indifferent", worth - taken, "#5a5a5a", "reward units"),
+    )
+    figure = _figure(12.0, 3.4)
+    all_axes = figure.subplots(1, 4)
+    for axes, (name, height, colour, unit) in zip(all_axes, panels):
+        axes.bar(list(actions) or np.arange(1, worth.size + 1).astype(str), height, color=colour, width=0.7)
+        axes.axhline(0.0, color=INK, linewidth=0.8)
+        axes.set(title=name, xlabel="action", ylabel=unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    seen = np.array([0.0, *worth, *(worth - taken)])
+    margin = 0.08 * np.ptp(seen) or 1.0
+    for axes in all_axes[[0, 3]]:
+        axes.set_ylim(seen.min() - margin * (seen.min() < 0), seen.max() + margin)
+    all_axes[1].set_ylim(0.0, 1.0)
+    level = float(probability @ (worth - taken))
+    all_axes[3].axhline(level, color="#b8860b", linewidth=1.5, linestyle="--", label=f"V = {level:.3g}")
+    all_axes[3].legend(frameon=False, loc="upper right")
+    figure.suptitle(title)
+    return figure
+
+
+def heat_map(
+    value: ArrayLike,
+    policy: ArrayLike,
+    perturbation: ArrayLike,
+    *,
+    title: str = "",
+    actions: Sequence[str] = (),
+) -> Any:
+    """Value, policy and worst-case perturbation of every state, states grouped by their likeliest action.
+
+    Args:
+        value: `[S]`, in reward units.
+        policy: `[S, A]`.
+        perturbation: `[S, A]`, in reward units.
+        title: name of the problem.
+        actions: names of the actions.
+    """
+    order = np.lexsort((np.asarray(value), np.asarray(policy).argmax(-1)))
+    probability, taken = np.asarray(policy)[order].T, np.asarray(perturbation)[order].T
+    norm, note = _diverging(taken)
+    figure = _figure(11.0, 6.5)
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.0, 1.4, 1.4))
+    top.plot(np.asarray(value)[order], color=INK, linewidth=1.5)
+    top.set_ylabel("value\n(reward units)")
+    top.spines[["top", "right"]].set_visible(False)
+    shared: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    image = middle.imshow(probability, cmap="Purples", vmin=0.0, vmax=1.0, **shared)
+    figure.colorbar(image, ax=middle, label="policy\n(probability)", pad=0.01)
+    image = bottom.imshow(taken, cmap=DIFFERENCES, norm=norm, **shared)
+    _colorbar(figure, image, bottom, f"perturbation\n(reward units{note})", pad=0.01)
+    for axes in (middle, bottom):
+        axes.set_yticks(range(len(taken)), _names(actions, len(taken)))
+    bottom.set_xlabel("states, by likeliest action, then by value")
+    figure.suptitle(_heading(title, "value, policy and worst case (red: taken, blue: given)", ": "))
+    return figure
+
+
+def _heading(title: str, subject: str, between: str = "\n") -> str:
+    return f"{title}{between}{subject}" if title else subject
+
+
+def _names(actions: Sequence[str], n_actions: int) -> Sequence[str]:
+    return actions or [f"action {i}" for i in range(n_actions)]
+
+
+def _map(grid: Grid) -> tuple[Any, Any]:
+    """A figure with one map of that many cells, and room for a title and a legend."""
+    cell = min(0.72, 9.0 / max(grid))
+    figure = _figure(cell * grid[1] + 1.4, cell * grid[0] + 1.3)
+    return figure, figure.subplots()
+
+
+def _inhabited(x: ArrayLike, grid: Grid, marks: Marks) -> np.ndarray:
+    """The cells `[rows, columns]` of `x [S]`, NaN where marked cells are filled: nobody acts there."""
+    cells = np.array(x, dtype=float)
+    if cells.shape != (grid[0] * grid[1],):
+        raise ValueError(f"a {grid[0]} x {grid[1]} grid has one number per cell, got shape {cells.shape}")
+    for name, states in marks.items():
+        if STYLES[name][2] is not None:
+            cells[list(states)] = np.nan
+    return cells.reshape(grid)
+
+
+def _diverging(x: np.ndarray) -> tuple[Any, str]:
+    """A colour scale with zero in its middle; logarithmic over two decades if few entries dwarf the rest."""
+    from matplotlib.colors import Normalize, SymLogNorm
+
+    sizes = np.abs(x[np.isfinite(x)])
+    largest = sizes.max(initial=0.0) or 1.0
+    if largest <= 20.0 * np.median(sizes):
+        return Normalize(-largest, largest), ""
+    return SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest), ", log scale"
+
+
+def _colorbar(figure: Any, image: Any, axes: Any, label: str, **where: Any) -> None:
+    """A colour bar whose ticks stay apart around the zero of a logarithmic scale."""
+    bar = figure.colorbar(image, ax=axes, label=label, **where)
+    if hasattr(image.norm, "linthresh"):
+        powers = 10.0 ** np.arange(-30, 30)
+        shown = powers[(powers > image.norm.linthresh) & (powers <= image.norm.vmax)]
+        ticks = [*-shown[::-1], 0.0, *shown]
+        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        bar.minorticks_off()
+
+
+def _numbers(axes: Any, shown: np.ndarray, image: Any) -> None:
+    """Write the value into each cell, light on dark and dark on light."""
+    largest = np.nanmax(np.abs(shown))
+    digits = 2 if largest < 10 else 1 if largest < 100 else 0
+    for (row, column), number in np.ndenumerate(shown):
+        if np.isfinite(number):
+            colour = "white" if image.norm(number) < 0.5 else "black"
+            axes.text(column, row, f"{number:.{digits}f}", ha="center", va="center", color=colour, size=8)
+
+
+def _dress(axes: Any, grid: Grid, marks: Marks, *, legend: bool = True) -> None:
+    """Cell borders, marked cells, and what the marks mean."""
+    rows, columns = grid
+    for name, states in marks.items():
+        for state in states:
+            _mark(axes, name, *divmod(int(state), columns))
+    axes.set(xticks=[], yticks=[], xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    axes.set_xticks(np.arange(0.5, columns - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, rows - 1), minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+    if legend and marks:
+        axes.set_xlabel("   ".join(f"{STYLES[name][0] or 'grey:'} {name}" for name in marks))
+
+
+def _mark(axes: Any, name: str, row: int, column: int) -> None:
+    """One marked cell: filled, its letter in the middle; or an ordinary cell, the letter in a corner."""
+    from matplotlib.patches import Rectangle
+
+    letter, colour, fill = STYLES[name]
+    style: dict[str, Any] = {"color": colour, "ha": "center", "va": "center", "weight": "bold", "zorder": 4}
+    if fill is not None:
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="none", zorder=2))
+        axes.text(column, row, letter, size=11, **style)
+        return
+    if name == "water":
+        frame = Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=colour, zorder=2)
+        axes.add_patch(frame)
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+    axes.text(column - 0.36, row - 0.34, letter, size=7, bbox=box, **style)

@@ -1,0 +1,357 @@
+"""Markov decision processes: a plain pytree, and the factory that checks what goes into it.
+
+**Problem.** Transitions `P(s' | s, a)`, expected rewards `r(s, a)`, a discount `g` and a distribution of the
+initial state. With `termination`, the episode ends after `(s, a)` with that probability and nothing follows:
+the rows of P then sum to `1 - termination`, which is all that the Bellman operator needs.
+
+**Batches.** Any leaf may carry leading batch axes; they broadcast as in NumPy; what is shared stays shared.
+
+**Precision.** Everything is computed on the host in double precision and then cast once. `complement = 1 - g`
+is a leaf of its own: taken from a g rounded to float32, it moves values by 9e-5 at g = .99 and by 1.6 at
+g = .9999. Rows are rescaled to sum to `1 - termination` to rounding: a deficit of 1e-6 in a row costs as much
+value as a change of 1e-6 in g.
+
+`MDP` never checks anything (its leaves may be tracers); `mdp` does, and skips value checks on tracers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from robustreg import _host, _tree
+from robustreg.transitions import Dense, MatrixFree, Successors, Transitions
+
+
+@_tree.dataclass
+class MDP:
+    """A Markov decision process. Built by `mdp`, which validates; the class itself never does.
+
+    Attributes:
+        transitions: `Dense`, `Successors` or `MatrixFree`.
+        reward: expected reward, `[*B, S, A]`.
+        discount: `[*B]`, in [0, 1).
+        complement: `1 - discount`, `[*B]`, from double precision where that was known.
+        initial: distribution of the initial state, `[*B, S]`.
+        termination: probability that the episode ends after (s, a), `[*B, S, A]`, or None for never.
+        grid: (rows, columns) where states are cells in row-major order, for figures; no solver reads it.
+    """
+
+    transitions: Transitions
+    reward: Array
+    discount: Array
+    complement: Array
+    initial: Array
+    termination: Array | None = None
+    grid: tuple[int, int] | None = _tree.static(default=None)
+
+    @property
+    def n_states(self) -> int:
+        """S."""
+        return self.transitions.n_states
+
+    @property
+    def n_actions(self) -> int:
+        """A."""
+        return self.transitions.n_actions
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Working precision."""
+        return self.reward.dtype
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Batch axes of all leaves, broadcast together."""
+        return np.broadcast_shapes(*_batch_axes(self).values())
+
+
+def mdp(
+    transitions: Any,
+    reward: Any,
+    discount: Any,
+    initial: Any = None,
+    termination: Any = None,
+    *,
+    layout: str | None = None,
+    normalise: bool = False,
+) -> MDP:
+    """Check and assemble a Markov decision process.
+
+    Args:
+        transitions: `[*B, S, A, S]` array, `[A, S, S]` with `layout="ass"`, a list of A SciPy sparse `[S, S]`
+            (matrix or array), or a `Dense`, `Successors` or `MatrixFree`.
+        reward: expected reward `[*B, S, A]`; `[S]`, the same for every action; or `[S, A, S]`, averaged here
+            over successors jointly with P. That average has no share for the step that ends an episode: with
+            `termination`, add the reward of that step to an `[S, A]` reward.
+        discount: `[*B]`, in [0, 1). A Python float (or float64) keeps `1 - discount` exact in float32 too.
+        initial: distribution of the initial state, `[*B, S]`; None is uniform.
+        termination: probability that the episode ends after (s, a), `[*B, S, A]`; value 0 beyond. Rows of P
+            then sum to `1 - termination`.
+        layout: axes of a plain array of transitions, "sas" or "ass". None is "sas", except that an array that
+            could be either is refused.
+        normalise: rescale rows of P to `1 - termination`, and `initial` to 1, however far they are from it.
+
+    Returns:
+        An `MDP` whose dtype is that of the floating arrays given (at least float32; float64 only with x64).
+
+    Raises:
+        ValueError: names the first offending entry and the remedy.
+        TypeError: if an argument is not numeric, or indices are not integers.
+    """
+    dtype = _host.working_dtype(transitions, reward, discount, initial, termination)
+    kernel, margin = _kernel(transitions, layout)
+    termination = _termination(termination, kernel)
+    kernel = _stochastic(kernel, termination, margin, normalise, dtype)
+    discount, complement = _discount(discount, dtype)
+    m = MDP(
+        _cast_kernel(kernel, dtype),
+        _cast(_reward(reward, kernel), dtype),
+        discount,
+        complement,
+        _cast(_initial(initial, kernel.n_states, normalise), dtype),
+        None if termination is None else _cast(termination, dtype),
+    )
+    _host.check_batches(_batch_axes(m))
+    return m
+
+
+def _cast(x: Any, dtype: np.dtype) -> Array:
+    """One array with an explicit dtype: a weakly typed leaf would retrace."""
+    return lax.convert_element_type(x, dtype) if _host.is_traced(x) else jnp.asarray(x.astype(dtype))
+
+
+def _cast_kernel(kernel: Any, dtype: np.dtype) -> Transitions:
+    if isinstance(kernel, Dense):
+        return Dense(_cast(kernel.probabilities, dtype))
+    if isinstance(kernel, Successors):
+        return Successors(_cast(kernel.indices, np.dtype(np.int32)), _cast(kernel.probabilities, dtype))
+    return kernel
+
+
+def _batch_axes(m: MDP) -> dict[str, tuple[int, ...]]:
+    ends = {} if m.termination is None else {"termination": m.termination.shape[:-2]}
+    return {
+        "transitions": m.transitions.batch_shape,
+        "reward": m.reward.shape[:-2],
+        "discount": m.discount.shape,
+        "initial": m.initial.shape[:-1],
+        **ends,
+    }
+
+
+# ---- transitions
+
+
+def _kernel(transitions: Any, layout: str | None) -> tuple[Any, tuple[float, str]]:
+    """A kernel whose arrays are float64 or tracers, entries checked, and the tolerance on its rows."""
+    if layout not in (None, "sas", "ass"):
+        raise ValueError(f'layout must be "sas" ([S, A, S]) or "ass" ([A, S, S]), got {layout!r}')
+    if isinstance(transitions, Dense):
+        return _dense(transitions.probabilities, "sas"), _host.tolerance(transitions.probabilities)
+    if isinstance(transitions, Successors):
+        return _successors(transitions), _host.tolerance(transitions.probabilities)
+    if isinstance(transitions, MatrixFree):
+        return transitions, (0.0, "")
+    if hasattr(transitions, "tocoo"):
+        raise ValueError("transitions is one sparse matrix; pass a list with one [S, S] matrix per action")
+    if isinstance(transitions, (list, tuple)) and any(hasattr(p, "tocoo") for p in transitions):
+        packed: Any = _host.pack_sparse(transitions)
+        return _successors(Successors(*packed)), _host.tolerance(transitions)
+    return _dense(transitions, layout), _host.tolerance(transitions)
+
+
+def _dense(p: Any, layout: str | None) -> Dense:
+    p = _host.number("transitions", p)
+    layout = _host.layout_of(p, layout)
+    p = p.swapaxes(-3, -2) if layout == "ass" else p
+    _host.refuse_improper("transitions", p, ("s", "a", "s'"))
+    return Dense(p)
+
+
+def _successors(kernel: Successors) -> Successors:
+    indices: Any = kernel.indices if _host.is_traced(kernel.indices) else np.asarray(kernel.indices)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(
+            f"transitions.indices has dtype {indices.dtype}; successors are state numbers: use int32"
+        )
+    if indices.ndim != 3 or 0 in indices.shape:
+        raise ValueError(
+            f"transitions.indices has shape {indices.shape}; expected [S, A, K], shared by all lanes"
+        )
+    if not _host.is_traced(indices):
+        outside = (indices < 0) | (indices >= indices.shape[0])
+        rule = f"successors are 0..{indices.shape[0] - 1}; pad a row with index 0 and probability 0"
+        _host.refuse("transitions.indices", indices, outside, ("s", "a", "k"), rule)
+    p = _host.number("transitions.probabilities", kernel.probabilities)
+    _host.expect_shape(
+        "transitions.probabilities", p.shape, indices.shape, "S, A, K", "one per entry of indices"
+    )
+    _host.refuse_improper("transitions.probabilities", p, ("s", "a", "k"))
+    return Successors(indices, p)
+
+
+def _stochastic(kernel: Any, termination: Any, margin: tuple[float, str], normalise: bool, dtype: Any) -> Any:
+    """The kernel with rows that sum to `1 - termination` to rounding; refuses rows not close to it."""
+    if isinstance(kernel, MatrixFree):
+        return _check_matrix_free(kernel, termination, normalise, dtype)
+    p = kernel.probabilities
+    if termination is not None:
+        _host.check_batches({"transitions": p.shape[:-3], "termination": termination.shape[:-2]})
+    if _host.is_traced(p, termination):
+        if not normalise:
+            return kernel
+        p = _cast(p, dtype)
+        termination = None if termination is None else _cast(termination, dtype)
+        rescaled = _rescaled(jnp, p, p.sum(-1), termination)
+    else:
+        target = 1.0 if termination is None else 1.0 - termination
+        sums = p.sum(-1)
+        _host.check_rows(sums, target, termination is not None, margin, normalise)
+        if np.size(target) > sums.size and not normalise:
+            return kernel  # rows shared by lanes stay shared: within tolerance they meet every lane's target
+        rescaled = _rescaled(np, p, sums, termination)
+    return Dense(rescaled) if isinstance(kernel, Dense) else Successors(kernel.indices, rescaled)
+
+
+def _rescaled(xp: Any, p: Any, sums: Any, termination: Any) -> Any:
+    factor = 1.0 / xp.where(sums > 0, sums, 1.0)
+    if termination is not None:
+        factor, termination = xp.broadcast_arrays(factor, termination)
+        factor = factor * (1.0 - termination)
+    factor = factor[..., None]
+    return p.reshape((1,) * (factor.ndim - p.ndim) + p.shape) * factor
+
+
+def _check_matrix_free(kernel: MatrixFree, termination: Any, normalise: bool, dtype: Any) -> MatrixFree:
+    """Row sums are `expect(1)`, also of a function."""
+    if normalise:
+        raise ValueError(
+            "normalise=True needs transitions as an array; divide by expect(ones) in your function"
+        )
+    if kernel.n_states < 1 or kernel.n_actions < 1:
+        raise ValueError(f"{kernel!r} has no states or no actions; pass the sizes that expect works on")
+    sums = kernel.expect(jnp.ones((kernel.n_states,), dtype))
+    if _host.is_traced(sums, termination):
+        return kernel
+    ends, margin, sums = termination is not None, _host.tolerance(sums), np.asarray(sums, np.float64)
+    rule = "expect must return finite values"
+    _host.refuse("transitions.expect(ones)", sums, ~np.isfinite(sums), ("s", "a"), rule)
+    _host.check_rows(sums, 1.0 - termination if ends else 1.0, ends, margin, False)
+    if kernel.transpose is not None:
+        _check_transpose(kernel, dtype)
+    return kernel
+
+
+def _check_transpose(kernel: MatrixFree, dtype: Any) -> None:
+    """`<mu, expect(v)> = <push(mu), v>` for one random pair shows a wrong push."""
+    rng = np.random.default_rng(0)
+    v, mu = rng.random(kernel.n_states), rng.random((kernel.n_states, kernel.n_actions))
+    forward = np.vdot(mu, np.asarray(kernel.expect(jnp.asarray(v, dtype))))
+    backward = np.vdot(np.asarray(kernel.push(jnp.asarray(mu, dtype))), v)
+    if not abs(forward - backward) <= 100 * float(jnp.finfo(dtype).eps) * mu.size:
+        raise ValueError(
+            "transitions.push is not the transpose of expect: "
+            f"<mu, expect(v)> = {_host.show(forward, backward)} but "
+            f"<push(mu), v> = {_host.show(backward, forward)}; pass push=None to have it derived"
+        )
+
+
+# ---- reward, termination, initial, discount
+
+
+def _reward(reward: Any, kernel: Any) -> Any:
+    reward = _host.number("reward", reward)
+    n_states, n_actions = kernel.n_states, kernel.n_actions
+    per_successor = reward.ndim == 3 and reward.shape == (n_states, n_actions, n_states)
+    batched = reward.ndim == 3 and reward.shape[1:] == (n_states, n_actions)
+    if per_successor and batched:
+        raise ValueError(
+            f"reward of shape {reward.shape} with S == A reads as [S, A, S] and as [B, S, A]; "
+            "pass (P * reward).sum(-1), or reward[None] for a batch"
+        )
+    if reward.ndim == 1 and reward.shape == (n_states,):
+        axes, reward = ("s", "a"), (reward[:, None] + np.zeros((1, n_actions), reward.dtype))
+    else:
+        axes = ("s", "a", "s'") if per_successor else ("s", "a")
+    if not per_successor:
+        remedy = "also accepted: [S], and [S, A, S]"
+        if reward.shape == (n_actions, n_states):
+            remedy = "it looks transposed: pass reward.T"
+        _host.expect_shape("reward", reward.shape, (n_states, n_actions), "S, A", remedy)
+    if not _host.is_traced(reward):
+        rule = "rewards must be finite; to forbid an action, give it prior 0 in the regulariser"
+        _host.refuse("reward", reward, ~np.isfinite(reward), axes, rule)
+    return _expected(reward, kernel) if per_successor else reward
+
+
+def _expected(reward: Any, kernel: Any) -> Any:
+    """`sum_{s'} P(s'|s,a) r(s,a,s')`, jointly with P and before any policy: so it holds for every policy."""
+    if isinstance(kernel, MatrixFree):
+        raise ValueError(
+            "reward [S, A, S] needs transitions as an array; with MatrixFree pass the expected [S, A]"
+        )
+    p = kernel.probabilities
+    traced = _host.is_traced(reward, p, getattr(kernel, "indices", None))
+    xp: Any = jnp if traced else np
+    if isinstance(kernel, Successors):
+        reward = xp.take_along_axis(reward, xp.asarray(kernel.indices), axis=-1)
+    if traced:
+        dtype = jax.dtypes.canonicalize_dtype(np.result_type(p.dtype, reward.dtype))
+        p, reward = _cast(p, dtype), _cast(reward, dtype)
+        reward = reward.reshape((1,) * (p.ndim - 3) + reward.shape)
+    return (p * reward).sum(-1)
+
+
+def _termination(termination: Any, kernel: Any) -> Any:
+    if termination is None:
+        return None
+    margin, _ = _host.tolerance(termination)
+    termination = _host.number("termination", termination)
+    core = (kernel.n_states, kernel.n_actions)
+    _host.expect_shape("termination", termination.shape, core, "S, A", "one probability per (s, a)")
+    if _host.is_traced(termination):
+        return termination
+    _host.refuse_improper("termination", termination, ("s", "a"))
+    above = termination > 1 + margin
+    _host.refuse(
+        "termination", termination, above, ("s", "a"), "a probability is at most 1; clip or correct it"
+    )
+    return np.minimum(termination, 1.0) if termination.any() else None
+
+
+def _initial(initial: Any, n_states: int, normalise: bool) -> Any:
+    if initial is None:
+        return np.full((n_states,), 1.0 / n_states)
+    margin, said = _host.tolerance(initial)
+    initial = _host.number("initial", initial)
+    _host.expect_shape(
+        "initial", initial.shape, (n_states,), "S", "a distribution over states, or None for uniform"
+    )
+    traced = _host.is_traced(initial)
+    if traced and not normalise:
+        return initial
+    sums = initial.sum(-1)
+    if not traced:
+        _host.refuse_improper("initial", initial, ("s",))
+        bad = sums <= 0 if normalise else np.abs(sums - 1) > margin
+        lane = _host.first(bad)
+        if lane is not None:
+            total = f"{_host.place('initial', lane, ())} sums to {_host.show(sums[lane], 1.0)}"
+            raise ValueError(f"{total}, not 1 ({said}); divide by the sum, or pass normalise=True")
+    return initial / sums[..., None]
+
+
+def _discount(discount: Any, dtype: np.dtype) -> tuple[Array, Array]:
+    """The discount and its complement, the latter from double precision where the discount has it."""
+    g = _host.number("discount", discount)
+    if _host.is_traced(g):
+        g = _cast(g, dtype)
+        return g, 1 - g
+    rule = "it must lie in [0, 1): use 0.999 for a long horizon, and termination for episodes that end"
+    _host.refuse("discount", g, ~((g >= 0) & (g < 1)), (), rule)
+    rule = f"in {dtype} that is 1: pass float64 arrays with jax_enable_x64 on, or a smaller discount"
+    _host.refuse("discount", g, g.astype(dtype) >= 1, (), rule)
+    return _cast(g, dtype), _cast(1.0 - g, dtype)

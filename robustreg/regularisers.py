@@ -1,0 +1,336 @@
+"""Policy regularisers: a convex cost of a policy, its conjugate, and the maximiser of the conjugate.
+
+A regulariser is three functions of one state's action distribution, all else follows (see `bellman`, `adversary`):
+
+    value(p)        Omega(p) = D[p0 : p]/beta
+    conjugate(q)    Omega*(q) = max_p <p, q> - Omega(p)        over normalised p
+    argmax(q)       the maximiser, which is the gradient of the conjugate
+
+`beta` is the *inverse* strength in 1/reward units: a larger beta is a weaker regulariser. `state_scale` multiplies it
+per state. The reference policy (prior) is kept as logarithms; a prior of 0 masks an action.
+
+**Axes.** `beta` and `alpha` are `[*B]`, `state_scale` `[*B, S]`, the prior `[A]`, `[S, A]` or `[*B, S, A]`. The public
+methods act on the last axis of `[*B, ..., A]`; the regulariser's own batch axes lead.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from robustreg import _tree, divergences
+
+
+class Regulariser:
+    """Base of all regularisers: leaves and their axes. A subclass gives `_value`, `_maximiser` and `_worst_case`.
+
+    Those three are functions of arrays with actions leading (`[A, ...]`), in which the parameters broadcast.
+    """
+
+    beta: Array
+    log_prior: Array | None
+    state_scale: Array | None
+
+    def _value(self, policy: Array) -> Array:
+        raise TypeError(f"{type(self).__name__} does not define _value")
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        raise TypeError(f"{type(self).__name__} does not define _maximiser")
+
+    def _worst_case(self, policy: Array) -> Array:
+        raise TypeError(f"{type(self).__name__} does not define _worst_case")
+
+    def _sound(self) -> Array:
+        """Where the parameters of a bound regulariser make sense, `[1 or S, *b]`."""
+        assert self.log_prior is not None  # only bound regularisers are asked
+        prior = ~jnp.any(jnp.isnan(self.log_prior) | jnp.isposinf(self.log_prior), axis=0)
+        some = jnp.any(jnp.isfinite(self.log_prior), axis=0)
+        return (self.beta > 0) & jnp.isfinite(self.beta) & prior & some
+
+    def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
+        """The same regulariser with every leaf put through `place(leaf, core_ndim)`; `state_scale` merged in beta."""
+        log_prior = self.log_prior
+        if log_prior is None:
+            log_prior = jnp.full((n_actions,), -np.log(n_actions), dtype)
+        if log_prior.shape[-1] != n_actions:
+            raise ValueError(f"the prior is over {log_prior.shape[-1]} actions, the values over {n_actions}")
+        log_prior = log_prior[None] if log_prior.ndim == 1 else log_prior
+        beta = place(self.beta.astype(dtype)[..., None], 1)
+        if self.state_scale is not None:
+            beta = beta * place(self.state_scale.astype(dtype), 1)
+        return self._rebuild(beta, place(log_prior.astype(dtype), 2), place, dtype)
+
+    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} does not define _rebuild")
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading batch axes of all leaves together."""
+        shapes = [self.beta.shape]
+        if self.state_scale is not None:
+            shapes.append(self.state_scale.shape[:-1])
+        if self.log_prior is not None and self.log_prior.ndim > 2:
+            shapes.append(self.log_prior.shape[:-2])
+        return np.broadcast_shapes(*shapes)
+
+    def bind(self, batch_ndim: int, dtype: Any, n_actions: int) -> Any:
+        """The same regulariser in the kernels' layout: leaves `[*core reversed, *B]`, cast to `dtype`."""
+        return self._rearrange(lambda x, core: _tree.lanes_last(x, batch_ndim, core), dtype, n_actions)
+
+    def _public(self, x: ArrayLike) -> tuple[Any, Array]:
+        """The regulariser and `x` with actions leading, aligned for an `x` of shape `[*B, ..., A]`."""
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"expected floating-point values, got {x.dtype}")
+        if x.ndim == 0:
+            raise ValueError("expected [..., A], got a scalar")
+        batch_ndim = len(self.batch_shape)
+        x = x.reshape((1,) * (batch_ndim + 1 - x.ndim) + x.shape)
+        if x.ndim == batch_ndim + 1 and self._per_state:
+            x = x[..., None, :]  # one distribution against per-state parameters: every state sees it
+        middle = x.ndim - 1 - batch_ndim
+
+        def place(leaf: Array, core: int) -> Array:
+            """`[*b, S]` or `[*b, S, A]` to `[(A,) *b, ones, S]`, with an axis for each of `x` in `[A, *B, ...]`."""
+            leaf = leaf if core == 1 else jnp.moveaxis(leaf, -1, 0)
+            actions, batch, states = leaf.shape[: core - 1], leaf.shape[core - 1 : -1], leaf.shape[-1:]
+            inner = (1,) * (middle - 1) + states if middle else ()
+            return leaf.reshape(actions + (1,) * (batch_ndim - len(batch)) + batch + inner)
+
+        bound = self._rearrange(place, x.dtype, x.shape[-1])
+        x = jnp.moveaxis(x, -1, 0)
+        shape = jnp.broadcast_shapes(x.shape[1:], bound.beta.shape, bound.log_prior.shape[1:])
+        return bound, jnp.broadcast_to(x, x.shape[:1] + shape)
+
+    @property
+    def _per_state(self) -> bool:
+        return self.state_scale is not None or (self.log_prior is not None and self.log_prior.ndim > 1)
+
+    def value(self, policy: ArrayLike) -> Array:
+        """Cost of a policy.
+
+        Args:
+            policy: `[*B, ..., A]`, normalised over its last axis.
+
+        Returns:
+            `Omega(p) = D[p0 : p]/beta` in reward units, `[*B, ...]`; non-negative, 0 at the prior.
+        """
+        bound, policy = self._public(policy)
+        return bound._value(policy)
+
+    def conjugate(self, q: ArrayLike) -> Array:
+        """Regularised maximum.
+
+        Args:
+            q: action values, `[*B, ..., A]`; entries of masked actions are ignored.
+
+        Returns:
+            `max_p <p, q> - Omega(p)`, `[*B, ...]`.
+        """
+        bound, q = self._public(q)
+        return bound._maximiser(q)[0]
+
+    def argmax(self, q: ArrayLike) -> Array:
+        """Regularised greedy policy, the gradient of `conjugate`.
+
+        Args:
+            q: action values, `[*B, ..., A]`; entries of masked actions are ignored.
+
+        Returns:
+            the maximiser, `[*B, ..., A]`.
+        """
+        bound, q = self._public(q)
+        return jnp.moveaxis(bound._maximiser(q)[1], 0, -1)
+
+    def worst_case(self, policy: ArrayLike) -> Array:
+        """Perturbation that hurts a policy the most within the robust set; see `adversary.worst_case`."""
+        bound, policy = self._public(policy)
+        return jnp.moveaxis(bound._worst_case(policy), 0, -1)
+
+
+@_tree.dataclass
+class KL(Regulariser):
+    """`Omega(p) = KL(p : p0)/beta`. Build it with `kl`, which validates; leaves as in the module docstring."""
+
+    beta: Array
+    log_prior: Array | None = None
+    state_scale: Array | None = None
+
+    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "KL":
+        return KL(beta, log_prior)
+
+    def _value(self, policy: Array) -> Array:
+        return divergences.kl_divergence(policy, self._prior) / self.beta
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        return divergences.kl_maximiser(q, self.beta, self._prior)
+
+    def _worst_case(self, policy: Array) -> Array:
+        return divergences.log_ratio(policy, self._prior) / self.beta[None]
+
+    @property
+    def _prior(self) -> Array:
+        assert self.log_prior is not None  # only bound regularisers compute
+        return self.log_prior
+
+
+@_tree.dataclass
+class Alpha(Regulariser):
+    """`Omega(p) = D_alpha[p0 : p]/beta`. Build it with `alpha`, which validates; leaves as in the module docstring."""
+
+    alpha: Array
+    beta: Array
+    log_prior: Array | None = None
+    state_scale: Array | None = None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading batch axes of all leaves together."""
+        return np.broadcast_shapes(super().batch_shape, self.alpha.shape)
+
+    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Alpha":
+        return Alpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
+
+    def _sound(self) -> Array:
+        return super()._sound() & jnp.isfinite(self.alpha)
+
+    def _value(self, policy: Array) -> Array:
+        return divergences.alpha_divergence(policy, self._prior, self.alpha) / self.beta
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        return divergences.alpha_maximiser(q, self.beta, self._prior, self.alpha)
+
+    def _worst_case(self, policy: Array) -> Array:
+        return divergences.alpha_gradient(policy, self._prior, self.alpha) / self.beta[None]
+
+    @property
+    def _prior(self) -> Array:
+        assert self.log_prior is not None  # only bound regularisers compute
+        return self.log_prior
+
+
+def kl(
+    beta: ArrayLike,
+    prior: ArrayLike | None = None,
+    log_prior: ArrayLike | None = None,
+    *,
+    state_scale: ArrayLike | None = None,
+) -> KL:
+    """KL regulariser `KL(p : p0)/beta` (entropy regularisation up to a constant for a uniform prior).
+
+    Args:
+        beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
+        prior: reference policy p0, `[A]`, `[S, A]` or `[*B, S, A]`; None is uniform. 0 masks an action.
+        log_prior: its logarithm instead of it; give at most one of the two.
+        state_scale: `[*B, S]`, multiplies beta per state.
+
+    Returns:
+        A `KL`, whose arguments are pytree leaves.
+
+    Raises:
+        ValueError: a value out of range (concrete arguments only), naming the first offender.
+    """
+    return KL(_strength("beta", beta), _log_prior(prior, log_prior), _scale(state_scale))
+
+
+def alpha(
+    alpha: ArrayLike,
+    beta: ArrayLike,
+    prior: ArrayLike | None = None,
+    log_prior: ArrayLike | None = None,
+    *,
+    state_scale: ArrayLike | None = None,
+) -> Alpha:
+    """Alpha-divergence regulariser `D_alpha[p0 : p]/beta` [Cichocki and Amari 2010].
+
+    alpha = 1 is KL, 0 reverse KL, 1/2 four squared Hellinger distances, 2 half of Pearson's chi-squared (sparsemax).
+    For alpha > 1 bad actions get probability exactly 0.
+
+    Args:
+        alpha: any real number, `[*B]`.
+        beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
+        prior: reference policy p0, `[A]`, `[S, A]` or `[*B, S, A]`; None is uniform. 0 masks an action.
+        log_prior: its logarithm instead of it; give at most one of the two.
+        state_scale: `[*B, S]`, multiplies beta per state.
+
+    Returns:
+        An `Alpha`, whose arguments are pytree leaves.
+
+    Raises:
+        ValueError: a value out of range (concrete arguments only), naming the first offender.
+    """
+    order = _array(alpha)
+    _refuse("alpha", order, lambda x: ~np.isfinite(x), "must be finite")
+    return Alpha(order, _strength("beta", beta), _log_prior(prior, log_prior), _scale(state_scale))
+
+
+def _array(x: ArrayLike) -> Array:
+    """An array of explicit floating dtype: a weakly typed leaf would compile anew."""
+    dtype = jnp.result_type(x)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        dtype = jnp.result_type(float)
+    return jnp.asarray(x, dtype)
+
+
+def _refuse(name: str, x: Array, bad: Any, rule: str) -> None:
+    """Raise for the first entry of a concrete array that is `bad`; tracers pass."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    wrong = np.asarray(bad(np.asarray(x)))
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        label = f"{name}[{', '.join(map(str, where))}]" if where else name
+        raise ValueError(f"{label} is {np.asarray(x)[where]}: {name} {rule}")
+
+
+def _strength(name: str, x: ArrayLike) -> Array:
+    x = _array(x)
+    remedy = "must be positive and finite; for no regulariser see `nominal_optimum`, for the prior itself `evaluate`"
+    _refuse(name, x, lambda v: ~((v > 0) & np.isfinite(v)), remedy)
+    return x
+
+
+def _scale(x: ArrayLike | None) -> Array | None:
+    if x is None:
+        return None
+    scale = _strength("state_scale", x)
+    if scale.ndim == 0:
+        raise ValueError("state_scale needs a state axis, [*B, S]; a scalar belongs into beta")
+    return scale
+
+
+def _log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | None:
+    if prior is not None and log_prior is not None:
+        raise ValueError("give prior or log_prior, not both")
+    if prior is None and log_prior is None:
+        return None
+    if prior is not None:
+        p = _array(prior)
+        _refuse("prior", p, lambda v: ~((v >= 0) & np.isfinite(v)), "must be non-negative and finite")
+        logs = jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), -jnp.inf)
+    else:
+        assert log_prior is not None
+        logs = _array(log_prior)
+        _refuse("log_prior", logs, lambda v: np.isnan(v) | np.isposinf(v), "must be below infinity and not NaN")
+    if logs.ndim == 0:
+        raise ValueError("a prior needs an action axis: [A], [S, A] or [*B, S, A]")
+    _check_sums(logs)
+    return logs
+
+
+def _check_sums(logs: Array) -> None:
+    if isinstance(logs, jax.core.Tracer):
+        return
+    total = np.exp(np.asarray(logs, np.float64)).sum(-1)
+    tolerance = 1e-6 if logs.dtype.itemsize <= 4 else 1e-10
+    wrong = np.abs(total - 1) > tolerance
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        label = f"prior[{', '.join(map(str, where))}]" if where else "prior"
+        raise ValueError(
+            f"{label} sums to {total[where]:.6g} over actions, not 1 (tolerance {tolerance:g}); divide it by its sum"
+        )

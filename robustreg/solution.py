@@ -1,0 +1,118 @@
+"""What a solve returns: arrays with a status and a certified interval per lane, and the words for each status."""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from robustreg import _tree
+
+
+class SolveError(RuntimeError):
+    """A solve or a certificate fell short; the message lists lanes and remedies."""
+
+
+class Status(enum.IntEnum):
+    """How a lane ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STAGNATED = 2
+    NONFINITE_INPUT = 3
+    NONFINITE = 4
+
+    @property
+    def remedy(self) -> str:
+        """What happened and what to do about it."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    Status.CONVERGED: "the certified error is within tol",
+    Status.MAX_STEPS: "the step limit came first: raise max_steps, loosen tol, or take Newton",
+    Status.STAGNATED: "rounding stopped progress before tol: loosen tol or solve in float64",
+    Status.NONFINITE_INPUT: "the MDP or the regulariser holds NaN or infinity, or beta is not positive: mend the input",
+    Status.NONFINITE: "an intermediate value overflowed: rescale rewards or take float64",
+}
+
+
+@_tree.dataclass
+class Solution:
+    """Solution of a regularised MDP, batch axes leading.
+
+    Attributes:
+        value: the minimax value V*, `[*B, S]`, in reward units; within `tol` of it where converged.
+        q: `r + g P value`, `[*B, S, A]`.
+        policy: the robust policy `grad Omega*(q)`, `[*B, S, A]`.
+        perturbation: the adversary's worst case Delta_r, `[*B, S, A]`: the perturbed reward is `reward -
+            perturbation`. It is `q - Omega*(q)`, which lies on the boundary of the robust set and stays exact where
+            entries of the policy underflow. 0 on masked actions.
+        lower, upper: certified bounds on V*, `[*B, S]`, rounding included.
+        objective: `<initial, value>`, `[*B]`.
+        status: `Status` codes, `[*B]` int32.
+        steps: backups until the lane stopped, `[*B]` int32.
+        tol: certified half-width at which the lane was to stop, `[*B]`.
+    """
+
+    value: Array
+    q: Array
+    policy: Array
+    perturbation: Array
+    lower: Array
+    upper: Array
+    objective: Array
+    status: Array
+    steps: Array
+    tol: Array
+
+    @property
+    def converged(self) -> Array:
+        """`[*B]` bool: the certified error is within `tol`."""
+        return self.status == int(Status.CONVERGED)
+
+    @property
+    def gap(self) -> Array:
+        """Certified uncertainty `max_s upper - lower`, `[*B]`."""
+        return jnp.max(self.upper - self.lower, axis=-1)
+
+    def raise_if_failed(self) -> "Solution":
+        """Return the solution if every lane converged.
+
+        Raises:
+            SolveError: naming the lanes that did not, their status, and the remedy. Outside jit only.
+        """
+        status = _concrete(self.status, "raise_if_failed")
+        if (status != Status.CONVERGED).any():
+            raise SolveError(self._failures(status))
+        return self
+
+    def _failures(self, status: np.ndarray) -> str:
+        gaps, tols = np.asarray(self.gap), np.broadcast_to(np.asarray(self.tol), status.shape)
+        lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} lanes failed"]
+        for code in (s for s in Status if s is not Status.CONVERGED):
+            lanes = np.argwhere(status == code)
+            if len(lanes):
+                first = tuple(int(i) for i in lanes[0])
+                where = f"lane {list(first)}" + (f" and {len(lanes) - 1} more" if len(lanes) > 1 else "")
+                where = where if status.ndim else "the only lane"
+                detail = f"half-width {gaps[first] / 2:.3g}, tol {tols[first]:.3g}"
+                lines.append(f"  {code.name}: {where} ({detail}): {code.remedy}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        shape = list(self.value.shape)
+        if isinstance(self.status, jax.core.Tracer):
+            return f"Solution(value={self.value.dtype}{shape}, traced)"
+        status = np.asarray(self.status).ravel()
+        names = ", ".join(f"{s.name}: {int((status == s).sum())}" for s in Status if (status == s).any())
+        steps, gap = np.asarray(self.steps), np.asarray(self.gap)
+        largest = f"steps<={steps.max()}, gap<={gap.max():.3g}" if status.size else "no lanes"
+        return f"Solution(value={self.value.dtype}{shape}, {names}, {largest})"
+
+
+def _concrete(x: Array, caller: str) -> np.ndarray:
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use `status` there")
+    return np.asarray(x)

@@ -1,0 +1,324 @@
+"""Transition kernels: three representations behind one operator and its transpose.
+
+A kernel `P(s' | s, a)` is used in two ways only: `expect` averages a value over successors (every Bellman operator),
+and `push` moves mass forward (every occupancy). They are transposes of each other,
+`<mu, expect(v)> = <push(mu), v>`, which the tests assert for every representation.
+
+* `Dense`: one matrix product. A kernel without batch axes serves any number of lanes as one matrix-matrix product.
+* `Successors`: padded successor lists, a gather and a weighted sum; O(S A K) whatever S.
+* `MatrixFree`: the caller's function.
+
+Each class implements the two operators in the kernels' layout (`[S, *B]` and `[A, S, *B]`, see `_tree`);
+the public `expect` and `push` wrap them in the public, batch-first one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from robustreg import _tree
+
+
+class Transitions:
+    """What the solvers need of a transition kernel. `batch_shape` are its own leading axes, often none."""
+
+    n_states: int
+    n_actions: int
+    batch_shape: tuple[int, ...]
+
+    def bind(self, batch_ndim: int, dtype: Any) -> "Transitions":
+        """The same kernel laid out for lanes with `batch_ndim` batch axes, computing in `dtype`."""
+        raise TypeError(f"{type(self).__name__} does not define bind")
+
+    def _expect(self, v: Array) -> Array:
+        """`[S, *B]` to `[A, S, *B]`; only on a bound kernel."""
+        raise TypeError(f"{type(self).__name__} does not define _expect")
+
+    def _push(self, mu: Array) -> Array:
+        """`[A, S, *B]` to `[S, *B]`; only on a bound kernel."""
+        raise TypeError(f"{type(self).__name__} does not define _push")
+
+    def _widen(self) -> "Transitions":
+        """A bound kernel for lanes with one more, trailing, batch axis."""
+        raise TypeError(f"{type(self).__name__} does not define _widen")
+
+    def _finite(self) -> Array:
+        """Whether the numbers of a bound kernel are finite, per lane `[*b]`."""
+        raise TypeError(f"{type(self).__name__} does not define _finite")
+
+    def expect(self, v: Array) -> Array:
+        """Expected value of the successor.
+
+        Args:
+            v: values, `[*B, S]`; leading axes broadcast against the kernel's own.
+
+        Returns:
+            `sum_{s'} P(s' | s, a) v(s')`, `[*B, S, A]`.
+        """
+        v, batch_ndim = self._lanes(v, 1)
+        return _tree.batch_first(self.bind(batch_ndim, v.dtype)._expect(v), 2)
+
+    def push(self, mu: Array) -> Array:
+        """Mass after one step, the transpose of `expect`.
+
+        Args:
+            mu: mass on state-action pairs, `[*B, S, A]`; leading axes broadcast against the kernel's own.
+
+        Returns:
+            `sum_{s,a} mu(s, a) P(s' | s, a)`, `[*B, S]`.
+        """
+        mu, batch_ndim = self._lanes(mu, 2)
+        return _tree.batch_first(self.bind(batch_ndim, mu.dtype)._push(mu), 1)
+
+    def _lanes(self, x: Array, core_ndim: int) -> tuple[Array, int]:
+        x = jnp.asarray(x)
+        core = (self.n_states, self.n_actions)[:core_ndim]
+        if x.shape[x.ndim - core_ndim :] != core:
+            raise ValueError(f"expected [..., {', '.join(map(str, core))}], got shape {x.shape}")
+        batch = np.broadcast_shapes(x.shape[: x.ndim - core_ndim], self.batch_shape)
+        x = jnp.broadcast_to(x, batch + core)
+        return _tree.lanes_last(x, len(batch), core_ndim), len(batch)
+
+
+@_tree.dataclass
+class Dense(Transitions):
+    """A kernel as an array.
+
+    Attributes:
+        probabilities: `[*B, S, A, S]`, row-stochastic over the last axis (up to termination).
+    """
+
+    probabilities: Array
+
+    @property
+    def n_states(self) -> int:  # type: ignore[override]  # a property serves what the base annotates
+        return self.probabilities.shape[-1]
+
+    @property
+    def n_actions(self) -> int:  # type: ignore[override]
+        return self.probabilities.shape[-2]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.probabilities.shape[:-3]
+
+    @property
+    def dtype(self) -> Any:
+        """Floating dtype of the probabilities."""
+        return self.probabilities.dtype
+
+    @property
+    def fan_out(self) -> int:
+        """Bound on the number of summands of one expectation: what rounding bounds grow with."""
+        return self.n_states
+
+    def bind(self, batch_ndim: int, dtype: Any) -> "Dense":
+        p = self.probabilities.astype(dtype)
+        return Dense(p.reshape((1,) * (batch_ndim - len(self.batch_shape)) + p.shape))
+
+    def _widen(self) -> "Dense":
+        return Dense(self.probabilities.reshape(*self.batch_shape, 1, *self.probabilities.shape[-3:]))
+
+    def _finite(self) -> Array:
+        return jnp.all(jnp.isfinite(self.probabilities), axis=(-1, -2, -3))
+
+    def _expect(self, v: Array) -> Array:
+        return self._contract("sat", v, "t", "as")
+
+    def _push(self, mu: Array) -> Array:
+        return self._contract("sat", mu, "as", "t")
+
+    def _contract(self, kernel: str, x: Array, contracted: str, out: str) -> Array:
+        """One contraction in which a batch axis of size 1 of the kernel is shared by all lanes, never copied."""
+        lanes = "bcdefghijk"[: len(self.batch_shape)]
+        own = [i for i, n in enumerate(self.batch_shape) if n > 1]
+        p = self.probabilities.reshape(tuple(self.batch_shape[i] for i in own) + self.probabilities.shape[-3:])
+        spec = f"{''.join(lanes[i] for i in own)}{kernel},{contracted}{lanes}->{out}{lanes}"
+        if x.ndim - len(contracted) != len(lanes):
+            raise ValueError(f"expected {len(lanes)} batch axes, got shape {x.shape}")
+        x = jnp.broadcast_to(x, x.shape[: len(contracted)] + np.broadcast_shapes(x.shape[len(contracted) :], self.batch_shape))
+        return jnp.einsum(spec, p, x, precision=lax.Precision.HIGHEST)
+
+
+@_tree.dataclass
+class Successors(Transitions):
+    """A kernel as padded successor lists.
+
+    Attributes:
+        indices: `[S, A, K]` integers, the successors; shared by all lanes.
+        probabilities: `[*B, S, A, K]`; padding has probability 0. Repeated successors add up.
+    """
+
+    indices: Array
+    probabilities: Array
+
+    @property
+    def n_states(self) -> int:  # type: ignore[override]
+        return self.indices.shape[0]
+
+    @property
+    def n_actions(self) -> int:  # type: ignore[override]
+        return self.indices.shape[1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.probabilities.shape[:-3]
+
+    @property
+    def dtype(self) -> Any:
+        """Floating dtype of the probabilities."""
+        return self.probabilities.dtype
+
+    @property
+    def fan_out(self) -> int:
+        """Bound on the number of summands of one expectation: what rounding bounds grow with."""
+        return self.indices.shape[-1]
+
+    def bind(self, batch_ndim: int, dtype: Any) -> "BoundSuccessors":
+        p = self.probabilities.astype(dtype)
+        p = jnp.moveaxis(p, (-1, -2, -3), (0, 1, 2))
+        p = p.reshape(p.shape[:3] + (1,) * (batch_ndim - len(self.batch_shape)) + p.shape[3:])
+        return BoundSuccessors(jnp.transpose(self.indices, (2, 1, 0)), p)
+
+
+@_tree.dataclass
+class BoundSuccessors(Transitions):
+    """Successor lists in the kernels' layout: `indices [K, A, S]`, `probabilities [K, A, S, *B]`.
+
+    One successor slot after the other: each pass is one gather of whole rows of lanes, fused with its product.
+    Compile time does not grow with K, and the time per (s, a, k, lane) is within 30% of the fully unrolled form.
+    """
+
+    indices: Array
+    probabilities: Array
+
+    @property
+    def n_states(self) -> int:  # type: ignore[override]
+        return self.indices.shape[2]
+
+    @property
+    def fan_out(self) -> int:
+        """Bound on the number of summands of one expectation."""
+        return self.indices.shape[0]
+
+    def _widen(self) -> "BoundSuccessors":
+        return BoundSuccessors(self.indices, self.probabilities[..., None])
+
+    def _finite(self) -> Array:
+        return jnp.all(jnp.isfinite(self.probabilities), axis=(0, 1, 2))
+
+    def _expect(self, v: Array) -> Array:
+        shape = np.broadcast_shapes(self.probabilities.shape[1:], self.indices.shape[1:] + v.shape[1:])
+
+        def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
+            index, probability = slot
+            return total + probability * v.at[index].get(mode="promise_in_bounds"), None
+
+        return lax.scan(add, jnp.zeros(shape, v.dtype), (self.indices, self.probabilities))[0]
+
+    def _push(self, mu: Array) -> Array:
+        lanes = np.broadcast_shapes(self.probabilities.shape[3:], mu.shape[2:])
+
+        def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
+            index, probability = slot
+            return total.at[index].add(probability * mu, mode="promise_in_bounds"), None
+
+        return lax.scan(add, jnp.zeros((self.n_states, *lanes), mu.dtype), (self.indices, self.probabilities))[0]
+
+
+@jax.tree_util.register_pytree_node_class
+class MatrixFree(Transitions):
+    """A kernel as a function, for MDPs whose transitions are never written down.
+
+    Keep the function object alive between calls: it is part of the compiled program, so that a lambda written
+    anew at each call compiles anew.
+
+    Args:
+        expect: `expect(v)` or, with `parameters`, `expect(v, parameters)`: `[S] -> [S, A]`, linear in `v`.
+        push: its transpose, `[S, A] -> [S]` (with `parameters` likewise); None derives it by linear transposition.
+        n_states: S.
+        n_actions: A.
+        parameters: any pytree of arrays; derivatives flow to it. Shared by all lanes (`jax.vmap` over solves
+            gives lanes their own).
+    """
+
+    def __init__(
+        self,
+        expect: Callable[..., Array],
+        push: Callable[..., Array] | None = None,
+        *,
+        n_states: int,
+        n_actions: int,
+        parameters: Any = None,
+    ):
+        self._set(expect, push, n_states, n_actions, parameters)
+
+    def _set(self, *fields: Any) -> None:
+        self.function, self.transpose, self.n_states, self.n_actions, self.parameters = fields
+
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
+        """The parameters are the leaves; the functions and sizes belong to the compiled program."""
+        return (self.parameters,), (self.function, self.transpose, self.n_states, self.n_actions)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: tuple[Any]) -> "MatrixFree":
+        """Rebuild without any check: leaves may be tracers or placeholders."""
+        new = object.__new__(cls)
+        new._set(*static, *leaves)
+        return new
+
+    def __repr__(self) -> str:
+        return f"MatrixFree(n_states={self.n_states}, n_actions={self.n_actions})"
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return ()
+
+    @property
+    def dtype(self) -> Any:
+        """Floating dtype of the parameters, or None: a function computes in the dtype that it is given."""
+        leaves = [x for x in jax.tree.leaves(self.parameters) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+        return jnp.result_type(*leaves) if leaves else None
+
+    @property
+    def fan_out(self) -> int:
+        """Bound on the number of summands of one expectation: what rounding bounds grow with."""
+        return self.n_states
+
+    def bind(self, batch_ndim: int, dtype: Any) -> "MatrixFree":
+        return self
+
+    def _widen(self) -> "MatrixFree":
+        return self
+
+    def _finite(self) -> Array:
+        return jnp.ones((), bool)
+
+    def _expect(self, v: Array) -> Array:
+        return self._over_lanes(self._call, v, 1)
+
+    def _push(self, mu: Array) -> Array:
+        if self.transpose is not None:
+            return self._over_lanes(lambda m: self._call(m, self.transpose), mu, 2)
+        like = jax.ShapeDtypeStruct((self.n_states,), mu.dtype)
+        transposed = jax.linear_transpose(lambda v: self._call(v), like)
+        return self._over_lanes(lambda m: transposed(m)[0], mu, 2)
+
+    def _call(self, x: Array, function: Callable[..., Array] | None = None) -> Array:
+        function = self.function if function is None else function
+        return function(x) if self.parameters is None else function(x, self.parameters)
+
+    def _over_lanes(self, function: Callable[[Array], Array], x: Array, core_ndim: int) -> Array:
+        """Apply a function of one lane in the public layout to all lanes in the kernels' layout."""
+        lanes = x.shape[core_ndim:]
+        flat = _tree.batch_first(x.reshape(x.shape[:core_ndim] + (-1,)), core_ndim)
+        out = jax.vmap(function)(flat)
+        core = (self.n_states, self.n_actions)[: 3 - core_ndim]
+        if out.shape[1:] != core:
+            raise ValueError(f"a MatrixFree function must return shape {list(core)}, got {list(out.shape[1:])}")
+        out = _tree.lanes_last(out, 1, len(core))
+        return out.reshape(out.shape[: len(core)] + lanes)

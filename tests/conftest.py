@@ -1,0 +1,15 @@
+"""Strict JAX for the whole suite: 64-bit, no implicit rank or dtype promotion, warnings are errors.
+
+Float32 tests run in the same process: they pass float32 arrays, and the dtype of every result follows its inputs.
+"""
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config):
+    """Turn every warning into an error, whatever the project file says."""
+    config.addinivalue_line("filterwarnings", "error")

@@ -1,0 +1,198 @@
+"""Leading batch axes broadcast as in NumPy, vmap gives the same numbers, and lanes do not touch each other."""
+
+import jax
+import numpy as np
+import pytest
+from cases import ACTIONS, STATES, Case, all_cases, garnet_case, linked, stack, successors
+
+import robustreg as rr
+
+solve = jax.jit(rr.solve)
+CASE = garnet_case(0)
+REWARDS = np.stack([garnet_case(i).reward for i in range(3)])
+BETAS = np.array([0.5, 5.0, 50.0, 500.0])
+DISCOUNT = 0.95
+
+
+def single(case, beta, alpha=1.5, discount=DISCOUNT, tol=1e-10):
+    sol = solve(case.mdp(discount), rr.alpha(alpha=alpha, beta=beta, prior=case.prior), tol=tol)
+    sol.raise_if_failed()
+    return sol
+
+
+def reference(rewards, betas, case=CASE):
+    """One solve after the other: value [M,K,S], policy [M,K,S,A]."""
+    out = [[single(Case("", case.P, r, case.termination, case.initial, case.prior), b) for b in betas] for r in rewards]
+    return (np.array([[np.asarray(s.value) for s in row] for row in out]),
+            np.array([[np.asarray(s.policy) for s in row] for row in out]))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return reference(REWARDS, BETAS)
+
+
+def assert_solution(sol, value, policy):
+    """Same numbers to the certified tolerance, and every field batched alike."""
+    batch = value.shape[:-1]
+    sol.raise_if_failed()
+    for name, shape in {
+        "value": (STATES,), "lower": (STATES,), "upper": (STATES,), "q": (STATES, ACTIONS), "policy": (STATES, ACTIONS),
+        "perturbation": (STATES, ACTIONS), "status": (), "steps": (), "objective": (), "converged": (),
+    }.items():  # fmt: skip
+        assert getattr(sol, name).shape == (*batch, *shape), name
+    np.testing.assert_allclose(np.asarray(sol.value), value, atol=2e-10)
+    np.testing.assert_allclose(np.asarray(sol.policy), policy, atol=1e-6)
+
+
+def test_rewards_against_betas(expected):
+    """reward [M,1,S,A] with beta [K] gives [M,K]; the transitions are shared."""
+    m = rr.mdp(rr.Dense(CASE.P), REWARDS[:, None], DISCOUNT, initial=CASE.initial)
+    assert m.batch_shape == (3, 1)
+    sol = solve(m, rr.alpha(alpha=1.5, beta=BETAS, prior=CASE.prior), tol=1e-10)
+    assert_solution(sol, *expected)
+
+
+@pytest.mark.parametrize("kind", ["successors", "matrix-free"])
+def test_other_kinds(kind, expected):
+    m = rr.mdp(CASE.transitions(kind), REWARDS[:, None], DISCOUNT, initial=CASE.initial)
+    sol = solve(m, rr.alpha(alpha=1.5, beta=BETAS, prior=CASE.prior), tol=1e-10)
+    assert_solution(sol, *expected)
+
+
+def test_every_leaf_may_carry_axes():
+    """alpha, beta, discount, initial, prior, termination, state_scale and P, each against all others."""
+    cases = all_cases()[:3]
+    s = stack(cases)
+    alpha, discount = np.array([0.5, 2.0]), np.array([0.8, 0.95])
+    for transitions in (rr.Dense(s.P[:, None]), successors(s.P[:, None])):
+        m = rr.mdp(transitions, s.reward[:, None], discount, initial=s.initial[:, None], termination=s.termination[:, None])
+        scale = np.linspace(0.5, 1.5, 2 * STATES).reshape(2, STATES)
+        reg = rr.alpha(alpha=alpha, beta=np.array([[2.0], [3.0], [4.0]]), prior=s.prior[:, None], state_scale=scale)
+        sol = solve(m, reg, tol=1e-10)
+        sol.raise_if_failed()
+        assert sol.value.shape == (3, 2, STATES)
+        for i, j in np.ndindex(3, 2):
+            one = solve(
+                cases[i].mdp(discount[j]),
+                rr.alpha(alpha=alpha[j], beta=2.0 + i, prior=cases[i].prior, state_scale=scale[j]),
+                tol=1e-10,
+            )
+            np.testing.assert_allclose(np.asarray(sol.value[i, j]), np.asarray(one.value), atol=2e-10)
+            np.testing.assert_allclose(float(sol.objective[i, j]), float(one.objective), atol=2e-10)
+
+
+def test_batches_without_a_regulariser_axis():
+    """Only the MDP has lanes; then only the prior has."""
+    m = rr.mdp(rr.Dense(CASE.P), REWARDS, DISCOUNT)
+    sol = solve(m, rr.kl(beta=3.0), tol=1e-10)
+    assert sol.value.shape == (3, STATES)
+    priors = np.stack([np.full((1, ACTIONS), 1 / ACTIONS), np.array([[0.5, 0.25, 0.25, 0.0]])])
+    both = solve(CASE.mdp(DISCOUNT), rr.kl(beta=3.0, prior=priors), tol=1e-10)
+    assert both.value.shape == (2, STATES)
+    np.testing.assert_allclose(np.asarray(both.value[0]), np.asarray(sol.value[0]), atol=2e-10)
+    masked = solve(CASE.mdp(DISCOUNT), rr.kl(beta=3.0, prior=priors[1, 0]), tol=1e-10)
+    np.testing.assert_allclose(np.asarray(both.value[1]), np.asarray(masked.value), atol=2e-10)
+
+
+SOLVERS = [None, rr.ValueIteration(), rr.Newton(linear="krylov"), rr.Newton(linear="direct"), rr.Anderson()]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: "automatic" if s is None else repr(s)[:30])
+def test_vmap_gives_the_same_numbers(solver, expected):
+    m = rr.mdp(rr.Dense(CASE.P), REWARDS[0], DISCOUNT, initial=CASE.initial)
+    mapped = jax.jit(
+        jax.vmap(
+            lambda reward, beta: rr.solve(
+                rr.MDP(m.transitions, reward, m.discount, m.complement, m.initial, m.termination),
+                rr.alpha(alpha=1.5, beta=beta, prior=CASE.prior),
+                solver,
+                tol=1e-10,
+            ),
+            in_axes=(0, None),
+        )
+    )
+    over_both = jax.vmap(mapped, in_axes=(None, 0), out_axes=1)
+    assert_solution(over_both(REWARDS, BETAS), *expected)
+
+
+def test_native_axes_inside_vmap(expected):
+    """The two ways of batching compose."""
+    m = rr.mdp(rr.Dense(CASE.P), REWARDS[0], DISCOUNT, initial=CASE.initial)
+    reg = rr.alpha(alpha=1.5, beta=BETAS, prior=CASE.prior)
+    sol = jax.jit(
+        jax.vmap(
+            lambda reward: rr.solve(
+                rr.MDP(m.transitions, reward, m.discount, m.complement, m.initial, m.termination), reg, tol=1e-10
+            )
+        )
+    )(REWARDS)
+    assert_solution(sol, *expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: "automatic" if s is None else repr(s)[:30])
+@pytest.mark.parametrize("poison", ["reward nan", "reward inf", "beta nan", "init nan"])
+def test_a_poisoned_lane_changes_no_other_bit(solver, poison):
+    """NaN in lane 2: the others keep their bits, lane 2 reports NONFINITE_INPUT and holds no plausible number."""
+    reward, beta, init = np.repeat(REWARDS[:1], 5, 0) * np.arange(1, 6)[:, None, None], np.full(5, 3.0), np.zeros((5, STATES))
+
+    def run(reward, beta, init):
+        # The plain class does not look at values: bad numbers reach the solver, as they would from inside jit.
+        base = CASE.mdp(DISCOUNT)
+        m = rr.MDP(base.transitions, jax.numpy.asarray(reward), base.discount, base.complement, base.initial, base.termination)
+        good = rr.alpha(alpha=1.5, beta=np.full(5, 3.0), prior=CASE.prior)
+        leaves = {f: getattr(good, f) for f in good.__dataclass_fields__}
+        return solve(m, type(good)(**{**leaves, "beta": jax.numpy.asarray(beta)}), solver, tol=1e-9, init=init)
+
+    clean = run(reward, beta, init)
+    clean.raise_if_failed()
+    reward, beta, init = reward.copy(), beta.copy(), init.copy()
+    if poison.startswith("reward"):
+        reward[2, 3, 1] = np.nan if poison.endswith("nan") else np.inf
+    elif poison.startswith("beta"):
+        beta[2] = np.nan
+    else:
+        init[2, 5] = np.nan
+    dirty = run(reward, beta, init)
+    others = [0, 1, 3, 4]
+    for name in ("value", "q", "policy", "perturbation", "lower", "upper", "status", "steps", "objective"):
+        a, b = np.asarray(getattr(clean, name)), np.asarray(getattr(dirty, name))
+        np.testing.assert_array_equal(a[others], b[others], err_msg=name)
+    assert int(dirty.status[2]) == rr.Status.NONFINITE_INPUT
+    assert np.asarray(dirty.converged).tolist() == [True, True, False, True, True]
+    assert np.isnan(np.asarray(dirty.value)[2]).all()
+    with pytest.raises(rr.SolveError, match="NONFINITE_INPUT"):
+        dirty.raise_if_failed()
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: "automatic" if s is None else repr(s)[:30])
+def test_a_hard_lane_changes_no_other_bit(solver):
+    """The lane that runs longest decides when the loop ends, not what the others return."""
+    case = linked()
+
+    def run(discount):
+        return solve(case.mdp(np.array([0.9, discount, 0.5])), rr.kl(beta=np.full(3, 5.0), prior=case.prior), solver, tol=1e-6, max_steps=3000)
+
+    easy, hard = run(0.8), run(0.999)
+    assert int(hard.steps[1]) > int(easy.steps[1])
+    for name in ("value", "policy", "perturbation", "lower", "upper", "status", "steps"):
+        a, b = np.asarray(getattr(easy, name)), np.asarray(getattr(hard, name))
+        np.testing.assert_array_equal(a[[0, 2]], b[[0, 2]], err_msg=name)
+
+
+def test_a_failing_lane_is_named():
+    case = linked()
+    sol = solve(
+        case.mdp(np.array([0.5, 0.9999])), rr.kl(beta=np.full(2, 5.0), prior=case.prior), rr.ValueIteration(), tol=1e-6, max_steps=100
+    )
+    assert np.asarray(sol.status).tolist() == [rr.Status.CONVERGED, rr.Status.MAX_STEPS]
+    with pytest.raises(rr.SolveError, match="1") as failure:
+        sol.raise_if_failed()
+    assert "MAX_STEPS" in str(failure.value) and "max_steps" in str(failure.value)
+
+
+def test_an_ambiguous_reward_is_refused():
+    """S == A == B: [S,A,S] or [B,S,A]? Never guessed."""
+    P = np.full((3, 3, 3), 1 / 3)
+    with pytest.raises(ValueError, match="reward"):
+        rr.mdp(rr.Dense(P), np.zeros((3, 3, 3)), 0.9)

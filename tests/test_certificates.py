@@ -1,0 +1,142 @@
+"""Certificates hold for anything, are tight for solutions, and do not pass what has been tampered with."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from cases import STATES, garnet_case, suite
+
+import robustreg as rr
+
+solve = jax.jit(rr.solve)
+certify = jax.jit(rr.certify)
+FIELDS = ("lower", "upper", "gap", "indifference", "slack", "consistency")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The suite up to discount .9999, solved to the default tolerance and certified."""
+    cases, index, value, _ = suite()
+    m = rr.mdp(
+        rr.Dense(cases.P[:, None]),
+        cases.reward[:, None],
+        index["discount"],
+        initial=cases.initial[:, None],
+        termination=cases.termination[:, None],
+    )
+    reg = rr.alpha(alpha=index["alpha"], beta=index["beta"], prior=cases.prior[:, None])
+    sol = solve(m, reg)
+    sol.raise_if_failed()
+    return m, reg, sol, certify(m, reg, sol), index, value
+
+
+def arrays(certificate):
+    return {name: np.asarray(getattr(certificate, name)) for name in FIELDS}
+
+
+def test_contains_the_oracle_value(whole):
+    _, _, _, certificate, _, value = whole
+    c = arrays(certificate)
+    assert (c["lower"] <= value).all() and (value <= c["upper"]).all()
+
+
+def test_solutions_pass(whole):
+    """Small residuals on every count, per state, relative to the size of the problem."""
+    _, _, sol, certificate, index, value = whole
+    c = arrays(certificate)
+    tol = np.asarray(sol.tol)[..., None]
+    for name in FIELDS:
+        assert c[name].shape == value.shape, name
+        assert np.isfinite(c[name]).all(), name
+    assert (c["upper"] - c["lower"] <= 8 * tol).all()
+    assert (np.abs(c["gap"]) <= 8 * tol).all() and (c["gap"] >= -8 * tol).all()
+    assert (np.abs(c["consistency"]) <= 8 * tol).all()
+    ordinary = np.broadcast_to((index["discount"] <= 0.99)[:, None] & (index["beta"] <= 10)[:, None], value.shape)
+    scale = (1 + 1 / index["beta"])[:, None]
+    assert (np.abs(c["indifference"]) / scale)[ordinary].max() <= 1e-8
+    assert (np.abs(c["slack"]) / scale)[ordinary].max() <= 1e-9
+    certificate.raise_if_loose(float(8 * tol.max()))
+
+
+@pytest.fixture(scope="module")
+def small():
+    case = garnet_case(0)
+    index = np.array([0.5, 1.0, 1.5, 3.0])
+    m, reg = case.mdp(0.97), rr.alpha(alpha=index, beta=np.full(4, 5.0), prior=case.prior)
+    sol = solve(m, reg, tol=1e-10)
+    sol.raise_if_failed()
+    certify(m, reg, sol).raise_if_loose(1e-9)
+    return m, reg, sol
+
+
+def bump(x, size, where=0):
+    out = np.array(x)
+    out[(slice(None), where)] += size
+    return out
+
+
+@pytest.mark.parametrize("size", [1e-3, -1e-3])
+def test_a_tampered_value_is_flagged_and_still_enclosed(small, size):
+    m, reg, sol = small
+    wrong = dataclasses.replace(sol, value=bump(sol.value, size))
+    certificate = certify(m, reg, wrong)
+    with pytest.raises(rr.SolveError):
+        certificate.raise_if_loose(1e-6)
+    truth = np.asarray(sol.value)
+    assert (np.asarray(certificate.lower) <= truth + 1e-10).all() and (truth <= np.asarray(certificate.upper) + 1e-10).all()
+    assert (np.asarray(certificate.upper) - np.asarray(certificate.lower)).max() > 1e-4
+
+
+def test_a_tampered_policy_is_flagged(small):
+    m, reg, sol = small
+    policy = np.array(sol.policy)
+    policy[:, 2] = 0.5 * policy[:, 2] + 0.5 * policy[:, 2, ::-1]
+    wrong = dataclasses.replace(sol, policy=policy)
+    certificate = certify(m, reg, wrong)
+    with pytest.raises(rr.SolveError):
+        certificate.raise_if_loose(1e-6)
+    assert np.asarray(certificate.gap).max() > 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-3, -1e-3])
+def test_a_tampered_perturbation_is_flagged(small, size):
+    m, reg, sol = small
+    wrong = dataclasses.replace(sol, perturbation=bump(sol.perturbation, size, 3))
+    certificate = certify(m, reg, wrong)
+    with pytest.raises(rr.SolveError):
+        certificate.raise_if_loose(1e-6)
+    slack = np.asarray(certificate.slack)
+    np.testing.assert_allclose(slack[:, 3], -size, atol=1e-8)
+    np.testing.assert_allclose(np.delete(slack, 3, 1), 0, atol=1e-8)
+    assert np.abs(np.asarray(certificate.consistency)).max() > 1e-5
+
+
+def test_another_problem_s_solution_is_flagged(small):
+    """Certificates look at the problem they are given, not at what the solution says of itself."""
+    m, reg, sol = small
+    other = garnet_case(5).mdp(0.97)
+    certificate = certify(other, reg, sol)
+    with pytest.raises(rr.SolveError):
+        certificate.raise_if_loose(1e-2)
+    truth = np.asarray(solve(other, reg, tol=1e-10).value)
+    assert (np.asarray(certificate.lower) <= truth).all() and (truth <= np.asarray(certificate.upper)).all()
+
+
+def test_not_a_number_is_flagged(small):
+    m, reg, sol = small
+    value = np.array(sol.value)
+    value[1, 0] = np.nan
+    with pytest.raises(rr.SolveError):
+        certify(m, reg, dataclasses.replace(sol, value=value)).raise_if_loose(1e3)
+
+
+def test_single_lane_shapes():
+    case = garnet_case(0)
+    m, reg = case.mdp(0.9), rr.kl(beta=2.0, prior=case.prior)
+    certificate = rr.certify(m, reg, rr.solve(m, reg, tol=1e-9))
+    for name in FIELDS:
+        assert getattr(certificate, name).shape == (STATES,), name
+    certificate.raise_if_loose(1e-8)
+    with pytest.raises(rr.SolveError):
+        certificate.raise_if_loose(1e-16)

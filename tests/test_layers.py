@@ -1,0 +1,84 @@
+"""The package is layered: a module imports only from lower layers, and never touches JAX's global settings."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import robustreg
+
+ROOT = Path(robustreg.__file__).parent
+LAYERS = (
+    ("_tree", "_host", "divergences"),
+    ("regularisers", "transitions"),
+    ("mdp",),
+    ("bellman",),
+    ("linear",),
+    ("implicit", "solvers"),
+    ("solution",),
+    ("solve",),
+    ("adversary", "certificates", "game", "problems", "interop"),
+    ("sweep",),
+    ("config", "figures"),
+    ("cli",),
+    ("__main__",),
+)
+TOP = ("figures", "cli", "__main__")
+LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
+
+
+def imported_modules(tree):
+    """Names of the package's own modules that a syntax tree imports, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "robustreg":
+                    yield (alias.name.split(".") + ["__init__"])[1]
+        elif isinstance(node, ast.ImportFrom):
+            path = (node.module or "").split(".") if node.module else []
+            if node.level == 0 and path[:1] != ["robustreg"]:
+                continue
+            inside = path if node.level else path[1:]
+            for alias in node.names:
+                name = inside[0] if inside else alias.name
+                yield name if inside or (ROOT / f"{name}.py").exists() else "__init__"
+
+
+def test_the_parser_sees_every_form_of_import():
+    source = "import robustreg.mdp\nfrom robustreg import solve\nfrom robustreg.linear import x\nfrom . import mdp\nfrom .game import y"
+    source += "\nimport robustreg\nfrom robustreg import __version__\nimport numpy\nfrom jax import numpy as jnp"
+    assert list(imported_modules(ast.parse(source))) == ["mdp", "solve", "linear", "mdp", "game", "__init__", "__init__"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    assert module in LAYER, f"{module} has no layer: add it to the table"
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    for other in imported_modules(tree):
+        if other == "__init__":
+            assert module in TOP, f"{module} imports the package itself"
+        else:
+            assert LAYER[other] < LAYER[module], f"{module} (layer {LAYER[module]}) imports {other} (layer {LAYER[other]})"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in TOP])
+def test_no_global_settings(module):
+    """The library follows its inputs' dtype; only the command line and the tests choose a precision."""
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            assert dotted not in ("jax.config.update", "config.update"), f"{module} writes jax.config"
+            assert dotted not in ("jnp.float64", "jax.numpy.float64"), f"{module} fixes a dtype"
+
+
+def test_public_names():
+    """The surface that the documentation promises."""
+    names = """MDP mdp Dense Successors MatrixFree KL Alpha kl alpha solve Solution Status SolveError ValueIteration
+    ModifiedPolicyIteration Newton Anderson worst_case slack evaluate occupancy certify Certificate from_gymnasium
+    save load""".split()
+    missing = [name for name in names if not hasattr(robustreg, name)]
+    assert not missing
+    assert [(s.name, int(s)) for s in robustreg.Status] == [
+        ("CONVERGED", 0), ("MAX_STEPS", 1), ("STAGNATED", 2), ("NONFINITE_INPUT", 3), ("NONFINITE", 4)
+    ]  # fmt: skip
