@@ -79,8 +79,8 @@ def _gymnasium(id: str, discount: float, kwargs: Mapping[str, Any] | None = None
         raise ValueError('needs Gymnasium: pip install "robustreg[gym]"') from error
     try:
         environment: Any = gymnasium.make(id, **(kwargs or {})).unwrapped
-    except gymnasium.error.Error as error:
-        raise ValueError(f"id: {error}") from error
+    except Exception as error:  # an environment given wrong arguments raises whatever it likes
+        raise ValueError(f"gymnasium.make refused: {type(error).__name__}: {error}") from error
     m = interop.from_gymnasium(environment, discount=discount)
     options = ", ".join(f"{key} {value}" for key, value in (kwargs or {}).items())
     title = f"{id} ({options})" if options else id

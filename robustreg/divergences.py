@@ -148,7 +148,7 @@ def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
         log_prior: `[A, ...]`.
         h: `alpha - 1`, `[...]`.
     """
-    level = _root(gap, log_prior, h)
+    level, low, high = _root(gap, log_prior, h)
     ratio, rho = _ratios(level, gap, h)
     raw = jnp.exp(log_prior + ratio)
     # One Newton step in policy space. Plain renormalisation would move mass onto actions in proportion to p, whereas
@@ -160,7 +160,26 @@ def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
     policy = policy / jnp.sum(policy, axis=0, keepdims=True)
     moved = (policy > 0) & (raw > 0)
     correction = jnp.log(jnp.where(moved, policy, 1)) - jnp.log(jnp.where(moved, raw, 1))
-    return policy, ratio + correction
+    unresolved = ~(jnp.abs(jnp.log(jnp.sum(raw, axis=0))) <= jnp.finfo(gap.dtype).eps ** 0.6)[None]
+
+    def bridge() -> tuple[Array, Array]:
+        mixed = _between(low, high, gap, log_prior, h)
+        best = jnp.where(unresolved, mixed, policy)
+        return best, jnp.where(unresolved, log_ratio(best, log_prior), ratio + correction)
+
+    return lax.cond(jnp.any(unresolved), bridge, lambda: (policy, ratio + correction))
+
+
+def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array) -> Array:
+    """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
+
+    For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
+    """
+    below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
+    missing, jump = 1 - jnp.sum(below, axis=0), jnp.sum(above - below, axis=0)
+    share = jnp.clip(missing / jnp.where(jump > 0, jump, 1), 0, 1)
+    mixed = below + share[None] * (above - below)
+    return mixed / jnp.sum(mixed, axis=0, keepdims=True)
 
 
 def _curvature(policy: Array, rho: Array) -> Array:
@@ -169,8 +188,8 @@ def _curvature(policy: Array, rho: Array) -> Array:
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
 
 
-def _root(gap: Array, log_prior: Array, h: Array) -> Array:
-    """The level `l` with `sum p = 1`, `[...]`: Newton's method on the power mean, kept in its bracket by bisection."""
+def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
+    """The level `l` with `sum p = 1` and a bracket around it, `[...]` each: Newton, kept in the bracket by bisection."""
     unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
@@ -193,7 +212,8 @@ def _root(gap: Array, log_prior: Array, h: Array) -> Array:
         slow = jnp.abs(excess) > 0.5 * last
         outside = ~((newton > low) & (newton < high))
         new = jnp.where(outside | slow, 0.5 * (low + high), newton)
-        settled = (jnp.abs(excess) <= 2 * unit) | (jnp.abs(new - level) <= unit * level)
+        settled = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
+        settled = settled | (high - low <= 2 * unit * high)
         level = jnp.where(done | settled, level, new)
         return level, low, high, jnp.where(slow, jnp.inf, jnp.abs(excess)), done | settled, count + 1
 
@@ -207,7 +227,8 @@ def _root(gap: Array, log_prior: Array, h: Array) -> Array:
     # A NaN gap can never settle: leave it to come out as NaN instead of holding up the others.
     hopeless = jnp.any(jnp.isnan(gap), axis=0)
     state = (start, low, high, infinite, hopeless, jnp.asarray(0, jnp.int32))
-    return lax.while_loop(unfinished, step, state)[0]
+    level, low, high, *_ = lax.while_loop(unfinished, step, state)
+    return level, low, high
 
 
 def alpha_gradient(policy: Array, log_prior: Array, alpha: Array) -> Array:

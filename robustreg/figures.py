@@ -235,7 +235,7 @@ def decision_bars(
         ("action values Q", worth, "#5a5a5a", "reward units"),
         ("policy π", probability, "#6a51a3", "probability"),
         ("perturbation Δ", taken, np.where(taken > 0, "#b2182b", "#2166ac"), "reward units"),
-        ("perturbed Q − Δ: indifferent", worth - taken, "#5a5a5a", "reward units"),
+        ("Q − Δ: indifferent", worth - taken, "#5a5a5a", "reward units"),
     )
     figure = _figure(12.0, 3.4)
     all_axes = figure.subplots(1, 4)

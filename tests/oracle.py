@@ -95,14 +95,17 @@ def best_response(alpha, beta, prior, q):
     policy = below + np.clip(share, 0, 1) * (above - below)
     policy = policy / policy.sum(-1, keepdims=True)
 
-    # Any psi gives an upper bound psi + (1/beta) sum prior (ratio^alpha - 1)/alpha, stationary at the root.
+    # The value, from whichever side is stationary at the root. alpha <= 1: any psi gives the upper bound
+    # psi + (1/beta) sum prior (ratio^alpha - 1)/alpha. alpha > 1, where the best response may be a vertex of
+    # enormous cost: any policy gives the lower bound <pi, q> - D/beta.
     psi = top[..., 0] - deformed_log(h[..., 0], high[..., 0]) / beta[..., 0]
-    power = np.where(alpha == 0, 1.0, alpha)
+    power = np.where(alpha == 0, 1.0, np.minimum(alpha, 1.0))
     log_ratio = ratios(high)
-    with np.errstate(over="ignore", invalid="ignore"):
-        excess = np.where(alpha == 0, log_ratio, np.expm1(power * log_ratio) / power)
-    excess = (prior * np.where(live, excess, 0.0)).sum(-1)
-    return psi + excess / beta[..., 0], policy
+    excess = np.where(alpha == 0, log_ratio, np.expm1(power * log_ratio) / power)
+    dual = psi + (prior * np.where(live, excess, 0.0)).sum(-1) / beta[..., 0]
+    cost = divergence(np.maximum(alpha[..., 0], 1.0), prior, policy)
+    primal = (policy * np.where(live, q, 0.0)).sum(-1) - cost / beta[..., 0]
+    return np.where(alpha[..., 0] > 1, primal, dual), policy
 
 
 def conjugate(alpha, beta, prior, q):

@@ -7,7 +7,7 @@ from cases import ACTIONS, STATES, Case, all_cases, garnet_case, linked, stack, 
 
 import robustreg as rr
 
-solve = jax.jit(rr.solve)
+solve = rr.solve
 CASE = garnet_case(0)
 REWARDS = np.stack([garnet_case(i).reward for i in range(3)])
 BETAS = np.array([0.5, 5.0, 50.0, 500.0])

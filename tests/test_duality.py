@@ -18,8 +18,8 @@ CASES = stack(all_cases())
 PRIOR = CASES.prior[:, None]
 ALLOWED = np.broadcast_to(PRIOR > 0, (9, len(ALPHAS), STATES, ACTIONS))
 
-solve = jax.jit(rr.solve)
-worst_case = jax.jit(rr.worst_case)
+solve = rr.solve
+worst_case = rr.worst_case
 
 
 def mdp(cases, discount=DISCOUNT, reward=None):

@@ -1,8 +1,7 @@
 """Bad input gives its error, which names the first offender and the remedy, and nothing else."""
 
-from typing import Any
-
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from scipy import sparse
 import robustreg
 from robustreg import interop
 
-# The checker sees JAX arrays in classes that take NumPy's as well, and one transition class where there are three.
+# For the type checker: tests hand NumPy arrays to classes that declare JAX arrays, and read any transitions.
 rr: Any = robustreg
 problems = rr.problems
 
@@ -28,7 +27,7 @@ def kernel(seed=0, states=S, actions=A):
 REWARD = np.random.default_rng(1).normal(size=(S, A))
 
 
-def build(transitions=None, reward=None, discount=0.9, **options):
+def build(transitions=None, reward=None, discount: Any = 0.9, **options):
     """A valid MDP but for what a test replaces."""
     return rr.mdp(
         kernel() if transitions is None else transitions,
@@ -437,7 +436,7 @@ def test_what_cannot_be_saved(tmp_path):
 
 @pytest.mark.parametrize("header", [None, "no JSON", "[1]", '{"robustreg": {"format_version": 99}}'])
 def test_files_that_are_not_ours(tmp_path, header):
-    arrays = {"value": np.ones(3)} if header is None else {"header": np.array(header)}
+    arrays: Any = {"value": np.ones(3)} if header is None else {"header": np.array(header)}
     np.savez(tmp_path / "x.npz", **arrays)
     for read in (rr.load, interop.read_header):
         with refused("x.npz was not written by this version of robustreg.save"):

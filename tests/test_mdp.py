@@ -11,7 +11,7 @@ from scipy import sparse
 
 import robustreg
 
-# The checker sees JAX arrays in classes that take NumPy's as well, and one transition class where there are three.
+# For the type checker: tests hand NumPy arrays to classes that declare JAX arrays, and read any transitions.
 rr: Any = robustreg
 
 S, A = 5, 3
@@ -224,7 +224,7 @@ def test_under_jit_vmap_and_grad(form):
         transitions, np.stack([REWARD] * 2), np.array([0.5, 0.9]), np.eye(S)[0], ENDS
     )
     assert mapped.reward.shape == (2, S, A) and mapped.discount.shape == (2,)
-    slope = jax.grad(lambda g: build(transitions, REWARD, g, None, None).complement)(0.9)
+    slope = jax.grad(lambda g: build(transitions, REWARD, g, None, ENDS).complement)(0.9)
     assert slope == -1.0
 
 

@@ -22,7 +22,7 @@ SOLVERS = {
 # Methods that only average take 1/(1 - discount) sweeps where a problem does not mix.
 PATIENT = ("automatic", "newton krylov", "newton direct")
 
-solve = jax.jit(rr.solve)
+solve = rr.solve
 
 
 def stacked_mdp(cases: Case, discount, P=None):

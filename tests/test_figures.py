@@ -1,0 +1,187 @@
+"""Figures show the numbers that they were given: what is drawn is read back from the figure."""
+
+import dataclasses
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+
+import robustreg as rr
+from robustreg import figures
+
+CELLS = ("S.~.", "..#.", "...G")
+GRID = (3, 4)
+MARKS = rr.problems.grid_marks(CELLS)
+ACTIONS = ["↑ up", "→ right", "↓ down", "← left"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return rr.problems.grid_world(CELLS, slip=0.1)
+
+
+@pytest.fixture(scope="module")
+def solved(world):
+    return rr.solve(world, rr.kl(3.0))
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def drawn(axes):
+    """The numbers of the picture in `axes`, NaN where cells are left out."""
+    return np.ma.filled(np.ma.asarray(axes.images[0].get_array(), dtype=float), np.nan)
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.1, 0.25])
+def test_directions_of_a_grid_world(slip):
+    m = rr.problems.grid_world(CELLS, slip=slip)
+    names, steps = figures.directions(m)
+    assert list(names) == ACTIONS
+    np.testing.assert_array_equal(steps, np.array(rr.problems.MOVES)[:, ::-1])
+
+
+@pytest.mark.parametrize("options", [{"map_name": "8x8"}, {"map_name": "4x4", "is_slippery": False}])
+def test_directions_of_frozen_lake(options):
+    m = rr.from_gymnasium(gymnasium.make("FrozenLake-v1", **options))
+    assert list(figures.directions(m)[0]) == ["← left", "↓ down", "→ right", "↑ up"]
+
+
+@pytest.mark.parametrize("slippery", [True, False])
+def test_directions_where_a_fall_leads_far_away(slippery):
+    m = rr.from_gymnasium(gymnasium.make("CliffWalking-v1", is_slippery=slippery))
+    assert list(figures.directions(m)[0]) == ACTIONS
+
+
+def test_directions_need_a_grid():
+    with pytest.raises(ValueError, match="not cells of a grid"):
+        figures.directions(rr.problems.chain())
+
+
+def test_value_map(solved):
+    figure = figures.value_map(solved.value, GRID, title="a world", marks=MARKS)
+    axes = figure.axes[0]
+    expected = np.array(solved.value).reshape(GRID)
+    filled = list(MARKS["wall"] + MARKS["goal"])
+    np.testing.assert_array_equal(np.isnan(drawn(axes)).ravel().nonzero()[0], sorted(filled))
+    shown = np.delete(drawn(axes).ravel(), filled)
+    np.testing.assert_array_equal(shown, np.delete(expected.ravel(), filled))
+    assert [t for t in texts(axes) if t not in "S★≈"] == [f"{number:.2f}" for number in shown]
+    assert "a world" in axes.get_title()
+    assert figure.axes[1].get_ylabel() == "value (reward units)"
+
+
+def test_policy_arrows_are_as_long_as_probable(solved, world):
+    _, steps = figures.directions(world)
+    axes = figures.policy_map(solved.policy, steps, GRID, marks=MARKS).axes[0]
+    policy = np.array(solved.policy)
+    acting = [s for s in range(12) if s not in MARKS["wall"] + MARKS["goal"]]
+    assert len(axes.collections) == 4
+    for action, collection in enumerate(axes.collections):
+        states = [s for s in acting if policy[s, action] >= 0.01]
+        tips = np.array([path.vertices[3] for path in collection.get_paths()])
+        centres = np.array([divmod(s, 4)[::-1] for s in states])
+        reach = 0.48 * policy[states, action, None] * steps[action]
+        np.testing.assert_allclose(tips - centres, reach, atol=1e-12)
+
+
+def test_perturbation_maps_share_one_balanced_scale(solved):
+    figure = figures.perturbation_maps(solved.perturbation, GRID, marks=MARKS, actions=ACTIONS)
+    panels = figure.axes[:4]
+    norms = {id(axes.images[0].norm) for axes in panels}
+    assert len(norms) == 1
+    norm = panels[0].images[0].norm
+    assert norm.vmin == -norm.vmax and norm.vmax >= max(np.nanmax(np.abs(drawn(axes))) for axes in panels)
+    for action, axes in enumerate(panels):
+        shown = drawn(axes).ravel()
+        kept = np.isfinite(shown)
+        np.testing.assert_array_equal(shown[kept], np.array(solved.perturbation)[kept, action])
+        assert axes.get_title() == ACTIONS[action]
+    assert "reward units" in figure.axes[4].get_ylabel()
+
+
+def test_a_few_large_perturbations_get_a_logarithmic_scale():
+    taken = np.full((12, 4), 0.1)
+    taken[3, 1] = -50.0
+    figure = figures.perturbation_maps(taken, GRID)
+    assert isinstance(figure.axes[0].images[0].norm, SymLogNorm)
+    assert "log scale" in figure.axes[4].get_ylabel()
+    ticks = figure.axes[4].get_yticks()
+    np.testing.assert_allclose(ticks, [-10, -1, 0, 1, 10])
+
+
+def test_perturbations_of_nothing():
+    norm = figures.perturbation_maps(np.zeros((12, 5)), GRID).axes[0].images[0].norm
+    assert norm.vmax == 1.0
+
+
+def test_decision_bars():
+    m = rr.problems.bandit()
+    sol = rr.solve(m, rr.kl(3.0))
+    axes = figures.decision_bars(sol.q, sol.policy, sol.perturbation, title="bandit").axes
+    heights = [[bar.get_height() for bar in panel.patches] for panel in axes]
+    np.testing.assert_allclose(heights[0], m.reward[0], rtol=1e-14)
+    np.testing.assert_array_equal(heights[1], sol.policy[0])
+    np.testing.assert_array_equal(heights[2], sol.perturbation[0])
+    np.testing.assert_allclose(heights[3], float(sol.value[0]), rtol=1e-12)
+    assert axes[3].get_legend().get_texts()[0].get_text() == f"V = {float(sol.value[0]):.3g}"
+
+
+def test_heat_map_groups_states_by_their_likeliest_action():
+    m = rr.problems.garnet(30, 3, 4)
+    sol = rr.solve(m, rr.alpha(2.0, 1.0))
+    top, middle, bottom, *_ = figures.heat_map(sol.value, sol.policy, sol.perturbation, actions="abc").axes
+    likeliest = np.array(sol.policy).argmax(-1)
+    order = sorted(range(30), key=lambda s: (likeliest[s], sol.value[s]))
+    np.testing.assert_array_equal(top.lines[0].get_ydata(), np.array(sol.value)[order])
+    np.testing.assert_array_equal(drawn(middle), np.array(sol.policy)[order].T)
+    np.testing.assert_array_equal(drawn(bottom), np.array(sol.perturbation)[order].T)
+    assert [label.get_text() for label in bottom.get_yticklabels()] == list("abc")
+
+
+@pytest.mark.parametrize(
+    ("problem", "names"),
+    [
+        (rr.problems.bandit, {"decision"}),
+        (lambda: rr.problems.grid_world(CELLS), {"value", "policy", "perturbation"}),
+        (rr.problems.chain, {"heat_map"}),
+    ],
+    ids=["bandit", "grid", "chain"],
+)
+def test_write_picks_what_suits_the_problem(problem, names, tmp_path):
+    m = problem()
+    paths = figures.write(tmp_path, m, rr.solve(m, rr.kl(1.0)))
+    assert {path.stem for path in paths} == names
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
+
+
+def test_a_wrong_size_is_refused():
+    with pytest.raises(ValueError, match="3 x 4 grid has one number per cell"):
+        figures.value_map(np.zeros(11), GRID)
+
+
+def test_matplotlib_is_optional(monkeypatch, solved):
+    assert figures.available()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not figures.available()
+    with pytest.raises(ModuleNotFoundError, match=r"robustreg\[figures\]"):
+        figures.value_map(solved.value, GRID)
+
+
+def test_drawing_leaves_no_global_state(world, solved, tmp_path):
+    """Importing the package does not import matplotlib, and drawing does not import pyplot."""
+    script = f"""
+import sys, dataclasses, robustreg.figures as figures, numpy as np
+assert "matplotlib" not in sys.modules
+figures.value_map(np.zeros(12), {GRID}).savefig({str(tmp_path / "a.png")!r})
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    figure = figures.value_map(solved.value, dataclasses.replace(world, grid=GRID).grid)
+    assert isinstance(figure, Figure)
