@@ -121,8 +121,12 @@ def compare(name: str, mdp: Any, beta: float, repeats: int) -> list[dict[str, An
 def show(rows: list[dict[str, Any]]) -> None:
     """A table of one problem."""
     head = rows[0]
-    print(f"{head['problem']}: S={head['states']} A={head['actions']} discount {head['discount']:g} beta {head['beta']:g}")
-    print(f"  {'solver':<29}{'ms':>9}{'spread':>9}{'speed-up':>10}{'steps':>8}{'certified':>11}{'error':>9}{'first s':>9}")
+    print(
+        f"{head['problem']}: S={head['states']} A={head['actions']} discount {head['discount']:g} beta {head['beta']:g}"
+    )
+    print(
+        f"  {'solver':<29}{'ms':>9}{'spread':>9}{'speed-up':>10}{'steps':>8}{'certified':>11}{'error':>9}{'first s':>9}"
+    )
     for row in rows:
         bound = "none" if row["certified"] is None else f"{row['certified']:.1e}"
         flag = "" if row["status"] in ("-", "CONVERGED") else f"  {row['status']}"

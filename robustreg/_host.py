@@ -32,9 +32,7 @@ def number(name: str, value: Any) -> Any:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(
-            f"{name} is a ragged nested sequence; pass an array with one length per axis"
-        ) from error
+        raise ValueError(f"{name} is a ragged nested sequence; pass an array with one length per axis") from error
     numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
     if not numeric:
         raise TypeError(f"{name} has dtype {array.dtype}; pass an array of real numbers")
@@ -110,18 +108,14 @@ def check_rows(sums: np.ndarray, target: Any, ends: bool, margin: tuple[float, s
     wanted = f"{show(target[index])} = 1 - {end}" if ends else "1"
     message = f"{row} sum to {show(sums[index], target[index])}, not {wanted} ({margin[1]}); "
     if normalise:
-        raise ValueError(
-            message + "a row without successors cannot be normalised: give it one, or termination 1"
-        )
+        raise ValueError(message + "a row without successors cannot be normalised: give it one, or termination 1")
     message += "renormalise, or pass normalise=True"
     if sums[index] < 1 and not ends:
         message += "; if the episode ends with the rest of the probability, pass termination=1 - P.sum(-1)"
     raise ValueError(message)
 
 
-def expect_shape(
-    name: str, shape: tuple[int, ...], core: tuple[int, ...], letters: str, remedy: str = ""
-) -> None:
+def expect_shape(name: str, shape: tuple[int, ...], core: tuple[int, ...], letters: str, remedy: str = "") -> None:
     """Refuse a shape that does not end in `core` (`letters` names it); leading axes are batch axes."""
     if len(shape) < len(core) or tuple(shape[len(shape) - len(core) :]) != core:
         wanted = ", ".join(map(str, core))
@@ -148,12 +142,8 @@ def layout_of(p: Any, layout: str | None) -> str:
     other = "ass" if layout == "sas" else "sas"
     if fits[other]:
         letters = {"sas": "[S, A, S]", "ass": "[A, S, S]"}
-        raise ValueError(
-            f'transitions has shape {p.shape}, which only fits {letters[other]}; pass layout="{other}"'
-        )
-    raise ValueError(
-        f"transitions has shape {p.shape}; expected [S, A, S], one row of S probabilities per (s, a)"
-    )
+        raise ValueError(f'transitions has shape {p.shape}, which only fits {letters[other]}; pass layout="{other}"')
+    raise ValueError(f"transitions has shape {p.shape}; expected [S, A, S], one row of S probabilities per (s, a)")
 
 
 def check_batches(axes: dict[str, tuple[int, ...]]) -> None:

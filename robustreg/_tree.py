@@ -16,6 +16,7 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 _T = TypeVar("_T")
 
@@ -47,7 +48,7 @@ def _register(cls: type[_T]) -> type[_T]:
     meta = [f.name for f in fields if f.metadata.get("static", False)]
     jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
     if "__repr__" not in cls.__dict__:
-        setattr(cls, "__repr__", _summary)
+        cls.__repr__ = _summary
     return cls
 
 
@@ -55,7 +56,7 @@ def _summary(self: Any) -> str:
     """`Name(field=dtype[shape], ...)`: shapes are what one wants to see of a batch of arrays."""
 
     def show(value: Any) -> str:
-        if isinstance(value, (jax.Array, jax.core.Tracer)):
+        if isinstance(value, (jax.Array, Tracer)):
             return f"{value.dtype}{list(value.shape)}"
         return repr(value)
 

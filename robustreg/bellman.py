@@ -85,7 +85,7 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...]) -> Lanes
         raise ValueError(f"batch axes do not broadcast: MDP, regulariser, others have {shapes}") from None
     n, dtype = len(batch), mdp.dtype
     bound = regulariser.bind(n, dtype, mdp.n_actions)
-    if bound.beta.shape[0] not in (1, mdp.n_states) or bound.log_prior.shape[1] not in (1, mdp.n_states):
+    if bound.beta.shape[0] not in (1, mdp.n_states) or bound._prior.shape[1] not in (1, mdp.n_states):
         raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
     discount, complement = (_tree.lanes_last(x, n, 0) for x in (mdp.discount, _complement(mdp)))
     leave = complement[None, None]
@@ -125,7 +125,7 @@ def backup(problem: Lanes, h: Array, c: Array) -> tuple[Array, Array, Array]:
 
 def cost(problem: Lanes, th: Array, q: Array) -> Array:
     """`max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
-    masked = jnp.isneginf(problem.regulariser.log_prior)
+    masked = jnp.isneginf(problem.regulariser._prior)
     return jnp.max(jnp.max(jnp.where(masked, -jnp.inf, q), axis=0) - th, axis=0)
 
 
@@ -134,7 +134,7 @@ def sound(problem: Lanes) -> Array:
     reg = problem.regulariser
     checks = [
         problem.transitions._finite(),
-        jnp.all(jnp.isfinite(problem.reward) | jnp.isneginf(reg.log_prior), axis=(0, 1)),
+        jnp.all(jnp.isfinite(problem.reward) | jnp.isneginf(reg._prior), axis=(0, 1)),
         jnp.all(jnp.isfinite(problem.leave), axis=(0, 1)),
         (problem.discount >= 0) & (problem.discount < 1) & (problem.complement > 0),
         jnp.all(reg._sound(), axis=0),
@@ -222,7 +222,7 @@ def rounding(problem: Lanes, h: Array, c: Array, cost: Array) -> Array:
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
     terms = problem.transitions.fan_out
     terms = 4 + min(terms, 4 * terms**0.5)
-    beta, log_prior = problem.regulariser.beta, problem.regulariser.log_prior
+    beta, log_prior = problem.regulariser.beta, problem.regulariser._prior
     n_actions = problem.reward.shape[0]
     log_actions = float(np.log(n_actions))
     finite_prior = jnp.where(jnp.isneginf(log_prior), 0, log_prior)

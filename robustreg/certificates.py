@@ -54,16 +54,29 @@ class Certificate:
         """
         claims = {
             "gap": (np.asarray(self.gap), 2 * tol, "solve again with a smaller tol or in float64"),
-            "indifference": (np.asarray(self.indifference), 2 * tol, "the perturbation does not belong to the value"),
-            "slack": (np.abs(np.asarray(self.slack)), tol, "the perturbation is not on the boundary of the robust set"),
-            "consistency": (np.asarray(self.consistency), 2 * tol, "the perturbed reward does not have this value"),
+            "indifference": (
+                np.asarray(self.indifference),
+                2 * tol,
+                "the perturbation does not belong to the value",
+            ),
+            "slack": (
+                np.abs(np.asarray(self.slack)),
+                tol,
+                "the perturbation is not on the boundary of the robust set",
+            ),
+            "consistency": (
+                np.asarray(self.consistency),
+                2 * tol,
+                "the perturbed reward does not have this value",
+            ),
         }
         for name, (size, limit, remedy) in claims.items():
             loose = ~(size <= limit)
             if loose.any():
-                where = tuple(int(i) for i in np.argwhere(loose)[0])
-                lane = f"lane {list(where[:-1])}, " if len(where) > 1 else ""
-                raise SolveError(f"certificate: {name} is {size[where]:.3g} > {limit:.3g} at {lane}state {where[-1]}: {remedy}")
+                *lane, state = (int(i) for i in np.argwhere(loose)[0])
+                where = f"lane {lane}, state {state}" if lane else f"state {state}"
+                excess = f"{name} is {size[(*lane, state)]:.3g} > {limit:.3g}"
+                raise SolveError(f"certificate: {excess} at {where}: {remedy}")
         return self
 
 
@@ -90,7 +103,7 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
     h = v - c[None]
     th, _, q = bellman.backup(problem, h, c)
-    masked = jnp.isneginf(problem.regulariser.log_prior)
+    masked = jnp.isneginf(problem.regulariser._prior)
     q = jnp.where(masked, 0, q)
     own = jnp.sum(p * q, axis=0) - problem.regulariser._value(p)
     cost = bellman.cost(problem, own, q)

@@ -189,7 +189,7 @@ def _curvature(policy: Array, rho: Array) -> Array:
 
 
 def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
-    """The level `l` with `sum p = 1` and a bracket around it, `[...]` each: Newton, kept in the bracket by bisection."""
+    """The level `l` with `sum p = 1`, and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
     unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).

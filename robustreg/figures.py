@@ -150,9 +150,7 @@ def value_map(value: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = U
     return figure
 
 
-def policy_map(
-    policy: ArrayLike, steps: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = UNMARKED
-) -> Any:
+def policy_map(policy: ArrayLike, steps: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = UNMARKED) -> Any:
     """Arrows from the centre of every cell, one per action, as long as the action is probable.
 
     Args:
@@ -172,9 +170,7 @@ def policy_map(
     for p, (right, down) in zip(probability[acting].T, np.asarray(steps)):
         arrow = 0.48 * _ARROW @ np.array([[right, down], [-down, right]])
         arrows = np.stack([column, row], -1)[:, None, :] + p[:, None, None] * arrow
-        axes.add_collection(
-            PolyCollection(list(arrows[p >= 0.01]), facecolor=INK, edgecolor="none", zorder=3)
-        )
+        axes.add_collection(PolyCollection(list(arrows[p >= 0.01]), facecolor=INK, edgecolor="none", zorder=3))
     _dress(axes, grid, marks)
     axes.set_title(_heading(title, "policy: arrow length is probability, half a cell is 1"))
     return figure

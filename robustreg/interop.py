@@ -68,9 +68,7 @@ def _make(name: str) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise ImportError(
-            'from_gymnasium needs Gymnasium for a name: pip install "robustreg[gym]"'
-        ) from error
+        raise ImportError('from_gymnasium needs Gymnasium for a name: pip install "robustreg[gym]"') from error
     return gymnasium.make(name)
 
 
@@ -95,9 +93,7 @@ def _read_table(table: Any, n_states: int) -> tuple[Successors, np.ndarray, np.n
     entries = []
     for s, actions in enumerate(states):
         if len(actions) != n_actions:
-            raise ValueError(
-                f"P[{s}] has {len(actions)} actions, P[0] {n_actions}; list every action everywhere"
-            )
+            raise ValueError(f"P[{s}] has {len(actions)} actions, P[0] {n_actions}; list every action everywhere")
         for a in range(n_actions):
             entries += [_step(item, s, a, n_states, n_actions) for item in _entry(actions, a, f"P[{s}]")]
     columns = np.array(entries, np.float64).reshape(-1, 5).T
@@ -124,15 +120,11 @@ def _step(item: Any, s: int, a: int, n_states: int, n_actions: int) -> tuple[flo
     try:
         probability, successor, reward, terminated = item
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{where} holds {item!r}; expected (probability, successor, reward, terminated)"
-        ) from None
+        raise ValueError(f"{where} holds {item!r}; expected (probability, successor, reward, terminated)") from None
     if not 0 <= successor < n_states or successor != int(successor):
         raise ValueError(f"{where} leads to state {successor}; states are 0..{n_states - 1}")
     if not probability >= 0:
-        raise ValueError(
-            f"{where} has probability {probability}; probabilities must be finite and not negative"
-        )
+        raise ValueError(f"{where} has probability {probability}; probabilities must be finite and not negative")
     return (s * n_actions + a, probability, successor, reward, bool(terminated))
 
 
@@ -229,16 +221,12 @@ def _header(archive: Any, path: Any) -> dict[str, Any]:
 def _flatten(obj: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
     """Put the leaves into `arrays` under dotted names; the rest as JSON."""
     if isinstance(obj, MatrixFree):
-        raise TypeError(
-            "MatrixFree transitions are code, which a file cannot hold; save rr.Successors or rr.Dense"
-        )
+        raise TypeError("MatrixFree transitions are code, which a file cannot hold; save rr.Successors or rr.Dense")
     if obj is None:
         return None
     if isinstance(obj, (jax.Array, np.ndarray, np.generic)):
         if _host.is_traced(obj):
-            raise TypeError(
-                "save needs values, so it cannot run inside jit, vmap or grad; call it on the result"
-            )
+            raise TypeError("save needs values, so it cannot run inside jit, vmap or grad; call it on the result")
         arrays[prefix] = np.asarray(obj)
         return {"array": prefix}
     fields: dict[str, Any] = {}

@@ -174,21 +174,15 @@ def _dense(p: Any, layout: str | None) -> Dense:
 def _successors(kernel: Successors) -> Successors:
     indices: Any = kernel.indices if _host.is_traced(kernel.indices) else np.asarray(kernel.indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(
-            f"transitions.indices has dtype {indices.dtype}; successors are state numbers: use int32"
-        )
+        raise TypeError(f"transitions.indices has dtype {indices.dtype}; successors are state numbers: use int32")
     if indices.ndim != 3 or 0 in indices.shape:
-        raise ValueError(
-            f"transitions.indices has shape {indices.shape}; expected [S, A, K], shared by all lanes"
-        )
+        raise ValueError(f"transitions.indices has shape {indices.shape}; expected [S, A, K], shared by all lanes")
     if not _host.is_traced(indices):
         outside = (indices < 0) | (indices >= indices.shape[0])
         rule = f"successors are 0..{indices.shape[0] - 1}; pad a row with index 0 and probability 0"
         _host.refuse("transitions.indices", indices, outside, ("s", "a", "k"), rule)
     p = _host.number("transitions.probabilities", kernel.probabilities)
-    _host.expect_shape(
-        "transitions.probabilities", p.shape, indices.shape, "S, A, K", "one per entry of indices"
-    )
+    _host.expect_shape("transitions.probabilities", p.shape, indices.shape, "S, A, K", "one per entry of indices")
     _host.refuse_improper("transitions.probabilities", p, ("s", "a", "k"))
     return Successors(indices, p)
 
@@ -228,9 +222,7 @@ def _rescaled(xp: Any, p: Any, sums: Any, termination: Any) -> Any:
 def _check_matrix_free(kernel: MatrixFree, termination: Any, normalise: bool, dtype: Any) -> MatrixFree:
     """Row sums are `expect(1)`, also of a function."""
     if normalise:
-        raise ValueError(
-            "normalise=True needs transitions as an array; divide by expect(ones) in your function"
-        )
+        raise ValueError("normalise=True needs transitions as an array; divide by expect(ones) in your function")
     if kernel.n_states < 1 or kernel.n_actions < 1:
         raise ValueError(f"{kernel!r} has no states or no actions; pass the sizes that expect works on")
     sums = kernel.expect(jnp.ones((kernel.n_states,), dtype))
@@ -290,9 +282,7 @@ def _reward(reward: Any, kernel: Any) -> Any:
 def _expected(reward: Any, kernel: Any) -> Any:
     """`sum_{s'} P(s'|s,a) r(s,a,s')`, jointly with P and before any policy: so it holds for every policy."""
     if isinstance(kernel, MatrixFree):
-        raise ValueError(
-            "reward [S, A, S] needs transitions as an array; with MatrixFree pass the expected [S, A]"
-        )
+        raise ValueError("reward [S, A, S] needs transitions as an array; with MatrixFree pass the expected [S, A]")
     p = kernel.probabilities
     traced = _host.is_traced(reward, p, getattr(kernel, "indices", None))
     xp: Any = jnp if traced else np
@@ -316,9 +306,7 @@ def _termination(termination: Any, kernel: Any) -> Any:
         return termination
     _host.refuse_improper("termination", termination, ("s", "a"))
     above = termination > 1 + margin
-    _host.refuse(
-        "termination", termination, above, ("s", "a"), "a probability is at most 1; clip or correct it"
-    )
+    _host.refuse("termination", termination, above, ("s", "a"), "a probability is at most 1; clip or correct it")
     return np.minimum(termination, 1.0) if termination.any() else None
 
 
@@ -327,9 +315,7 @@ def _initial(initial: Any, n_states: int, normalise: bool) -> Any:
         return np.full((n_states,), 1.0 / n_states)
     margin, said = _host.tolerance(initial)
     initial = _host.number("initial", initial)
-    _host.expect_shape(
-        "initial", initial.shape, (n_states,), "S", "a distribution over states, or None for uniform"
-    )
+    _host.expect_shape("initial", initial.shape, (n_states,), "S", "a distribution over states, or None for uniform")
     traced = _host.is_traced(initial)
     if traced and not normalise:
         return initial

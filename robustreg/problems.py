@@ -222,14 +222,10 @@ def garnet(
 def _letters(cells: Sequence[str]) -> np.ndarray:
     """The drawing as letters `[rows, columns]`."""
     if isinstance(cells, str) or not cells or not all(isinstance(row, str) and row for row in cells):
-        raise ValueError(
-            f'cells is {cells!r}; expected a list of strings, one per row, such as ["S.~", "..G"]'
-        )
+        raise ValueError(f'cells is {cells!r}; expected a list of strings, one per row, such as ["S.~", "..G"]')
     for i, row in enumerate(cells):
         if len(row) != len(cells[0]):
-            raise ValueError(
-                f"cells[{i}] has {len(row)} letters, the first row {len(cells[0])}; make them equal"
-            )
+            raise ValueError(f"cells[{i}] has {len(row)} letters, the first row {len(cells[0])}; make them equal")
         for j, letter in enumerate(row):
             if letter not in CELLS:
                 known = ", ".join(f"{key} {name}" for key, name in CELLS.items())

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from robustreg import _tree, divergences
@@ -43,11 +44,16 @@ class Regulariser:
     def _worst_case(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case")
 
+    @property
+    def _prior(self) -> Array:
+        """`log p0` of a bound regulariser, `[A, 1 or S, *b]`."""
+        assert self.log_prior is not None
+        return self.log_prior
+
     def _sound(self) -> Array:
         """Where the parameters of a bound regulariser make sense, `[1 or S, *b]`."""
-        assert self.log_prior is not None  # only bound regularisers are asked
-        prior = ~jnp.any(jnp.isnan(self.log_prior) | jnp.isposinf(self.log_prior), axis=0)
-        some = jnp.any(jnp.isfinite(self.log_prior), axis=0)
+        prior = ~jnp.any(jnp.isnan(self._prior) | jnp.isposinf(self._prior), axis=0)
+        some = jnp.any(jnp.isfinite(self._prior), axis=0)
         return (self.beta > 0) & jnp.isfinite(self.beta) & prior & some
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
@@ -171,11 +177,6 @@ class KL(Regulariser):
     def _worst_case(self, policy: Array) -> Array:
         return divergences.log_ratio(policy, self._prior) / self.beta[None]
 
-    @property
-    def _prior(self) -> Array:
-        assert self.log_prior is not None  # only bound regularisers compute
-        return self.log_prior
-
 
 @_tree.dataclass
 class Alpha(Regulariser):
@@ -205,11 +206,6 @@ class Alpha(Regulariser):
 
     def _worst_case(self, policy: Array) -> Array:
         return divergences.alpha_gradient(policy, self._prior, self.alpha) / self.beta[None]
-
-    @property
-    def _prior(self) -> Array:
-        assert self.log_prior is not None  # only bound regularisers compute
-        return self.log_prior
 
 
 def kl(
@@ -278,7 +274,7 @@ def _array(x: ArrayLike) -> Array:
 
 def _refuse(name: str, x: Array, bad: Any, rule: str) -> None:
     """Raise for the first entry of a concrete array that is `bad`; tracers pass."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return
     wrong = np.asarray(bad(np.asarray(x)))
     if wrong.any():
@@ -323,7 +319,7 @@ def _log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | 
 
 
 def _check_sums(logs: Array) -> None:
-    if isinstance(logs, jax.core.Tracer):
+    if isinstance(logs, Tracer):
         return
     total = np.exp(np.asarray(logs, np.float64)).sum(-1)
     tolerance = 1e-6 if logs.dtype.itemsize <= 4 else 1e-10

@@ -2,10 +2,10 @@
 
 import enum
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from robustreg import _tree
 
@@ -103,7 +103,7 @@ class Solution:
 
     def __repr__(self) -> str:
         shape = list(self.value.shape)
-        if isinstance(self.status, jax.core.Tracer):
+        if isinstance(self.status, Tracer):
             return f"Solution(value={self.value.dtype}{shape}, traced)"
         status = np.asarray(self.status).ravel()
         names = ", ".join(f"{s.name}: {int((status == s).sum())}" for s in Status if (status == s).any())
@@ -113,6 +113,6 @@ class Solution:
 
 
 def _concrete(x: Array, caller: str) -> np.ndarray:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use `status` there")
     return np.asarray(x)

@@ -91,7 +91,11 @@ def _solve(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: Array, limit:
     problem = bellman.lanes(mdp, reg, *others)
     batch = problem.batch
     tol = jnp.broadcast_to(tol, batch)
-    h = jnp.zeros(batch + (mdp.n_states,), mdp.dtype) if init is None else jnp.broadcast_to(init, batch + init.shape[-1:])
+    h = (
+        jnp.zeros(batch + (mdp.n_states,), mdp.dtype)
+        if init is None
+        else jnp.broadcast_to(init, batch + init.shape[-1:])
+    )
     solver = solvers.automatic(problem) if solver is None else solver
     result = iterate(problem, solver, tol, limit, _tree.lanes_last(h, len(batch), 1))
     return _finish(problem, result, _tree.lanes_last(mdp.initial, len(batch), 1), tol)
@@ -234,7 +238,7 @@ def _finish(problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array) -> S
     # Both intervals hold. Neither is to exclude the value that is returned, which may lie anywhere in the first.
     lower = jnp.minimum(jnp.maximum(lower, value - loop.half_width[None]), value)
     upper = jnp.maximum(jnp.minimum(upper, value + loop.half_width[None]), value)
-    masked = jnp.isneginf(problem.regulariser.log_prior)
+    masked = jnp.isneginf(problem.regulariser._prior)
     perturbation = jnp.where(masked, 0, q - th[None])
     lost = loop.status >= int(Status.NONFINITE_INPUT)
 

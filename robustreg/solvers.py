@@ -168,7 +168,15 @@ class Anderson:
         """Past differences of values and residuals, the last of each, best half-width, its `T V`, steps since."""
         past = jnp.zeros((self.history, *h.shape), h.dtype)
         idle = jnp.zeros(h.shape[1:], jnp.int32)
-        return past, past, jnp.zeros_like(h), jnp.zeros_like(h), jnp.full(h.shape[1:], jnp.inf, h.dtype), h, idle
+        return (
+            past,
+            past,
+            jnp.zeros_like(h),
+            jnp.zeros_like(h),
+            jnp.full(h.shape[1:], jnp.inf, h.dtype),
+            h,
+            idle,
+        )
 
     def propose(self, step: Step, memory: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """The residual, less what the past differences explain of it; or the way back to the best value met."""

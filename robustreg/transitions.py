@@ -24,11 +24,13 @@ from robustreg import _tree
 
 
 class Transitions:
-    """What the solvers need of a transition kernel. `batch_shape` are its own leading axes, often none."""
+    """What the solvers need of a transition kernel. `batch_shape` are its own leading axes, often none;
+    `fan_out` bounds the number of summands of one expectation, with which its rounding grows."""
 
     n_states: int
     n_actions: int
     batch_shape: tuple[int, ...]
+    fan_out: int
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Transitions":
         """The same kernel laid out for lanes with `batch_ndim` batch axes, computing in `dtype`."""
@@ -112,8 +114,8 @@ class Dense(Transitions):
         return self.probabilities.dtype
 
     @property
-    def fan_out(self) -> int:
-        """Bound on the number of summands of one expectation: what rounding bounds grow with."""
+    def fan_out(self) -> int:  # type: ignore[override]
+        """See `Transitions`."""
         return self.n_states
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Dense":
@@ -140,7 +142,9 @@ class Dense(Transitions):
         spec = f"{''.join(lanes[i] for i in own)}{kernel},{contracted}{lanes}->{out}{lanes}"
         if x.ndim - len(contracted) != len(lanes):
             raise ValueError(f"expected {len(lanes)} batch axes, got shape {x.shape}")
-        x = jnp.broadcast_to(x, x.shape[: len(contracted)] + np.broadcast_shapes(x.shape[len(contracted) :], self.batch_shape))
+        x = jnp.broadcast_to(
+            x, x.shape[: len(contracted)] + np.broadcast_shapes(x.shape[len(contracted) :], self.batch_shape)
+        )
         return jnp.einsum(spec, p, x, precision=lax.Precision.HIGHEST)
 
 
@@ -174,8 +178,8 @@ class Successors(Transitions):
         return self.probabilities.dtype
 
     @property
-    def fan_out(self) -> int:
-        """Bound on the number of summands of one expectation: what rounding bounds grow with."""
+    def fan_out(self) -> int:  # type: ignore[override]
+        """See `Transitions`."""
         return self.indices.shape[-1]
 
     def bind(self, batch_ndim: int, dtype: Any) -> "BoundSuccessors":
@@ -201,8 +205,8 @@ class BoundSuccessors(Transitions):
         return self.indices.shape[2]
 
     @property
-    def fan_out(self) -> int:
-        """Bound on the number of summands of one expectation."""
+    def fan_out(self) -> int:  # type: ignore[override]
+        """See `Transitions`."""
         return self.indices.shape[0]
 
     def _widen(self) -> "BoundSuccessors":
@@ -285,8 +289,8 @@ class MatrixFree(Transitions):
         return jnp.result_type(*leaves) if leaves else None
 
     @property
-    def fan_out(self) -> int:
-        """Bound on the number of summands of one expectation: what rounding bounds grow with."""
+    def fan_out(self) -> int:  # type: ignore[override]
+        """See `Transitions`."""
         return self.n_states
 
     def bind(self, batch_ndim: int, dtype: Any) -> "MatrixFree":
@@ -299,18 +303,17 @@ class MatrixFree(Transitions):
         return jnp.ones((), bool)
 
     def _expect(self, v: Array) -> Array:
-        return self._over_lanes(self._call, v, 1)
+        return self._over_lanes(self._with_parameters(self.function), v, 1)
 
     def _push(self, mu: Array) -> Array:
         if self.transpose is not None:
-            return self._over_lanes(lambda m: self._call(m, self.transpose), mu, 2)
+            return self._over_lanes(self._with_parameters(self.transpose), mu, 2)
         like = jax.ShapeDtypeStruct((self.n_states,), mu.dtype)
-        transposed = jax.linear_transpose(lambda v: self._call(v), like)
+        transposed = jax.linear_transpose(self._with_parameters(self.function), like)
         return self._over_lanes(lambda m: transposed(m)[0], mu, 2)
 
-    def _call(self, x: Array, function: Callable[..., Array] | None = None) -> Array:
-        function = self.function if function is None else function
-        return function(x) if self.parameters is None else function(x, self.parameters)
+    def _with_parameters(self, function: Callable[..., Array]) -> Callable[[Array], Array]:
+        return function if self.parameters is None else lambda x: function(x, self.parameters)
 
     def _over_lanes(self, function: Callable[[Array], Array], x: Array, core_ndim: int) -> Array:
         """Apply a function of one lane in the public layout to all lanes in the kernels' layout."""

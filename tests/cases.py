@@ -75,7 +75,9 @@ def successors(P, dtype=np.float64, width=None):
     order = np.argsort(~live, axis=-1, kind="stable")[..., :width]
     indices = np.where(np.take_along_axis(live, order, -1), order, 0)
     probabilities = np.where(
-        np.take_along_axis(live, order, -1), np.take_along_axis(P, np.broadcast_to(order, P.shape[:-1] + (width,)), -1), 0
+        np.take_along_axis(live, order, -1),
+        np.take_along_axis(P, np.broadcast_to(order, P.shape[:-1] + (width,)), -1),
+        0,
     )
     return rr.Successors(indices.astype(np.int32), probabilities.astype(dtype))
 
@@ -83,7 +85,8 @@ def successors(P, dtype=np.float64, width=None):
 def stack(cases):
     """Many cases as one, along a new leading axis."""
     return Case(
-        "stack", *(np.stack([getattr(c, name) for c in cases]) for name in ("P", "reward", "termination", "initial", "prior"))
+        "stack",
+        *(np.stack([getattr(c, name) for c in cases]) for name in ("P", "reward", "termination", "initial", "prior")),
     )
 
 

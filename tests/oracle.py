@@ -217,7 +217,9 @@ def solve(P, reward, discount, alpha, beta, prior):
     """
     discount, alpha, beta = (np.asarray(x, float) for x in (discount, alpha, beta))
     beta = beta if beta.ndim > discount.ndim else beta[..., None]
-    batch = np.broadcast_shapes(P.shape[:-3], reward.shape[:-2], prior.shape[:-2], discount.shape, alpha.shape, beta.shape[:-1])
+    batch = np.broadcast_shapes(
+        P.shape[:-3], reward.shape[:-2], prior.shape[:-2], discount.shape, alpha.shape, beta.shape[:-1]
+    )
     states, actions = reward.shape[-2:]
     prior = np.broadcast_to(prior, batch + (states, actions))
     reward = np.where(prior > 0, reward, 0.0)

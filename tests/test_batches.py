@@ -66,7 +66,9 @@ def test_every_leaf_may_carry_axes():
     s = stack(cases)
     alpha, discount = np.array([0.5, 2.0]), np.array([0.8, 0.95])
     for transitions in (rr.Dense(s.P[:, None]), successors(s.P[:, None])):
-        m = rr.mdp(transitions, s.reward[:, None], discount, initial=s.initial[:, None], termination=s.termination[:, None])
+        m = rr.mdp(
+            transitions, s.reward[:, None], discount, initial=s.initial[:, None], termination=s.termination[:, None]
+        )
         scale = np.linspace(0.5, 1.5, 2 * STATES).reshape(2, STATES)
         reg = rr.alpha(alpha=alpha, beta=np.array([[2.0], [3.0], [4.0]]), prior=s.prior[:, None], state_scale=scale)
         sol = solve(m, reg, tol=1e-10)
@@ -134,12 +136,18 @@ def test_native_axes_inside_vmap(expected):
 @pytest.mark.parametrize("poison", ["reward nan", "reward inf", "beta nan", "init nan"])
 def test_a_poisoned_lane_changes_no_other_bit(solver, poison):
     """NaN in lane 2: the others keep their bits, lane 2 reports NONFINITE_INPUT and holds no plausible number."""
-    reward, beta, init = np.repeat(REWARDS[:1], 5, 0) * np.arange(1, 6)[:, None, None], np.full(5, 3.0), np.zeros((5, STATES))
+    reward, beta, init = (
+        np.repeat(REWARDS[:1], 5, 0) * np.arange(1, 6)[:, None, None],
+        np.full(5, 3.0),
+        np.zeros((5, STATES)),
+    )
 
     def run(reward, beta, init):
         # The plain class does not look at values: bad numbers reach the solver, as they would from inside jit.
         base = CASE.mdp(DISCOUNT)
-        m = rr.MDP(base.transitions, jax.numpy.asarray(reward), base.discount, base.complement, base.initial, base.termination)
+        m = rr.MDP(
+            base.transitions, jax.numpy.asarray(reward), base.discount, base.complement, base.initial, base.termination
+        )
         good = rr.alpha(alpha=1.5, beta=np.full(5, 3.0), prior=CASE.prior)
         leaves = {f: getattr(good, f) for f in good.__dataclass_fields__}
         return solve(m, type(good)(**{**leaves, "beta": jax.numpy.asarray(beta)}), solver, tol=1e-9, init=init)
@@ -171,7 +179,13 @@ def test_a_hard_lane_changes_no_other_bit(solver):
     case = linked()
 
     def run(discount):
-        return solve(case.mdp(np.array([0.9, discount, 0.5])), rr.kl(beta=np.full(3, 5.0), prior=case.prior), solver, tol=1e-6, max_steps=3000)
+        return solve(
+            case.mdp(np.array([0.9, discount, 0.5])),
+            rr.kl(beta=np.full(3, 5.0), prior=case.prior),
+            solver,
+            tol=1e-6,
+            max_steps=3000,
+        )
 
     easy, hard = run(0.8), run(0.999)
     assert int(hard.steps[1]) > int(easy.steps[1])
@@ -183,7 +197,11 @@ def test_a_hard_lane_changes_no_other_bit(solver):
 def test_a_failing_lane_is_named():
     case = linked()
     sol = solve(
-        case.mdp(np.array([0.5, 0.9999])), rr.kl(beta=np.full(2, 5.0), prior=case.prior), rr.ValueIteration(), tol=1e-6, max_steps=100
+        case.mdp(np.array([0.5, 0.9999])),
+        rr.kl(beta=np.full(2, 5.0), prior=case.prior),
+        rr.ValueIteration(),
+        tol=1e-6,
+        max_steps=100,
     )
     assert np.asarray(sol.status).tolist() == [rr.Status.CONVERGED, rr.Status.MAX_STEPS]
     with pytest.raises(rr.SolveError, match="1") as failure:

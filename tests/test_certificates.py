@@ -84,7 +84,9 @@ def test_a_tampered_value_is_flagged_and_still_enclosed(small, size):
     with pytest.raises(rr.SolveError):
         certificate.raise_if_loose(1e-6)
     truth = np.asarray(sol.value)
-    assert (np.asarray(certificate.lower) <= truth + 1e-10).all() and (truth <= np.asarray(certificate.upper) + 1e-10).all()
+    assert (np.asarray(certificate.lower) <= truth + 1e-10).all() and (
+        truth <= np.asarray(certificate.upper) + 1e-10
+    ).all()
     assert (np.asarray(certificate.upper) - np.asarray(certificate.lower)).max() > 1e-4
 
 

@@ -73,7 +73,9 @@ def test_oracle_matches_decimal_arithmetic():
             row = rng.integers(len(Q), size=3)
             value, policy = oracle.best_response(alpha, beta, PRIOR[row], Q[row])
             primal = (policy * Q[row]).sum(-1) - oracle.divergence(np.full(3, alpha), PRIOR[row], policy) / beta
-            exact = [float(oracle.exact_conjugate(alpha, beta, p, q, 36)) for p, q in zip(PRIOR[row], Q[row], strict=True)]
+            exact = [
+                float(oracle.exact_conjugate(alpha, beta, p, q, 36)) for p, q in zip(PRIOR[row], Q[row], strict=True)
+            ]
             scale = np.abs(np.where(PRIOR > 0, Q, 0)).max(-1)[row] + 1 / beta
             np.testing.assert_array_less(np.abs(value - exact) / scale, 2e-14)
             np.testing.assert_array_less(np.abs(primal - exact) / scale, 2e-14)
@@ -98,13 +100,21 @@ def test_oracle_closed_forms():
         3.0: ((policy**3 / prior**2).sum(-1) - 1) / 6,
     }
     for alpha, expected in table.items():
-        np.testing.assert_allclose(oracle.divergence(np.full(50, alpha), prior, policy), expected, rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(
+            oracle.divergence(np.full(50, alpha), prior, policy), expected, rtol=1e-10, atol=1e-13
+        )
 
 
 def test_conjugate_matches_oracle(answers, truth):
     error = np.abs(answers[0] - truth[0]) / SCALE
     worst = np.unravel_index(error.argmax(), error.shape)
-    assert error.max() <= 1e-13, (error.max(), LANES["alpha"][worst[0]], LANES["beta"][worst[0]], Q[worst[1]], PRIOR[worst[1]])
+    assert error.max() <= 1e-13, (
+        error.max(),
+        LANES["alpha"][worst[0]],
+        LANES["beta"][worst[0]],
+        Q[worst[1]],
+        PRIOR[worst[1]],
+    )
 
 
 def test_policy_is_a_distribution_on_the_prior_support(answers):
@@ -292,7 +302,9 @@ def test_masking_is_deleting(answers):
 
 def test_a_single_action_costs_nothing(answers):
     single = PRIOR.max(-1) == 1
-    np.testing.assert_allclose(answers[0][:, single], np.broadcast_to(Q[single, 4], answers[0][:, single].shape), rtol=1e-15)
+    np.testing.assert_allclose(
+        answers[0][:, single], np.broadcast_to(Q[single, 4], answers[0][:, single].shape), rtol=1e-15
+    )
     assert (answers[2][:, single] == 0).all() and (answers[3][:, single] == 0).all()
     np.testing.assert_array_equal(answers[1][:, single], np.broadcast_to(PRIOR[single], answers[1][:, single].shape))
 
@@ -307,7 +319,9 @@ def test_shift_and_scale(answers):
 
 def test_gradient_of_the_conjugate_is_the_policy(answers):
     """Danskin, through whatever iteration finds the normaliser."""
-    gradient = jax.jit(jax.grad(lambda q, reg: reg.conjugate(q).sum()))(np.array(np.broadcast_to(Q, SHAPE)), regulariser())
+    gradient = jax.jit(jax.grad(lambda q, reg: reg.conjugate(q).sum()))(
+        np.array(np.broadcast_to(Q, SHAPE)), regulariser()
+    )
     np.testing.assert_allclose(np.asarray(gradient), answers[1], atol=1e-12)
 
 
@@ -333,7 +347,9 @@ def test_forms_of_the_prior():
             with np.errstate(divide="ignore"):
                 log_prior = np.log(prior)
             direct, logarithmic = factory(beta=beta, prior=prior), factory(beta=beta, log_prior=log_prior)
-            np.testing.assert_allclose(np.asarray(direct.conjugate(q)), np.asarray(logarithmic.conjugate(q)), rtol=1e-14)
+            np.testing.assert_allclose(
+                np.asarray(direct.conjugate(q)), np.asarray(logarithmic.conjugate(q)), rtol=1e-14
+            )
             np.testing.assert_allclose(np.asarray(direct.argmax(q)), np.asarray(logarithmic.argmax(q)), atol=1e-13)
     far = rr.kl(beta=1.0, log_prior=np.array([0.0, -1000.0]))
     np.testing.assert_allclose(np.asarray(far.conjugate(np.array([0.0, 2000.0]))), 1000.0, rtol=1e-14)

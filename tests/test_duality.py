@@ -116,7 +116,10 @@ def test_generalisation_guarantee(random_policies):
     reward = np.where(PRIOR > 0, CASES.reward[:, None], 0)
     regularised = returns(reward, random_policies) - (
         oracle.occupancy(
-            CASES.P[:, None], np.broadcast_to(CASES.initial[:, None], ALLOWED.shape[:-1]), np.full(8, DISCOUNT), random_policies
+            CASES.P[:, None],
+            np.broadcast_to(CASES.initial[:, None], ALLOWED.shape[:-1]),
+            np.full(8, DISCOUNT),
+            random_policies,
         ).sum(-1)
         * price(random_policies)
     ).sum(-1)
@@ -158,7 +161,9 @@ def test_indifference_and_complementary_slackness(solved):
     """r - dr + g P V = V on the support; off it the action is no better; dr from Q - V equals dr from the policy."""
     v, policy, dr, q = (solved[k] for k in ("value", "policy", "perturbation", "q"))
     support = policy > 0
-    backed_up = np.where(ALLOWED, CASES.reward[:, None], 0) + DISCOUNT * np.einsum("mxsat,mlt->mlsa", CASES.P[:, None], v)
+    backed_up = np.where(ALLOWED, CASES.reward[:, None], 0) + DISCOUNT * np.einsum(
+        "mxsat,mlt->mlsa", CASES.P[:, None], v
+    )
     np.testing.assert_allclose((backed_up - dr - v[..., None])[support], 0, atol=1e-10)
     assert ((backed_up - dr - v[..., None])[ALLOWED] <= 1e-10).all()
     worst = np.asarray(worst_case(REG, policy))
@@ -244,7 +249,9 @@ def test_permutations_of_states_and_actions():
     s, a = rng.permutation(STATES), rng.permutation(ACTIONS)
 
     def shuffle(c):
-        return Case(c.name, c.P[s][:, a][..., s], c.reward[s][:, a], c.termination[s][:, a], c.initial[s], c.prior[s][:, a])
+        return Case(
+            c.name, c.P[s][:, a][..., s], c.reward[s][:, a], c.termination[s][:, a], c.initial[s], c.prior[s][:, a]
+        )
 
     v, policy, dr = transformed(shuffle)
     np.testing.assert_allclose(v[1], v[0][:, s], atol=1e-9)
@@ -306,9 +313,7 @@ def test_homogeneity(dtype):
     base = garnet_case(1)
     k = 2.0 ** np.array([-26, -10, 0, 10, 26])
     rewards = (base.reward * k[:, None, None, None]).astype(dtype)
-    m = rr.mdp(
-        rr.Dense(base.P.astype(dtype)), rewards, DISCOUNT, initial=base.initial.astype(dtype), termination=None
-    )
+    m = rr.mdp(rr.Dense(base.P.astype(dtype)), rewards, DISCOUNT, initial=base.initial.astype(dtype), termination=None)
     beta = (BETA / k)[:, None].astype(dtype)
     reg = rr.alpha(alpha=np.tile(ALPHA.astype(dtype), (5, 1)), beta=beta, prior=base.prior.astype(dtype))
     sol = solve(m, reg)
@@ -328,7 +333,13 @@ def test_nominal_return_and_price():
     keep = (index["discount"] == 0.99) & (index["beta"] == 10) & (np.abs(index["alpha"]) <= 3)
     alpha, beta = index["alpha"][keep], index["beta"][keep]
     sol = solve(
-        rr.mdp(rr.Dense(cases.P[:, None]), cases.reward[:, None], 0.99, initial=cases.initial[:, None], termination=cases.termination[:, None]),
+        rr.mdp(
+            rr.Dense(cases.P[:, None]),
+            cases.reward[:, None],
+            0.99,
+            initial=cases.initial[:, None],
+            termination=cases.termination[:, None],
+        ),
         rr.alpha(alpha=alpha, beta=beta, prior=cases.prior[:, None]),
         tol=1e-9,
     )

@@ -56,13 +56,9 @@ def test_row_sum_names_the_first_row_and_the_remedy():
     P = kernel()
     P[3, 1] *= 0.9987
     P[4, 2] *= 0.5
-    with refused(
-        "transitions[s=3, a=1] sum to 0.9987, not 1 (tolerance 1e-10 for float64); renormalise, or pass n"
-    ):
+    with refused("transitions[s=3, a=1] sum to 0.9987, not 1 (tolerance 1e-10 for float64); renormalise, or pass n"):
         build(P)
-    with refused(
-        "transitions[s=3, a=1] sum to 0.9987, not 1 (tolerance 1e-6 for float32); renormalise, or pass n"
-    ):
+    with refused("transitions[s=3, a=1] sum to 0.9987, not 1 (tolerance 1e-6 for float32); renormalise, or pass n"):
         build(P.astype(np.float32))
 
 
@@ -80,9 +76,7 @@ def test_tolerance_depends_on_the_precision_of_the_data():
     with refused("transitions[s=0, a=0] sum to 1.00000001, not 1"):
         build(changed(P, (0, 0, 0), P[0, 0, 0] + 1e-8))
     build(changed(P.astype(np.float32), (0, 0, 0), np.float32(P[0, 0, 0] + 2e-7)))
-    build(
-        [[row for row in state] for state in P.astype(np.float32)]
-    )  # a list of float32 rows is float32 data
+    build([[row for row in state] for state in P.astype(np.float32)])  # a list of float32 rows is float32 data
 
 
 def test_row_sum_against_termination():
@@ -139,9 +133,7 @@ def test_infinite_probability():
 def test_layout_is_never_guessed():
     P = kernel(states=4, actions=4)
     reward = np.ones((4, 4))
-    with refused(
-        "(4, 4, 4) with S == A", "tell [S, A, S] from [A, S, S]", 'pass layout="sas" or layout="ass"'
-    ):
+    with refused("(4, 4, 4) with S == A", "tell [S, A, S] from [A, S, S]", 'pass layout="sas" or layout="ass"'):
         rr.mdp(P, reward, 0.9)
     sas, ass = rr.mdp(P, reward, 0.9, layout="sas"), rr.mdp(P.swapaxes(0, 1), reward, 0.9, layout="ass")
     np.testing.assert_array_equal(sas.transitions.probabilities, ass.transitions.probabilities)
@@ -165,9 +157,7 @@ def test_layout_that_only_fits_the_other():
 def test_transition_shapes():
     with refused("transitions has shape (5, 5); expected [S, A, S]", 'layout="ass"'):
         build(np.eye(5))
-    with refused(
-        "transitions has shape (5, 3, 4); expected [S, A, S]", "one row of S probabilities per (s, a)"
-    ):
+    with refused("transitions has shape (5, 3, 4); expected [S, A, S]", "one row of S probabilities per (s, a)"):
         build(kernel()[..., :4])
     with refused("transitions has shape (0, 3, 0)", "none empty"):
         build(np.zeros((0, 3, 0)))
@@ -184,15 +174,11 @@ def test_transitions_that_are_no_array():
 
 def test_successor_indices():
     indices, p = np.zeros((S, A, 2), np.int32), np.full((S, A, 2), 0.5)
-    with refused(
-        "transitions.indices[s=1, a=2, k=1] is 5; successors are 0..4; pad a row with index 0 and prob"
-    ):
+    with refused("transitions.indices[s=1, a=2, k=1] is 5; successors are 0..4; pad a row with index 0 and prob"):
         build(rr.Successors(changed(indices, (1, 2, 1), 5), p))
     with refused("transitions.indices[s=1, a=2, k=0] is -1"):
         build(rr.Successors(changed(indices, (1, 2, 0), -1), p))
-    with refused(
-        "transitions.indices has dtype float64; successors are state numbers: use int32", error=TypeError
-    ):
+    with refused("transitions.indices has dtype float64; successors are state numbers: use int32", error=TypeError):
         build(rr.Successors(indices.astype(float), p))
     with refused("transitions.indices has shape (5, 3); expected [S, A, K]"):
         build(rr.Successors(indices[..., 0], p))
@@ -235,9 +221,7 @@ def test_matrix_free():
 
 
 def test_reward_shapes():
-    with refused(
-        "reward has shape (3, 5); expected [*B, S, A] = [*B, 5, 3]; it looks transposed: pass reward.T"
-    ):
+    with refused("reward has shape (3, 5); expected [*B, S, A] = [*B, 5, 3]; it looks transposed: pass reward.T"):
         build(reward=REWARD.T)
     with refused("reward has shape (3,); expected [*B, S, A]", "also accepted: [S], and [S, A, S]"):
         build(reward=np.ones(A))
@@ -282,9 +266,7 @@ def test_termination():
 def test_initial():
     with refused("initial has shape (4,); expected [*B, S] = [*B, 5]; a distribution over states, or None"):
         build(initial=np.full(4, 0.25))
-    with refused(
-        "initial sums to 2, not 1 (tolerance 1e-10 for float64); divide by the sum, or pass normalise=True"
-    ):
+    with refused("initial sums to 2, not 1 (tolerance 1e-10 for float64); divide by the sum, or pass normalise=True"):
         build(initial=np.full(S, 0.4))
     with refused("initial[lane=1] sums to 0, not 1"):
         build(initial=np.stack([np.full(S, 1 / S), np.zeros(S)]), normalise=True)
@@ -421,9 +403,7 @@ def test_gymnasium_without_a_model_or_not_installed(monkeypatch):
 
 
 def test_what_cannot_be_saved(tmp_path):
-    with refused(
-        "cannot save dict; pass one of: MDP, Solution, Dense, Successors, KL, Alpha", error=TypeError
-    ):
+    with refused("cannot save dict; pass one of: MDP, Solution, Dense, Successors, KL, Alpha", error=TypeError):
         rr.save(tmp_path / "x", {})
     P = jnp.asarray(kernel())
     m = build(rr.MatrixFree(lambda v: P @ v, n_states=S, n_actions=A))

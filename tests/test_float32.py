@@ -38,7 +38,12 @@ def problems():
     index = lanes(alpha=(-1.0, 0.5, 1.0, 1.5, 3.0), discount=DISCOUNTS)
     beta = np.float32(10.0 ** rng.uniform(-2, 3, (len(cases.P), index["alpha"].size)))
     value, policy = oracle.solve(
-        cases.P[:, None], cases.reward[:, None], index["discount"], index["alpha"], beta.astype(float), cases.prior[:, None]
+        cases.P[:, None],
+        cases.reward[:, None],
+        index["discount"],
+        index["alpha"],
+        beta.astype(float),
+        cases.prior[:, None],
     )
     return cases, index, beta, value, policy
 
@@ -128,7 +133,12 @@ def test_dtype_follows_the_inputs():
     assert m.dtype == np.float32 and m.reward.dtype == np.float32
     reg = rr.alpha(alpha=np.float32(1.5), beta=np.float32(2.0), prior=case.prior.astype(np.float32))
     truth, _ = oracle.solve(case.P, case.reward, 0.9, 1.5, 2.0, case.prior)
-    for solver in (rr.ValueIteration(), rr.ModifiedPolicyIteration(steps=5), rr.Newton(linear="krylov"), rr.Anderson(history=5)):
+    for solver in (
+        rr.ValueIteration(),
+        rr.ModifiedPolicyIteration(steps=5),
+        rr.Newton(linear="krylov"),
+        rr.Anderson(history=5),
+    ):
         sol = solve(m, reg, solver, tol=1e-4)
         sol.raise_if_failed()
         assert sol.value.dtype == sol.lower.dtype == sol.policy.dtype == np.float32

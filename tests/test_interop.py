@@ -23,10 +23,7 @@ gymnasium = pytest.importorskip("gymnasium")
 def optimum(table, discount, sweeps):
     """Unregularised value iteration on the table itself, entry by entry as Gymnasium steps through it."""
     n = len(table)
-    steps = [
-        [np.array([(p, t, r, end) for p, t, r, end in table[s][a]], float) for a in table[s]]
-        for s in range(n)
-    ]
+    steps = [[np.array([(p, t, r, end) for p, t, r, end in table[s][a]], float) for a in table[s]] for s in range(n)]
     width = max(len(x) for actions in steps for x in actions)
     padded = np.zeros((n, len(steps[0]), width, 4))
     for s, actions in enumerate(steps):
@@ -72,9 +69,7 @@ def test_environments(name):
     rows = np.asarray(m.transitions.probabilities).sum(-1)
     np.testing.assert_allclose(rows, 1 - np.asarray(m.termination), rtol=1e-15, atol=1e-15)
     np.testing.assert_allclose(m.initial, env.unwrapped.initial_state_distrib, rtol=1e-14)
-    np.testing.assert_allclose(
-        optimum_of(m, 200), optimum(env.unwrapped.P, 0.95, 200), rtol=1e-12, atol=1e-13
-    )
+    np.testing.assert_allclose(optimum_of(m, 200), optimum(env.unwrapped.P, 0.95, 200), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize(("name", "value"), [("Taxi-v4", 6.3274643), ("CliffWalking-v1", -12.2478977)])
@@ -119,24 +114,17 @@ def test_by_name():
 def test_observation_space_must_agree():
     env = make("FrozenLake-v1").unwrapped
     del env.P[15]
-    with pytest.raises(
-        ValueError, match="P lists 15 states, observation_space 16; give every state its actions"
-    ):
+    with pytest.raises(ValueError, match="P lists 15 states, observation_space 16; give every state its actions"):
         rr.from_gymnasium(env)
 
 
 # ---- SciPy
 
 
-@pytest.mark.parametrize(
-    "form", ["csr_matrix", "csr_array", "csc_array", "coo_matrix", "lil_array", "dok_matrix"]
-)
+@pytest.mark.parametrize("form", ["csr_matrix", "csr_array", "csc_array", "coo_matrix", "lil_array", "dok_matrix"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_scipy_formats(form, dtype):
-    P = (
-        np.eye(4)[[[1, 2], [0, 3], [3, 3], [0, 0]]] * 0.75
-        + np.eye(4)[[[0, 0], [0, 1], [3, 2], [0, 1]]] * 0.25
-    )
+    P = np.eye(4)[[[1, 2], [0, 3], [3, 3], [0, 0]]] * 0.75 + np.eye(4)[[[0, 0], [0, 1], [3, 2], [0, 1]]] * 0.25
     matrices = [getattr(sparse, form)(P[:, a].astype(dtype)) for a in range(2)]
     kernel = interop.from_scipy(matrices)
     assert kernel.dtype == dtype and kernel.indices.shape == (4, 2, 2)
@@ -152,9 +140,7 @@ def test_scipy_formats(form, dtype):
 def objects():
     """One of each kind that a file can hold."""
     m = problems.grid_world(["S.~", "..G"], np.array([0.5, 0.9]))
-    ends = rr.mdp(
-        rr.Dense(0.5 * np.ones((3, 2, 3)) / 3), np.ones((3, 2)), 0.9, termination=np.full((3, 2), 0.5)
-    )
+    ends = rr.mdp(rr.Dense(0.5 * np.ones((3, 2, 3)) / 3), np.ones((3, 2)), 0.9, termination=np.full((3, 2), 0.5))
     reg = rr.alpha(alpha=2.0, beta=np.array([1.0, 3.0]), prior=np.array([0.5, 0.25, 0.25, 0.0]))
     scaled = rr.kl(beta=1.0, state_scale=np.ones(6))
     return {
@@ -213,5 +199,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_float64_file_without_x64(tmp_path):
     path = rr.save(tmp_path / "x", problems.chain())
-    with jax.enable_x64(False):
+    jax.config.update("jax_enable_x64", False)
+    try:
         assert rr.load(path).dtype == np.float32
+    finally:
+        jax.config.update("jax_enable_x64", True)

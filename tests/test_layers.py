@@ -48,7 +48,15 @@ def imported_modules(tree):
 def test_the_parser_sees_every_form_of_import():
     source = "import robustreg.mdp\nfrom robustreg import solve\nfrom robustreg.linear import x\nfrom . import mdp\nfrom .game import y"
     source += "\nimport robustreg\nfrom robustreg import __version__\nimport numpy\nfrom jax import numpy as jnp"
-    assert list(imported_modules(ast.parse(source))) == ["mdp", "solve", "linear", "mdp", "game", "__init__", "__init__"]
+    assert list(imported_modules(ast.parse(source))) == [
+        "mdp",
+        "solve",
+        "linear",
+        "mdp",
+        "game",
+        "__init__",
+        "__init__",
+    ]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -59,7 +67,9 @@ def test_imports_point_down(module):
         if other == "__init__":
             assert module in TOP, f"{module} imports the package itself"
         else:
-            assert LAYER[other] < LAYER[module], f"{module} (layer {LAYER[module]}) imports {other} (layer {LAYER[other]})"
+            assert LAYER[other] < LAYER[module], (
+                f"{module} (layer {LAYER[module]}) imports {other} (layer {LAYER[other]})"
+            )
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in TOP])

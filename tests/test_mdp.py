@@ -74,9 +74,7 @@ def test_sparse_entries_accumulate_and_rows_are_short():
 def test_forms_of_reward(transitions):
     per_successor = RNG.normal(size=(S, A, S))
     expected = (P * per_successor).sum(-1)
-    np.testing.assert_allclose(
-        rr.mdp(transitions, per_successor, 0.9).reward, expected, rtol=1e-13, atol=1e-15
-    )
+    np.testing.assert_allclose(rr.mdp(transitions, per_successor, 0.9).reward, expected, rtol=1e-13, atol=1e-15)
     np.testing.assert_array_equal(rr.mdp(transitions, REWARD[:, 0], 0.9).reward, np.tile(REWARD[:, :1], A))
     np.testing.assert_array_equal(rr.mdp(transitions, REWARD.tolist(), 0.9).reward, REWARD)
     batch = np.stack([REWARD, -REWARD])
@@ -165,10 +163,7 @@ def test_dtype_follows_the_arrays_and_scalars_follow_them():
     assert rr.mdp(p32, REWARD.tolist(), 0.9).dtype == np.float32
     assert rr.mdp(p32, REWARD, 0.9).dtype == np.float64
     assert rr.mdp(p32, r32, np.array([0.5, 0.9])).dtype == np.float64
-    assert (
-        rr.mdp(np.tile(np.eye(S)[:, None], (1, A, 1)).astype(int), np.ones((S, A), int), 0).dtype
-        == np.float64
-    )
+    assert rr.mdp(np.tile(np.eye(S)[:, None], (1, A, 1)).astype(int), np.ones((S, A), int), 0).dtype == np.float64
     half = np.tile(np.eye(S)[:, None], (1, A, 1)).astype(jnp.bfloat16)
     assert rr.mdp(half, r32.astype(jnp.bfloat16), 0.5).dtype == np.float32
     sparse32 = [sparse.csr_array(p32[:, a]) for a in range(A)]
@@ -197,11 +192,19 @@ def test_complement_comes_from_double_precision():
     assert rr.mdp(p32, r32, rounded).complement == 1 - rounded
 
 
+@pytest.fixture
+def without_x64():
+    """JAX's default configuration, for one test."""
+    jax.config.update("jax_enable_x64", False)
+    yield
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.mark.usefixtures("without_x64")
 def test_precision_without_x64():
-    with jax.enable_x64(False):
-        m = rr.mdp(P, REWARD, 0.9999)
-        assert {leaf.dtype for leaf in jax.tree.leaves(m)} == {np.dtype(np.float32)}
-        assert m.complement == np.float32(1e-4)
+    m = rr.mdp(P, REWARD, 0.9999)
+    assert {leaf.dtype for leaf in jax.tree.leaves(m)} == {np.dtype(np.float32)}
+    assert m.complement == np.float32(1e-4)
 
 
 # ---- transformations
@@ -212,9 +215,7 @@ def test_under_jit_vmap_and_grad(form):
     def build(transitions, reward, discount, initial, ends):
         return rr.mdp(transitions, reward, discount, initial, ends)
 
-    transitions = jax.tree.map(
-        lambda p: p if p.dtype == np.int32 else p * (1 - ENDS)[..., None], FORMS[form][0]
-    )
+    transitions = jax.tree.map(lambda p: p if p.dtype == np.int32 else p * (1 - ENDS)[..., None], FORMS[form][0])
     plain = build(transitions, REWARD, 0.9, np.eye(S)[0], ENDS)
     traced = jax.jit(build)(transitions, REWARD, 0.9, np.eye(S)[0], ENDS)
     chex.assert_trees_all_close(plain, traced, rtol=1e-14)

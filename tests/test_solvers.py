@@ -42,7 +42,10 @@ def check(sol, value, tol, where=""):
     lower, upper, answer = (np.asarray(x) for x in (sol.lower, sol.upper, sol.value))
     tol = np.broadcast_to(tol, status.shape)[..., None]
     assert (status == rr.Status.CONVERGED).all(), (where, np.argwhere(status != 0)[:5], status[status != 0][:5])
-    assert (lower <= value).all() and (value <= upper).all(), (where, np.argwhere((lower > value) | (value > upper))[:5])
+    assert (lower <= value).all() and (value <= upper).all(), (
+        where,
+        np.argwhere((lower > value) | (value > upper))[:5],
+    )
     assert (upper - lower <= 2 * tol * (1 + 1e-12)).all(), where
     assert (np.abs(answer - value) <= tol).all(), where
     assert (lower <= answer).all() and (answer <= upper).all(), where

@@ -60,7 +60,9 @@ def test_push_is_the_transpose_of_a_matrix_free_expect(vectors):
         rr.MatrixFree(lambda v: P @ v, n_states=STATES, n_actions=ACTIONS),
     ):
         np.testing.assert_allclose(np.asarray(transitions.expect(vectors[0])), P @ vectors[0], atol=1e-14)
-        np.testing.assert_allclose(np.asarray(transitions.push(vectors[1])), np.einsum("sat,sa->t", P, vectors[1]), atol=1e-14)
+        np.testing.assert_allclose(
+            np.asarray(transitions.push(vectors[1])), np.einsum("sat,sa->t", P, vectors[1]), atol=1e-14
+        )
 
 
 def test_padding_is_inert(vectors):
@@ -69,7 +71,9 @@ def test_padding_is_inert(vectors):
     indices, probabilities = np.asarray(tight.indices), np.asarray(tight.probabilities)
     pad = np.random.default_rng(3).integers(0, STATES, (STATES, ACTIONS, 5)).astype(np.int32)
     padded = rr.Successors(np.concatenate([indices, pad], -1), np.concatenate([probabilities, 0.0 * pad], -1))
-    split = rr.Successors(np.concatenate([indices, indices], -1), np.concatenate([probabilities, probabilities], -1) / 2)
+    split = rr.Successors(
+        np.concatenate([indices, indices], -1), np.concatenate([probabilities, probabilities], -1) / 2
+    )
     for x, name in zip(vectors, ("expect", "push"), strict=True):
         expected = np.asarray(getattr(tight, name)(x))
         np.testing.assert_array_equal(np.asarray(getattr(padded, name)(x)), expected)
