@@ -13,6 +13,7 @@ per state. The reference policy (prior) is kept as logarithms; a prior of 0 mask
 methods act on the last axis of `[*B, ..., A]`; the regulariser's own batch axes lead.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -124,8 +125,7 @@ class Regulariser:
         Returns:
             `Omega(p) = D[p0 : p]/beta` in reward units, `[*B, ...]`; non-negative, 0 at the prior.
         """
-        bound, policy = self._public(policy)
-        return bound._value(policy)
+        return _act(self, policy, "_value")
 
     def conjugate(self, q: ArrayLike) -> Array:
         """Regularised maximum.
@@ -136,8 +136,7 @@ class Regulariser:
         Returns:
             `max_p <p, q> - Omega(p)`, `[*B, ...]`.
         """
-        bound, q = self._public(q)
-        return bound._maximiser(q)[0]
+        return _act(self, q, "_maximiser")[0]
 
     def argmax(self, q: ArrayLike) -> Array:
         """Regularised greedy policy, the gradient of `conjugate`.
@@ -148,13 +147,18 @@ class Regulariser:
         Returns:
             the maximiser, `[*B, ..., A]`.
         """
-        bound, q = self._public(q)
-        return jnp.moveaxis(bound._maximiser(q)[1], 0, -1)
+        return jnp.moveaxis(_act(self, q, "_maximiser")[1], 0, -1)
 
     def worst_case(self, policy: ArrayLike) -> Array:
         """Perturbation that hurts a policy the most within the robust set; see `adversary.worst_case`."""
-        bound, policy = self._public(policy)
-        return jnp.moveaxis(bound._worst_case(policy), 0, -1)
+        return jnp.moveaxis(_act(self, policy, "_worst_case"), 0, -1)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
+    """A kernel on an array in the public layout, as one compiled program."""
+    bound, x = reg._public(x)
+    return getattr(bound, method)(x)
 
 
 @_tree.dataclass
@@ -265,11 +269,10 @@ def alpha(
 
 def _array(x: ArrayLike) -> Array:
     """An array of explicit floating dtype: a weakly typed leaf would compile anew."""
-    dtype = jnp.result_type(x)
-    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        dtype = jnp.result_type(float)
-    return jnp.asarray(x, dtype)
+        return jnp.asarray(x, jnp.result_type(float))
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.asarray(x, jnp.result_type(x.dtype if floating else float))
 
 
 def _refuse(name: str, x: Array, bad: Any, rule: str) -> None:

@@ -212,7 +212,7 @@ def _least_squares(columns: Array, b: Array) -> Array:
     eye = jnp.eye(columns.shape[0], dtype=b.dtype)
     # An empty column has no length; a one on its diagonal leaves it out.
     empty = jnp.moveaxis(length[:, 0] == 0, 0, -1)
-    gram = gram + (ridge + empty)[..., None] * eye.reshape((1,) * (gram.ndim - 2) + eye.shape)
+    gram = gram + jnp.where(empty, 1.0, ridge)[..., None] * eye.reshape((1,) * (gram.ndim - 2) + eye.shape)
     weights = jnp.moveaxis(jnp.linalg.solve(gram, right[..., None])[..., 0], -1, 0)
     return weights / jnp.where(length[:, 0] > 0, length[:, 0], 1)
 

@@ -61,8 +61,7 @@ class Transitions:
         Returns:
             `sum_{s'} P(s' | s, a) v(s')`, `[*B, S, A]`.
         """
-        v, batch_ndim = self._lanes(v, 1)
-        return _tree.batch_first(self.bind(batch_ndim, v.dtype)._expect(v), 2)
+        return _expect(self, v)
 
     def push(self, mu: Array) -> Array:
         """Mass after one step, the transpose of `expect`.
@@ -73,8 +72,7 @@ class Transitions:
         Returns:
             `sum_{s,a} mu(s, a) P(s' | s, a)`, `[*B, S]`.
         """
-        mu, batch_ndim = self._lanes(mu, 2)
-        return _tree.batch_first(self.bind(batch_ndim, mu.dtype)._push(mu), 1)
+        return _push(self, mu)
 
     def _lanes(self, x: Array, core_ndim: int) -> tuple[Array, int]:
         x = jnp.asarray(x)
@@ -84,6 +82,18 @@ class Transitions:
         batch = np.broadcast_shapes(x.shape[: x.ndim - core_ndim], self.batch_shape)
         x = jnp.broadcast_to(x, batch + core)
         return _tree.lanes_last(x, len(batch), core_ndim), len(batch)
+
+
+@jax.jit
+def _expect(transitions: Transitions, v: Array) -> Array:
+    v, batch_ndim = transitions._lanes(v, 1)
+    return _tree.batch_first(transitions.bind(batch_ndim, v.dtype)._expect(v), 2)
+
+
+@jax.jit
+def _push(transitions: Transitions, mu: Array) -> Array:
+    mu, batch_ndim = transitions._lanes(mu, 2)
+    return _tree.batch_first(transitions.bind(batch_ndim, mu.dtype)._push(mu), 1)
 
 
 @_tree.dataclass

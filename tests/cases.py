@@ -7,6 +7,7 @@ problem is the same problem. There are 12 states and 4 actions, never as many st
 import functools
 from dataclasses import dataclass, replace
 
+import jax
 import numpy as np
 import oracle
 
@@ -233,6 +234,8 @@ def lanes(**values):
 
 # Strengths and discounts that go together in the suite below: weak and strong, quick and slow, nearly undiscounted.
 PAIRS = ((1e-3, 0.9), (0.3, 0.99), (10.0, 0.99), (1e4, 0.999), (1.0, 0.9999), (3.0, 1 - 1e-6))
+# Stacks are [9, 1] and lanes come in chunks of this many, so that one compiled program serves most tests.
+STACK, LANES = 9, 24
 
 
 @functools.cache
@@ -246,10 +249,50 @@ def suite():
     cases = stack(all_cases())
     index = lanes(alpha=ALPHAS, pair=np.arange(len(PAIRS)))
     beta, discount = np.array(PAIRS)[index["pair"]].T
-    value, policy = oracle.solve(
-        cases.P[:, None], cases.reward[:, None], discount, index["alpha"], beta, cases.prior[:, None]
+    index = {"alpha": index["alpha"], "beta": beta, "discount": discount}
+    return cases, index, *truth(cases, index)
+
+
+def truth(cases, index):
+    """The oracle's value [M,L,S] and policy [M,L,S,A] of stacked cases in the given lanes."""
+    return oracle.solve(
+        cases.P[:, None], cases.reward[:, None], index["discount"], index["alpha"], index["beta"], cases.prior[:, None]
     )
-    return cases, {"alpha": index["alpha"], "beta": beta, "discount": discount}, value, policy
+
+
+def select(index, keep):
+    """Some of the lanes."""
+    return {name: values[keep] for name, values in index.items()}
+
+
+def problem(cases, index, kind="dense", dtype=np.float64, state_scale=None):
+    """Stacked cases [M,1] against lanes [L], as an MDP and a regulariser."""
+    P = cases.P[:, None].astype(dtype)
+    m = rr.mdp(
+        rr.Dense(P) if kind == "dense" else successors(P, dtype, STATES),
+        cases.reward[:, None].astype(dtype),
+        np.asarray(index["discount"], float),
+        initial=cases.initial[:, None].astype(dtype),
+        termination=cases.termination[:, None].astype(dtype),
+    )
+    alpha, beta = (np.asarray(index[name], dtype) for name in ("alpha", "beta"))
+    return m, rr.alpha(alpha=alpha, beta=beta, prior=cases.prior[:, None].astype(dtype), state_scale=state_scale)
+
+
+def solve(cases, index, solver=None, *, kind="dense", tol=None, init=None, max_steps=None):
+    """``rr.solve`` of stacked cases in any number of lanes, in chunks of one shape; fields are [M,L,...].
+
+    tol and init broadcast to [L] and [M,L,S].
+    """
+    count, width = len(index["alpha"]), len(cases.P)
+    chunks = []
+    for start in range(0, count, LANES):
+        pick = np.arange(start, start + LANES) % count
+        m, reg = problem(stack([cases.lane(i % width) for i in range(STACK)]), select(index, pick), kind)
+        goal = None if tol is None else np.broadcast_to(tol, count)[pick].astype(float)
+        first = None if init is None else np.broadcast_to(init, (width, count, STATES))[np.arange(STACK) % width][:, pick]
+        chunks.append(rr.solve(m, reg, solver, tol=goal, init=first, max_steps=max_steps))
+    return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:width, :count], *chunks)
 
 
 def size(reward, beta, value):
