@@ -164,6 +164,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     answer_h, answer_c = _recentre(state.h + d, c)
     step = solvers.Step(
         h=state.h,
+        c=c,
         residual=d,
         chain=bellman.chain(problem, policy),
         half_width=width,

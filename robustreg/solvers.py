@@ -29,7 +29,7 @@ class Step:
     """What a solver sees of the current iterate `V = h + c`; if no episode ends, `d` is centred and c adjusted.
 
     Attributes:
-        h: `[S, *B]`.
+        h, c: `[S, *B]`, `[*B]`.
         residual: `d = T V - V`, `[S, *B]`.
         chain: derivative of T at V.
         half_width: certified half-width of the error that `d` allows, `[*B]`, in reward units.
@@ -39,6 +39,7 @@ class Step:
     """
 
     h: Array
+    c: Array
     residual: Array
     chain: bellman.Chain
     half_width: Array
@@ -166,36 +167,27 @@ class Anderson:
 
     def init(self, h: Array) -> tuple[Array, ...]:
         """Past differences of values and residuals, the last of each, best half-width, its `T V`, steps since."""
-        past = jnp.zeros((self.history, *h.shape), h.dtype)
-        idle = jnp.zeros(h.shape[1:], jnp.int32)
-        return (
-            past,
-            past,
-            jnp.zeros_like(h),
-            jnp.zeros_like(h),
-            jnp.full(h.shape[1:], jnp.inf, h.dtype),
-            h,
-            idle,
-        )
+        past, lanes = jnp.zeros((self.history, *h.shape), h.dtype), h.shape[1:]
+        return past, past, h, h, jnp.full(lanes, jnp.inf, h.dtype), h, jnp.zeros(lanes, jnp.int32)
 
     def propose(self, step: Step, memory: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """The residual, less what the past differences explain of it; or the way back to the best value met."""
-        dh, dd, last_h, last_d, best, best_th, idle = memory
-        slots = jnp.arange(self.history, dtype=jnp.int32).reshape(-1, *[1] * step.h.ndim)
-        slot = (step.count % self.history)[None, None] == slots
+        dv, dd, last_v, last_d, best, best_tv, idle = memory
+        v, d = step.h + step.c[None], step.residual
         better = step.half_width < best
         idle = jnp.where(better, 0, idle + 1)
         failed = ~(step.half_width <= 1.5 * best) | (idle > 2 * self.history)
         fresh = (failed | (step.count == 0))[None, None]
-        dh = jnp.where(fresh, 0, jnp.where(slot, (step.h - last_h)[None], dh))
-        dd = jnp.where(fresh, 0, jnp.where(slot, (step.residual - last_d)[None], dd))
-        weights = _least_squares(dd, step.residual)
-        x = step.residual - jnp.sum(weights[:, None] * (dh + dd), axis=0)
-        x = jnp.where(jnp.all(jnp.isfinite(x), axis=0)[None], x, step.residual)
-        x = jnp.where(failed[None], best_th - step.h, x)
-        best_th = jnp.where(better[None], step.h + step.residual, best_th)
+        slots = jnp.arange(self.history, dtype=jnp.int32).reshape(-1, *[1] * v.ndim)
+        slot = (step.count % self.history)[None, None] == slots
+        dv = jnp.where(fresh, 0, jnp.where(slot, (v - last_v)[None], dv))
+        dd = jnp.where(fresh, 0, jnp.where(slot, (d - last_d)[None], dd))
+        x = d - jnp.sum(_least_squares(dd, d)[:, None] * (dv + dd), axis=0)
+        x = jnp.where(jnp.all(jnp.isfinite(x), axis=0)[None], x, d)
+        x = jnp.where(failed[None], best_tv - v, x)
+        best_tv = jnp.where(better[None], v + d, best_tv)
         best = jnp.where(better, step.half_width, best)
-        return x, (dh, dd, step.h, step.residual, best, best_th, jnp.where(failed, 0, idle))
+        return x, (dv, dd, v, d, best, best_tv, jnp.where(failed, 0, idle))
 
 
 def _least_squares(columns: Array, b: Array) -> Array:
