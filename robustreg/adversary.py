@@ -105,8 +105,8 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
         reward: another reward, `[*B, S, A]`, for example the deployed or the perturbed one.
 
     Returns:
-        `[*B, S]`, in reward units, to the working precision; NaN in lanes where that failed (overflow, or a chain on
-        which the linear solver stagnates).
+        `[*B, S]`, in reward units, to the working precision; NaN in lanes where that failed (input that is not
+        finite, overflow, or a certified error above half the digits).
     """
     policy = jnp.asarray(policy, mdp.dtype)
     if policy.shape[-2:] != (mdp.n_states, mdp.n_actions):
@@ -161,8 +161,11 @@ def _fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -
     tol, limit = jnp.full(problem.batch, -1, dtype), jnp.asarray(10_000, jnp.int32)
     start = jnp.zeros((problem.n_states, *problem.batch), dtype)
     loop = iterate(problem, solvers.automatic(problem), tol, limit, start)
-    failed = loop.status >= int(Status.NONFINITE_INPUT)
-    return _tree.batch_first(jnp.where(failed[None], jnp.nan, loop.h + loop.c[None]), 1)
+    value = loop.h + loop.c[None]
+    # No status goes with a bare value: one that missed half its digits must not pass for one that has them.
+    poor = loop.best > float(jnp.finfo(dtype).eps) ** 0.5 * jnp.max(jnp.abs(value), axis=0)
+    failed = (loop.status >= int(Status.NONFINITE_INPUT)) | ((loop.status != int(Status.CONVERGED)) & poor)
+    return _tree.batch_first(jnp.where(failed[None], jnp.nan, value), 1)
 
 
 def occupancy(mdp: MDP, policy: ArrayLike) -> Array:

@@ -173,7 +173,8 @@ class Anderson:
     def propose(self, step: Step, memory: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """The residual, less what the past differences explain of it; or the way back to the best value met."""
         dv, dd, last_v, last_d, best, best_tv, idle = memory
-        v, d = step.h + step.c[None], step.residual
+        # Constants matter if episodes end; if none does, they would only drown the digits of h.
+        v, d = (step.h + step.c[None] if step.chain.ends else step.h), step.residual
         better = step.half_width < best
         idle = jnp.where(better, 0, idle + 1)
         failed = ~(step.half_width <= 1.5 * best) | (idle > 2 * self.history)
