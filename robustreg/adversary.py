@@ -216,14 +216,12 @@ def _discounted(chain: bellman.Chain, initial: Array, problem: bellman.Lanes) ->
 
     def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, r, active, count = state
-        target = jnp.maximum(1e-3 * size(r), 0)
-        new = rescale(x + linear.bicgstab(chain.transpose, r, size, target, 500))
+        new = rescale(x + linear.bicgstab(chain.transpose, r, jnp.full_like(r[0], 1e-3), 500))
         new_r = residual(new)
         progress = active & (size(new_r) < 0.5 * size(r))
         accept = active & (size(new_r) < size(r))
         return jnp.where(accept[None], new, x), jnp.where(accept[None], new_r, r), progress, count + 1
 
-    start = jnp.broadcast_to((jnp.sum(initial, axis=0) / jnp.max(chain.leave, axis=0))[None] * 0, initial.shape)
     active = jnp.ones(initial.shape[1:], bool)
-    state = (start, initial, active, jnp.asarray(0, jnp.int32))
+    state = (jnp.zeros_like(initial), initial, active, jnp.asarray(0, jnp.int32))
     return lax.while_loop(better, improve, state)[0]

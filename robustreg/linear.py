@@ -21,12 +21,6 @@ from robustreg import bellman
 Operator = Callable[[Array], Array]
 
 
-def half_width(r: Array, ends: bool) -> Array:
-    """Half the spread of a residual, `[*B]`: times 1/(1-g) it bounds the error of x, up to a constant if none ends."""
-    low, high = bellman.extremes(r, ends)
-    return 0.5 * (high - low)
-
-
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
     """The first `terms` terms of the Neumann series of `(I - K)^{-1} b`, `[S, *B]`."""
     return lax.fori_loop(1, terms, lambda _, x: b + chain.apply(x), b)
@@ -41,8 +35,8 @@ def direct(chain: bellman.Chain, b: Array) -> Array:
     return jnp.moveaxis(x, -1, 0)
 
 
-def krylov(chain: bellman.Chain, b: Array, target: Array, max_steps: int) -> Array:
-    """`(I - K)^{-1} b` to a residual of half-width `target`, up to a constant if no episode ends.
+def krylov(chain: bellman.Chain, b: Array, reduction: Array, max_steps: int) -> Array:
+    """`(I - K)^{-1} b`, up to a constant if no episode ends, to a residual of `reduction` times that of x = 0.
 
     Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and never
     returns anything with a larger residual than that.
@@ -50,31 +44,27 @@ def krylov(chain: bellman.Chain, b: Array, target: Array, max_steps: int) -> Arr
     Args:
         chain: the operator.
         b: `[S, *B]`.
-        target: half-width of the residual to reach, `[*B]`.
+        reduction: `[*B]`, in the 2-norm.
         max_steps: cap on steps, of two products each.
     """
 
     def centre(x: Array) -> Array:
         return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
 
-    def measure(r: Array) -> Array:
-        return half_width(r, chain.ends)
-
-    return bicgstab(lambda x: centre(chain.apply(x)), centre(b), measure, target, max_steps)
+    return bicgstab(lambda x: centre(chain.apply(x)), centre(b), reduction, max_steps)
 
 
-def bicgstab(apply: Operator, b: Array, measure: Operator, target: Array, max_steps: int) -> Array:
+def bicgstab(apply: Operator, b: Array, reduction: Array, max_steps: int) -> Array:
     """Solve `(I - K) x = b` for each lane, where `apply(x) = K x`.
 
     Args:
         apply: the operator K on `[S, *B]`, each lane by itself.
         b: `[S, *B]`.
-        measure: size of a residual, `[S, *B] -> [*B]`; NaN marks a lane as lost.
-        target: `[*B]`, the size to reach.
+        reduction: `[*B]`, the 2-norm of the residual to reach, relative to that of b.
         max_steps: cap on steps, of two products each.
 
     Returns:
-        the best iterate met, by `measure`, `[S, *B]`; the first is `b`.
+        the best iterate met, `[S, *B]`; the first is `b`.
     """
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -86,25 +76,28 @@ def bicgstab(apply: Operator, b: Array, measure: Operator, target: Array, max_st
         w = _dot(t, s) / _dot(t, t)
         x = x + a[None] * p + w[None] * s
         r = s - w[None] * t
-        new_rho = _dot(shadow, r)
+        new_rho, size = _dot(shadow, r), _dot(r, r)
         p = r + (new_rho / rho * a / w)[None] * (p - w[None] * v)
-        size = measure(r)
-        # Breakdowns (a vanishing inner product) show as NaN or infinity here: the lane keeps its best and stops.
         better = ~done & (size < best)
         best_x = jnp.where(better[None], x, best_x)
         best = jnp.where(better, size, best)
-        done = done | (size <= target) | ~jnp.isfinite(size) | ~jnp.isfinite(new_rho)
+        # Breakdowns (a vanishing inner product) show as NaN or infinity here: the lane keeps its best and stops.
+        done = done | (size <= target) | ~jnp.isfinite(size + new_rho)
         return x, r, p, new_rho, best, best_x, done, count + 1
 
     def unfinished(state: tuple[Array, ...]) -> Array:
         return ~jnp.all(state[6]) & (state[7] < max_steps)
 
-    r = apply(b)
-    shadow = r
-    size = measure(r)
+    # Squares of the norm must neither overflow nor vanish, whatever the unit of the rewards.
+    scale = jnp.max(jnp.abs(b), axis=0)
+    scale = jnp.where(scale > 0, scale, 1)
+    b = b / scale[None]
+    target = reduction**2 * _dot(b, b)
+    shadow = apply(b)
+    size = _dot(shadow, shadow)
     done = (size <= target) | ~jnp.isfinite(size)
-    start = (b, r, r, _dot(r, r), size, b, done, jnp.asarray(0, jnp.int32))
-    return lax.while_loop(unfinished, step, start)[5]
+    start = (b, shadow, shadow, size, size, b, done, jnp.asarray(0, jnp.int32))
+    return scale[None] * lax.while_loop(unfinished, step, start)[5]
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -139,11 +139,10 @@ class Newton:
         forcing, last = memory
         floor = 10 * float(jnp.finfo(step.h.dtype).eps)
         forcing = jnp.where(step.half_width > 0.5 * last, jnp.maximum(0.1 * forcing, floor), forcing)
-        width = linear.half_width(step.residual, step.chain.ends)
         # The linear residual becomes the next residual of the equation, up to the change of policy: no use in making
         # it smaller than what the lane may stop on.
-        target = jnp.maximum(forcing, 0.25 * step.goal / step.half_width) * width
-        return linear.krylov(step.chain, step.residual, target, self.inner_steps), (forcing, step.half_width)
+        reduction = jnp.maximum(forcing, 0.25 * step.goal / step.half_width)
+        return linear.krylov(step.chain, step.residual, reduction, self.inner_steps), (forcing, step.half_width)
 
 
 @_tree.options
