@@ -127,7 +127,7 @@ def _evaluate(mdp: MDP, policy: Array, reg: Regulariser | None, reward: Array | 
     cost = jnp.zeros((1,) * (n + 1), mdp.dtype) if reg is None else problem.regulariser._value(p)
     # Actions never taken are masked: a perturbed reward may be infinite there.
     reward = problem.reward if reward is None else _tree.lanes_last(reward, n, 2)
-    fixed = _Fixed(p, cost, problem.regulariser.beta, jnp.where(p == 0, -jnp.inf, 0))
+    fixed = _Fixed(p, cost, problem.regulariser.beta, jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
     return _fixed_point(problem, fixed, reward)
 
 

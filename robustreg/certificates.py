@@ -26,12 +26,11 @@ from robustreg.solution import Solution, SolveError
 
 @_tree.dataclass
 class Certificate:
-    """What was proved, all `[*B, S]` and in reward units.
+    """What was proved, all `[*B, S]` and in reward units, `gap` included.
 
     Attributes:
         lower: the policy's guaranteed value is at least this, and V* is.
         upper: V* is at most this.
-        gap: `upper - lower`.
         indifference: largest `|r - dr + g P V - V|` over the support of the policy.
         slack: `-Omega*(dr)`, 0 at a worst case, negative where the perturbation is infeasible.
         consistency: bound on `|W - value|`, W the plain optimal value on `reward - dr`.
@@ -40,11 +39,15 @@ class Certificate:
 
     lower: Array
     upper: Array
-    gap: Array
     indifference: Array
     slack: Array
     consistency: Array
     rounding: Array
+
+    @property
+    def gap(self) -> Array:
+        """`upper - lower`: the duality gap per state, `[*B, S]`."""
+        return self.upper - self.lower
 
     def raise_if_loose(self, tol: float) -> "Certificate":
         """Return the certificate if everything holds within `tol`.
@@ -116,5 +119,5 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
     feasible = -problem.regulariser._maximiser(jnp.broadcast_to(dr, q.shape))[0]
     noise = bellman.rounding(problem, h, c, cost)
-    public = [_tree.batch_first(x, 1) for x in (lower, upper, upper - lower, indifference, feasible, consistency)]
+    public = [_tree.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]
     return Certificate(*public, rounding=noise)

@@ -109,7 +109,14 @@ class Regulariser:
 
         bound = self._rearrange(place, x.dtype, x.shape[-1])
         x = jnp.moveaxis(x, -1, 0)
-        shape = jnp.broadcast_shapes(x.shape[1:], bound.beta.shape, bound.log_prior.shape[1:])
+        try:
+            shape = jnp.broadcast_shapes(x.shape[1:], bound.beta.shape, bound.log_prior.shape[1:])
+        except ValueError:
+            own = f"beta (with state_scale) {bound.beta.shape}, prior {bound.log_prior.shape[1:]}"
+            raise ValueError(
+                f"values of axes {x.shape[1:]} (actions apart) do not broadcast with the regulariser's {own}; "
+                "expected [*B, ..., A], the regulariser's batch axes leading and states next to last"
+            ) from None
         return bound, jnp.broadcast_to(x, x.shape[:1] + shape)
 
     @property

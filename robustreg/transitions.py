@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from robustreg import _tree
 
@@ -52,7 +53,7 @@ class Transitions:
         """Whether the numbers of a bound kernel are finite, per lane `[*b]`."""
         raise TypeError(f"{type(self).__name__} does not define _finite")
 
-    def expect(self, v: Array) -> Array:
+    def expect(self, v: ArrayLike) -> Array:
         """Expected value of the successor.
 
         Args:
@@ -63,7 +64,7 @@ class Transitions:
         """
         return _expect(self, v)
 
-    def push(self, mu: Array) -> Array:
+    def push(self, mu: ArrayLike) -> Array:
         """Mass after one step, the transpose of `expect`.
 
         Args:
@@ -74,7 +75,7 @@ class Transitions:
         """
         return _push(self, mu)
 
-    def _lanes(self, x: Array, core_ndim: int) -> tuple[Array, int]:
+    def _lanes(self, x: ArrayLike, core_ndim: int) -> tuple[Array, int]:
         x = jnp.asarray(x)
         core = (self.n_states, self.n_actions)[:core_ndim]
         if x.shape[x.ndim - core_ndim :] != core:
@@ -85,13 +86,13 @@ class Transitions:
 
 
 @jax.jit
-def _expect(transitions: Transitions, v: Array) -> Array:
+def _expect(transitions: Transitions, v: ArrayLike) -> Array:
     v, batch_ndim = transitions._lanes(v, 1)
     return _tree.batch_first(transitions.bind(batch_ndim, v.dtype)._expect(v), 2)
 
 
 @jax.jit
-def _push(transitions: Transitions, mu: Array) -> Array:
+def _push(transitions: Transitions, mu: ArrayLike) -> Array:
     mu, batch_ndim = transitions._lanes(mu, 2)
     return _tree.batch_first(transitions.bind(batch_ndim, mu.dtype)._push(mu), 1)
 
