@@ -12,6 +12,8 @@ that of a maximum: both are "regularisers" whose conjugate is trivial, and the l
 other, certificate included.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -147,16 +149,8 @@ def _nominal_optimum(mdp: MDP) -> Array:
 
 def _fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -> Array:
     """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`."""
-    problem = bellman.Lanes(
-        transitions=problem.transitions,
-        regulariser=operator,
-        reward=reward,
-        leave=problem.leave,
-        discount=problem.discount,
-        complement=problem.complement,
-        batch=problem.batch,
-        ends=problem.ends,
-    )
+    sizes = bellman.sizes(operator, reward)
+    problem = dataclasses.replace(problem, regulariser=operator, reward=reward, sizes=sizes)
     dtype = problem.dtype
     tol, limit = jnp.full(problem.batch, -1, dtype), jnp.asarray(10_000, jnp.int32)
     start = jnp.zeros((problem.n_states, *problem.batch), dtype)

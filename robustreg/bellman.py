@@ -44,6 +44,7 @@ class Lanes:
         reward: `[A, S, *b]`.
         leave: exit rate `(1-g) + g termination`, `[A, S, *b]` with axes of 1 where nothing depends on them.
         discount, complement: g and 1 - g, `[*b]`.
+        sizes: see `sizes`.
         ends: whether termination is part of the problem (else T commutes with constants up to g).
     """
 
@@ -53,6 +54,7 @@ class Lanes:
     leave: Array
     discount: Array
     complement: Array
+    sizes: tuple[Array, Array, Array]
     batch: tuple[int, ...] = _tree.static()
     ends: bool = _tree.static()
 
@@ -91,15 +93,28 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...]) -> Lanes
     leave = complement[None, None]
     if mdp.termination is not None:
         leave = leave + discount[None, None] * _tree.lanes_last(mdp.termination.astype(dtype), n, 2)
+    reward = _tree.lanes_last(mdp.reward, n, 2)
     return Lanes(
         transitions=mdp.transitions.bind(n, dtype),
         regulariser=bound,
-        reward=_tree.lanes_last(mdp.reward, n, 2),
+        reward=reward,
         leave=leave,
         discount=discount,
         complement=complement,
+        sizes=sizes(bound, reward),
         batch=batch,
         ends=mdp.termination is not None,
+    )
+
+
+def sizes(regulariser: Regulariser, reward: Array) -> tuple[Array, Array, Array]:
+    """What `rounding` grows with and no iteration changes: largest |r|, 1/beta and |log p0|, `[*b]` each."""
+    masked = jnp.isneginf(regulariser._prior)
+    largest = jnp.max(jnp.where(masked, 0, jnp.abs(reward)), axis=(0, 1))
+    return (
+        largest,
+        1 / jnp.min(regulariser.beta, axis=0),
+        -jnp.min(jnp.where(masked, 0, regulariser._prior), axis=(0, 1)),
     )
 
 
@@ -220,20 +235,16 @@ def rounding(problem: Lanes, h: Array, c: Array, cost: Array) -> Array:
         cost: `max_a q - T V`, `[*B]`, largest over states: the size of what the regulariser takes off.
     """
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
-    terms = problem.transitions.fan_out
-    terms = 4 + min(terms, 4 * terms**0.5)
-    beta, log_prior = problem.regulariser.beta, problem.regulariser._prior
+    terms = 4 + min(problem.transitions.fan_out, 4 * problem.transitions.fan_out**0.5)
     n_actions = problem.reward.shape[0]
     log_actions = float(np.log(n_actions))
-    finite_prior = jnp.where(jnp.isneginf(log_prior), 0, log_prior)
-    logs = 2 + log_actions - jnp.min(finite_prior, axis=(0, 1))
+    reward, temperature, log_prior = problem.sizes
     size = jnp.max(jnp.abs(h), axis=0)
-    reward = jnp.max(jnp.where(jnp.isneginf(log_prior), 0, jnp.abs(problem.reward)), axis=(0, 1))
     per_step = (
-        terms * size
+        (terms + 2 + n_actions**0.5) * size
+        + (2 + n_actions**0.5) * jnp.abs(cost)
+        + (2 + log_actions + log_prior) * jnp.minimum(jnp.abs(cost), temperature)
+        + (2 + log_actions) * temperature
         + 3 * reward
-        + (2 + n_actions**0.5) * (jnp.abs(cost) + size)
-        + logs * jnp.minimum(jnp.abs(cost), 1 / jnp.min(beta, axis=0))
-        + (2 + log_actions) / jnp.min(beta, axis=0)
     )
     return unit * (per_step / problem.complement + 4 * jnp.abs(c) + 2 * size)

@@ -161,7 +161,6 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     stalled = jnp.where(improved, 0, state.stalled + 1)
     status = _verdict(width, noise, goal, stalled, state.steps + 1 >= limit)
 
-    answer_h, answer_c = _recentre(state.h + d, c)
     step = solvers.Step(
         h=state.h,
         c=c,
@@ -175,8 +174,8 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     correction, memory = solver.propose(step, state.memory)
     next_h, next_c = _recentre(state.h + correction, c)
 
-    best_h = jnp.where(improved[None], answer_h, state.best_h)
-    best_c = jnp.where(improved, answer_c, state.best_c)
+    best_h = jnp.where(improved[None], state.h + d, state.best_h)
+    best_c = jnp.where(improved, c, state.best_c)
     stopped = status != _RUNNING
     new = Loop(
         h=jnp.where(stopped[None], best_h, next_h),
@@ -233,27 +232,24 @@ def _keep(frozen: Array, old: Loop, new: Loop) -> Loop:
 
 def _finish(problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array) -> Solution:
     """One more backup at each lane's answer: policy, perturbation, and a second certificate to meet the first."""
-    th, policy, q = bellman.backup(problem, loop.h, loop.c)
-    value = loop.h + loop.c[None]
-    lower, upper = bellman.value_bounds(problem, loop.h, loop.c, th, bellman.cost(problem, th, q))
+    # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
+    h = jnp.where((loop.status >= int(Status.NONFINITE_INPUT))[None], jnp.nan, loop.h)
+    th, policy, q = bellman.backup(problem, h, loop.c)
+    value = h + loop.c[None]
+    lower, upper = bellman.value_bounds(problem, h, loop.c, th, bellman.cost(problem, th, q))
     # Both intervals hold. Neither is to exclude the value that is returned, which may lie anywhere in the first.
     lower = jnp.minimum(jnp.maximum(lower, value - loop.half_width[None]), value)
     upper = jnp.maximum(jnp.minimum(upper, value + loop.half_width[None]), value)
     masked = jnp.isneginf(problem.regulariser._prior)
     perturbation = jnp.where(masked, 0, q - th[None])
-    lost = loop.status >= int(Status.NONFINITE_INPUT)
-
-    def public(x: Array, core_ndim: int) -> Array:
-        return _tree.batch_first(jnp.where(lost.reshape((1,) * core_ndim + lost.shape), jnp.nan, x), core_ndim)
-
     return Solution(
-        value=public(value, 1),
-        q=public(q + loop.c[None, None], 2),
-        policy=public(policy, 2),
-        perturbation=public(perturbation, 2),
-        lower=public(lower, 1),
-        upper=public(upper, 1),
-        objective=public(jnp.sum(initial * value, axis=0), 0),
+        value=_tree.batch_first(value, 1),
+        q=_tree.batch_first(q + loop.c[None, None], 2),
+        policy=_tree.batch_first(policy, 2),
+        perturbation=_tree.batch_first(perturbation, 2),
+        lower=_tree.batch_first(lower, 1),
+        upper=_tree.batch_first(upper, 1),
+        objective=jnp.sum(initial * value, axis=0),
         status=loop.status,
         steps=loop.steps,
         tol=jnp.where(tol < 0, loop.half_width, tol),
