@@ -8,8 +8,10 @@ import functools
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
+from numpy.typing import DTypeLike
 
 import robustreg as rr
 
@@ -30,15 +32,15 @@ class Case:
     initial: np.ndarray
     prior: np.ndarray
 
-    def transitions(self, kind="dense", dtype=np.float64):
+    def transitions(self, kind="dense", dtype: DTypeLike = np.float64):
         """The same transitions as one of the three kinds."""
         if kind == "dense":
-            return rr.Dense(self.P.astype(dtype))
+            return dense(self.P, dtype)
         if kind == "successors":
             return successors(self.P, dtype)
         return rr.MatrixFree(expect, push, n_states=STATES, n_actions=ACTIONS, parameters=self.P.astype(dtype))
 
-    def mdp(self, discount, kind="dense", dtype=np.float64):
+    def mdp(self, discount, kind="dense", dtype: DTypeLike = np.float64):
         """The problem as an ``rr.MDP``; the discount stays in double precision until the factory has seen it."""
         return rr.mdp(
             self.transitions(kind, dtype),
@@ -59,6 +61,11 @@ class Case:
         return replace(self, **pick)
 
 
+def dense(P, dtype: DTypeLike = np.float64):
+    """``rr.Dense`` of a NumPy array."""
+    return rr.Dense(jnp.asarray(P.astype(dtype)))
+
+
 def expect(v, P):
     """Matrix-free expectation, [S] -> [S,A]; module level, so that every case shares one compiled program."""
     return P @ v
@@ -69,7 +76,7 @@ def push(mu, P):
     return mu.reshape(-1) @ P.reshape(-1, P.shape[-1])
 
 
-def successors(P, dtype=np.float64, width=None):
+def successors(P, dtype: DTypeLike = np.float64, width=None):
     """Successor lists of P [*B,S,A,S]; the indices are shared by a batch, so they hold the union of its successors."""
     live = (P > 0).reshape(-1, *P.shape[-3:]).any(0)
     width = width or int(live.sum(-1).max())
@@ -80,7 +87,7 @@ def successors(P, dtype=np.float64, width=None):
         np.take_along_axis(P, np.broadcast_to(order, P.shape[:-1] + (width,)), -1),
         0,
     )
-    return rr.Successors(indices.astype(np.int32), probabilities.astype(dtype))
+    return rr.Successors(jnp.asarray(indices, np.int32), jnp.asarray(probabilities.astype(dtype)))
 
 
 def stack(cases):
@@ -265,13 +272,13 @@ def select(index, keep):
     return {name: values[keep] for name, values in index.items()}
 
 
-def problem(cases, index, kind="dense", dtype=np.float64, state_scale=None):
+def problem(cases, index, kind="dense", dtype: DTypeLike = np.float64, state_scale=None):
     """Stacked cases [M,1] against lanes [L], as an MDP and a regulariser."""
     P = cases.P[:, None].astype(dtype)
     m = rr.mdp(
-        rr.Dense(P) if kind == "dense" else successors(P, dtype, STATES),
+        dense(P, dtype) if kind == "dense" else successors(P, dtype, STATES),
         cases.reward[:, None].astype(dtype),
-        np.asarray(index["discount"], float),
+        index["discount"].tolist(),
         initial=cases.initial[:, None].astype(dtype),
         termination=cases.termination[:, None].astype(dtype),
     )
@@ -285,12 +292,13 @@ def solve(cases, index, solver=None, *, kind="dense", tol=None, init=None, max_s
     tol and init broadcast to [L] and [M,L,S].
     """
     count, width = len(index["alpha"]), len(cases.P)
+    rows = np.arange(STACK) % width
     chunks = []
     for start in range(0, count, LANES):
         pick = np.arange(start, start + LANES) % count
-        m, reg = problem(stack([cases.lane(i % width) for i in range(STACK)]), select(index, pick), kind)
+        m, reg = problem(stack([cases.lane(i) for i in rows]), select(index, pick), kind)
         goal = None if tol is None else np.broadcast_to(tol, count)[pick].astype(float)
-        first = None if init is None else np.broadcast_to(init, (width, count, STATES))[np.arange(STACK) % width][:, pick]
+        first = None if init is None else np.broadcast_to(init, (width, count, STATES))[rows][:, pick]
         chunks.append(rr.solve(m, reg, solver, tol=goal, init=first, max_steps=max_steps))
     return jax.tree.map(lambda *x: np.concatenate(x, axis=1)[:width, :count], *chunks)
 

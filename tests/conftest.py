@@ -3,7 +3,13 @@
 Float32 tests run in the same process: they pass float32 arrays, and the dtype of every result follows its inputs.
 """
 
-import jax
+import os
+
+# The suite compiles hundreds of small programs once each: half of XLA's effort is half of the suite's time, and what
+# the tests assert does not depend on it. Whoever sets XLA_FLAGS decides for themselves.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+import jax  # noqa: E402  # after the flags, which are read once
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -4,10 +4,10 @@ One-step problems are solved by bisection; fixed points by policy iteration with
 fast, and nothing here imports ``robustreg``.
 
 Parametrisation of the normaliser. With ``h = alpha - 1`` and ``gap_a = beta (max q - q_a)`` the policy is
-``prior_a exp_alpha(t - gap_a)`` for the ``t = beta (max q - psi)`` that makes it sum to one. Writing ``t = log_alpha(e^u)``
-turns the unknown into ``u``, the log ratio ``log(pi / prior)`` of the best action: it lies in ``[0, log 1/prior]`` for
-every alpha, and the log ratio of action a is ``u + log1p(-h gap_a e^(-h u)) / h``, which tends to ``u - gap_a`` as
-h tends to 0. Nothing overflows for priors down to 1e-12 and alpha in [-10, 10].
+``prior_a exp_alpha(t - gap_a)`` for the ``t = beta (max q - psi)`` that makes it sum to one. Writing
+``t = log_alpha(e^u)`` turns the unknown into ``u``, the log ratio ``log(pi / prior)`` of the best action: it lies in
+``[0, log 1/prior]`` for every alpha, and the log ratio of action a is ``u + log1p(-h gap_a e^(-h u)) / h``, which tends
+to ``u - gap_a`` as h tends to 0. Nothing overflows for priors down to 1e-12 and alpha in [-10, 10].
 """
 
 from decimal import Decimal, localcontext
@@ -18,9 +18,15 @@ import numpy as np
 # divergences
 
 
+def real(x):
+    """As float64, or as extended precision where it already is."""
+    x = np.asarray(x)
+    return x if x.dtype == np.longdouble else x.astype(float)
+
+
 def deformed_log(h, ratio_log):
     """log_alpha(u) = (u^h - 1) / h, given log u and h = alpha - 1."""
-    h = np.asarray(h, float)
+    h = real(h)
     safe = np.where(h == 0, 1.0, h)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.where(h == 0, ratio_log, np.expm1(safe * ratio_log) / safe)
@@ -38,8 +44,8 @@ def divergence(alpha, prior, policy, log_ratio=None):
     alpha has the shape of the result. For alpha >= 1/2 it is ``sum pi log_alpha(pi / prior) / alpha``, else by
     skew symmetry the mirror image: in both forms the power that is subtracted from one stays small at 0 and 1.
     """
-    prior, policy = np.broadcast_arrays(np.asarray(prior, float), np.asarray(policy, float))
-    alpha = np.asarray(alpha, float)[..., None] * np.ones(policy.shape)
+    prior, policy = np.broadcast_arrays(real(prior), real(policy))
+    alpha = real(alpha)[..., None] * np.ones(policy.shape)
     ratio = _log_ratio(prior, policy) if log_ratio is None else log_ratio
     upper = np.where(alpha >= 0.5, alpha, 1.0)
     lower = np.where(alpha >= 0.5, 0.0, alpha)
@@ -57,13 +63,14 @@ def best_response(alpha, beta, prior, q):
     """max over policies of <pi, q> - D_alpha[prior : pi] / beta, and the policy that attains it.
 
     Args:
-      alpha, beta: [...]; prior, q: [..., A]; all broadcast against each other. q may hold anything (NaN, -inf) where the prior is 0.
+      alpha, beta: [...]; prior, q: [..., A]; all broadcast against each other.
+        q may hold anything (NaN, -inf) where the prior is 0.
 
     Returns:
       value [...], policy [..., A].
     """
-    alpha, beta = (np.asarray(x, float)[..., None] for x in (alpha, beta))
-    alpha, beta, prior, q = np.broadcast_arrays(alpha, beta, np.asarray(prior, float), np.asarray(q, float))
+    alpha, beta = (real(x)[..., None] for x in (alpha, beta))
+    alpha, beta, prior, q = np.broadcast_arrays(alpha, beta, real(prior), real(q))
     alpha, beta = alpha[..., :1], beta[..., :1]
     live = prior > 0
     h = alpha - 1
@@ -134,15 +141,17 @@ def exact_conjugate(alpha, beta, prior, q, digits=60):
             return (inside.ln() / h).exp() if inside > 0 else Decimal(0)
 
         low, high = Decimal(0), -max(p for p, x in pairs if x == top).ln()
-        for _ in range(int(2.2 * digits)):
+        for _ in range(int(3.4 * digits)):
             middle = (low + high) / 2
             if sum(p * ratio(middle, x) for p, x in pairs) < 1:
                 low = middle
             else:
                 high = middle
-        policy = [(p, p * ratio(high, x), x) for p, x in pairs]
-        mass = sum(pi for _, pi, _ in policy)
-        policy = [(p, pi / mass, x) for p, pi, x in policy]
+        below, above = ([p * ratio(u, x) for p, x in pairs] for u in (low, high))
+        wide = sum(above) - sum(below)
+        share = (1 - sum(below, Decimal(0))) / wide if wide else Decimal(0)
+        mixed = [lo + share * (hi - lo) for lo, hi in zip(below, above, strict=True)]
+        policy = [(p, pi / sum(mixed), x) for (p, x), pi in zip(pairs, mixed, strict=True)]
         mean = sum(pi * x for _, pi, x in policy)
         if a == 1:
             cost = sum((pi * (pi / p).ln() for p, pi, _ in policy if pi > 0), Decimal(0))
@@ -224,28 +233,35 @@ def solve(P, reward, discount, alpha, beta, prior):
     prior = np.broadcast_to(prior, batch + (states, actions))
     reward = np.where(prior > 0, reward, 0.0)
     alpha, beta = alpha[..., None], np.broadcast_to(beta, batch + (states,))
-    g = discount[..., None, None]
+    g = discount[..., None, None].astype(np.longdouble)
     drift = (1 - g) + g * (1 - P.sum(-1))
     h, c = np.zeros(batch + (states,)), np.zeros(batch)
     size, stale = np.full(batch, np.inf), np.zeros(batch, int)
-    value, policy = h, prior
+    best_h, best_c = h, c
     for _ in range(100):
         q = reward + g * np.einsum("...sat,...t->...sa", P, h) - drift * c[..., None, None]
-        backup, greedy = best_response(alpha, beta, prior, q)
+        backup, policy = best_response(alpha, beta, prior, q.astype(float))
         residual = backup - h
         error = np.abs(residual).max(-1)
         better = error < size
         stale = np.where(error < 0.5 * size, 0, stale + 1)
-        value = np.where(better[..., None], h + c[..., None], value)
-        policy = np.where(better[..., None, None], greedy, policy)
+        best_h, best_c = np.where(better[..., None], h, best_h), np.where(better, c, best_c)
         size = np.minimum(size, error)
         if (stale > 2).all():
             break
-        h = h + dense_solve(chain_of(P, greedy), discount, residual)
+        h = h + dense_solve(chain_of(P, policy), discount, residual)
         middle = 0.5 * (h.max(-1) + h.min(-1))
         h, c = h - middle[..., None], c + middle
     assert (size < 1e-13 * (1 + np.abs(reward).max() + np.abs(h).max(-1) + (1 / beta).max(-1))).all(), size.max()
-    return value, policy
+    # Rounding of the residual comes back multiplied by 1 / (1 - discount): two corrections with the residual in
+    # extended precision leave an answer good to the last bits of a double (where the machine has such a format).
+    h, c, wide = best_h.astype(np.longdouble), best_c.astype(np.longdouble), reward.astype(np.longdouble)
+    for _ in range(2):
+        ahead = np.einsum("...sat,...t->...sa", P.astype(np.longdouble), h)
+        backup, policy = best_response(alpha, beta, prior, wide + g * ahead - drift * c[..., None, None])
+        policy = policy.astype(float)
+        h = h + dense_solve(chain_of(P, policy), discount, (backup - h).astype(float))
+    return (h + c[..., None]).astype(float), policy
 
 
 def optimal_value(P, reward, discount, allowed=None):

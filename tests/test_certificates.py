@@ -2,33 +2,26 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
-from cases import STATES, garnet_case, suite
+from cases import STATES, garnet_case, problem, select, size, suite
 
 import robustreg as rr
 
-solve = rr.solve
-certify = rr.certify
 FIELDS = ("lower", "upper", "gap", "indifference", "slack", "consistency")
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """The suite up to discount .9999, solved to the default tolerance and certified."""
+    """A third of the suite, solved to the default tolerance and certified."""
     cases, index, value, _ = suite()
-    m = rr.mdp(
-        rr.Dense(cases.P[:, None]),
-        cases.reward[:, None],
-        index["discount"],
-        initial=cases.initial[:, None],
-        termination=cases.termination[:, None],
-    )
-    reg = rr.alpha(alpha=index["alpha"], beta=index["beta"], prior=cases.prior[:, None])
-    sol = solve(m, reg)
+    # Per beta and discount four kinds of alpha: 24 lanes.
+    keep = np.isin(index["alpha"], (-1.0, 0.5, 1.5, 3.0))
+    index, value = select(index, keep), value[:, keep]
+    m, reg = problem(cases, index)
+    sol = rr.solve(m, reg)
     sol.raise_if_failed()
-    return m, reg, sol, certify(m, reg, sol), index, value
+    return sol, rr.certify(m, reg, sol), index, value
 
 
 def arrays(certificate):
@@ -36,27 +29,28 @@ def arrays(certificate):
 
 
 def test_contains_the_oracle_value(whole):
-    _, _, _, certificate, _, value = whole
+    _, certificate, _, value = whole
     c = arrays(certificate)
     assert (c["lower"] <= value).all() and (value <= c["upper"]).all()
 
 
 def test_solutions_pass(whole):
-    """Small residuals on every count, per state, relative to the size of the problem."""
-    _, _, sol, certificate, index, value = whole
+    """Small residuals on every count, per state, relative to what the rounding of the value itself allows."""
+    certificate, index, value = whole[1:]
     c = arrays(certificate)
-    tol = np.asarray(sol.tol)[..., None]
+    noise = np.finfo(float).eps * size(0 * value[..., None] + 1, index["beta"], value) / (1 - index["discount"])
     for name in FIELDS:
         assert c[name].shape == value.shape, name
         assert np.isfinite(c[name]).all(), name
-    assert (c["upper"] - c["lower"] <= 8 * tol).all()
-    assert (np.abs(c["gap"]) <= 8 * tol).all() and (c["gap"] >= -8 * tol).all()
-    assert (np.abs(c["consistency"]) <= 8 * tol).all()
-    ordinary = np.broadcast_to((index["discount"] <= 0.99)[:, None] & (index["beta"] <= 10)[:, None], value.shape)
+    np.testing.assert_array_equal(c["gap"], c["upper"] - c["lower"])
+    for name in ("gap", "consistency"):
+        assert (c[name] >= 0).all()
+        assert (c[name] <= 100 * noise[..., None]).all(), (name, (c[name] / noise[..., None]).max())
+    ordinary = (index["discount"] <= 0.99) & (index["beta"] <= 10)
     scale = (1 + 1 / index["beta"])[:, None]
-    assert (np.abs(c["indifference"]) / scale)[ordinary].max() <= 1e-8
-    assert (np.abs(c["slack"]) / scale)[ordinary].max() <= 1e-9
-    certificate.raise_if_loose(float(8 * tol.max()))
+    assert (c["indifference"] / scale)[:, ordinary].max() <= 1e-8
+    assert (np.abs(c["slack"]) / scale)[:, ordinary].max() <= 1e-9
+    certificate.raise_if_loose(100 * float(noise.max()))
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +58,9 @@ def small():
     case = garnet_case(0)
     index = np.array([0.5, 1.0, 1.5, 3.0])
     m, reg = case.mdp(0.97), rr.alpha(alpha=index, beta=np.full(4, 5.0), prior=case.prior)
-    sol = solve(m, reg, tol=1e-10)
+    sol = rr.solve(m, reg, tol=1e-10)
     sol.raise_if_failed()
-    certify(m, reg, sol).raise_if_loose(1e-9)
+    rr.certify(m, reg, sol).raise_if_loose(1e-9)
     return m, reg, sol
 
 
@@ -80,7 +74,7 @@ def bump(x, size, where=0):
 def test_a_tampered_value_is_flagged_and_still_enclosed(small, size):
     m, reg, sol = small
     wrong = dataclasses.replace(sol, value=bump(sol.value, size))
-    certificate = certify(m, reg, wrong)
+    certificate = rr.certify(m, reg, wrong)
     with pytest.raises(rr.SolveError):
         certificate.raise_if_loose(1e-6)
     truth = np.asarray(sol.value)
@@ -95,7 +89,7 @@ def test_a_tampered_policy_is_flagged(small):
     policy = np.array(sol.policy)
     policy[:, 2] = 0.5 * policy[:, 2] + 0.5 * policy[:, 2, ::-1]
     wrong = dataclasses.replace(sol, policy=policy)
-    certificate = certify(m, reg, wrong)
+    certificate = rr.certify(m, reg, wrong)
     with pytest.raises(rr.SolveError):
         certificate.raise_if_loose(1e-6)
     assert np.asarray(certificate.gap).max() > 1e-5
@@ -105,7 +99,7 @@ def test_a_tampered_policy_is_flagged(small):
 def test_a_tampered_perturbation_is_flagged(small, size):
     m, reg, sol = small
     wrong = dataclasses.replace(sol, perturbation=bump(sol.perturbation, size, 3))
-    certificate = certify(m, reg, wrong)
+    certificate = rr.certify(m, reg, wrong)
     with pytest.raises(rr.SolveError):
         certificate.raise_if_loose(1e-6)
     slack = np.asarray(certificate.slack)
@@ -118,10 +112,10 @@ def test_another_problem_s_solution_is_flagged(small):
     """Certificates look at the problem they are given, not at what the solution says of itself."""
     m, reg, sol = small
     other = garnet_case(5).mdp(0.97)
-    certificate = certify(other, reg, sol)
+    certificate = rr.certify(other, reg, sol)
     with pytest.raises(rr.SolveError):
         certificate.raise_if_loose(1e-2)
-    truth = np.asarray(solve(other, reg, tol=1e-10).value)
+    truth = np.asarray(rr.solve(other, reg, tol=1e-10).value)
     assert (np.asarray(certificate.lower) <= truth).all() and (truth <= np.asarray(certificate.upper)).all()
 
 
@@ -130,7 +124,7 @@ def test_not_a_number_is_flagged(small):
     value = np.array(sol.value)
     value[1, 0] = np.nan
     with pytest.raises(rr.SolveError):
-        certify(m, reg, dataclasses.replace(sol, value=value)).raise_if_loose(1e3)
+        rr.certify(m, reg, dataclasses.replace(sol, value=value)).raise_if_loose(1e3)
 
 
 def test_single_lane_shapes():

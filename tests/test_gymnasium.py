@@ -12,8 +12,7 @@ import pytest
 import robustreg as rr
 
 ENVIRONMENTS = {
-    "FrozenLake 4x4": lambda: gymnasium.make("FrozenLake-v1"),
-    "FrozenLake 8x8": lambda: gymnasium.make("FrozenLake-v1", map_name="8x8"),
+    "FrozenLake": lambda: gymnasium.make("FrozenLake-v1", map_name="8x8"),
     "Taxi": lambda: gymnasium.make("Taxi-v4"),
     "CliffWalking": lambda: gymnasium.make("CliffWalking-v1"),
 }

@@ -46,8 +46,8 @@ def imported_modules(tree):
 
 
 def test_the_parser_sees_every_form_of_import():
-    source = "import robustreg.mdp\nfrom robustreg import solve\nfrom robustreg.linear import x\nfrom . import mdp\nfrom .game import y"
-    source += "\nimport robustreg\nfrom robustreg import __version__\nimport numpy\nfrom jax import numpy as jnp"
+    source = "import robustreg.mdp\nfrom robustreg import solve\nfrom robustreg.linear import x\nfrom . import mdp\n"
+    source += "from .game import y\nimport robustreg\nfrom robustreg import __version__\nfrom jax import numpy as jnp\n"
     assert list(imported_modules(ast.parse(source))) == [
         "mdp",
         "solve",

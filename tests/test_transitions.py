@@ -1,9 +1,10 @@
 """Three kinds of transitions, one operator: expect and push are transposes, padding is inert, kinds agree."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ACTIONS, KINDS, STATES, all_cases, expect, stack, successors
+from cases import ACTIONS, KINDS, STATES, all_cases, dense, expect, stack, successors
 
 import robustreg as rr
 
@@ -44,7 +45,7 @@ def test_batched_kernels(kind):
     rng = np.random.default_rng(2)
     cases = stack(CASES)
     P = cases.P[:, None]
-    transitions = rr.Dense(P) if kind == "dense" else successors(P)
+    transitions = dense(P) if kind == "dense" else successors(P)
     assert transitions.batch_shape == P.shape[:2]
     for shape in ((len(CASES), 4), (4,)):
         v, mu = rng.normal(size=(*shape, STATES)), rng.normal(size=(*shape, STATES, ACTIONS))
@@ -65,15 +66,17 @@ def test_push_is_the_transpose_of_a_matrix_free_expect(vectors):
         )
 
 
+def lists(indices, probabilities):
+    return rr.Successors(jnp.asarray(indices), jnp.asarray(probabilities))
+
+
 def test_padding_is_inert(vectors):
     """Padding with probability 0 changes no bit, wherever its index points; repeated successors add up."""
-    tight = CASES[0].transitions("successors")
+    tight = successors(CASES[0].P)
     indices, probabilities = np.asarray(tight.indices), np.asarray(tight.probabilities)
     pad = np.random.default_rng(3).integers(0, STATES, (STATES, ACTIONS, 5)).astype(np.int32)
-    padded = rr.Successors(np.concatenate([indices, pad], -1), np.concatenate([probabilities, 0.0 * pad], -1))
-    split = rr.Successors(
-        np.concatenate([indices, indices], -1), np.concatenate([probabilities, probabilities], -1) / 2
-    )
+    padded = lists(np.concatenate([indices, pad], -1), np.concatenate([probabilities, 0.0 * pad], -1))
+    split = lists(np.concatenate([indices, indices], -1), np.concatenate([probabilities, probabilities], -1) / 2)
     for x, name in zip(vectors, ("expect", "push"), strict=True):
         expected = np.asarray(getattr(tight, name)(x))
         np.testing.assert_array_equal(np.asarray(getattr(padded, name)(x)), expected)
