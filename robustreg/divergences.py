@@ -106,9 +106,12 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]
     masked = jnp.isneginf(log_prior)
     best = jnp.max(jnp.where(masked, -jnp.inf, q), axis=0)
     gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
-    weight = jnp.exp(log_prior - gap)
+    # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
+    exponent = log_prior - gap
+    top = jnp.max(exponent, axis=0)
+    weight = jnp.exp(exponent - top[None])
     total = jnp.sum(weight, axis=0)
-    return best + jnp.log(total) / beta, weight / total[None]
+    return best + (top + jnp.log(total)) / beta, weight / total[None]
 
 
 def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tuple[Array, Array]:

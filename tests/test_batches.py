@@ -10,6 +10,9 @@ from cases import ACTIONS, STATES, all_cases, dense, garnet_case, linked, replac
 
 import robustreg as rr
 
+# Many compilations: the run on the oldest releases leaves this file out.
+pytestmark = pytest.mark.slow
+
 CASE = garnet_case(0)
 REWARDS = np.stack([garnet_case(i).reward for i in range(3)])
 BETAS = np.array([0.5, 5.0, 50.0, 500.0])

@@ -319,15 +319,6 @@ def test_shift_and_scale(answers):
     assert (np.abs(np.asarray(scaled[0]) / 1024 - answers[0]) / SCALE).max() <= 1e-14
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the conjugate has no derivative rule yet")
-def test_gradient_of_the_conjugate_is_the_policy(answers):
-    """Danskin, through whatever iteration finds the normaliser."""
-    gradient = jax.jit(jax.grad(lambda q, reg: reg.conjugate(q).sum()))(
-        np.array(np.broadcast_to(Q, SHAPE)), regulariser()
-    )
-    np.testing.assert_allclose(np.asarray(gradient), answers[1], atol=1e-12)
-
-
 def test_state_scale_multiplies_beta(answers):
     scale = np.linspace(0.5, 2.0, len(Q))
     scaled = one_step(regulariser(state_scale=scale), np.broadcast_to(Q, SHAPE))

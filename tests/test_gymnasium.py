@@ -11,6 +11,9 @@ import pytest
 
 import robustreg as rr
 
+# Many compilations: the run on the oldest releases leaves this file out.
+pytestmark = pytest.mark.slow
+
 ENVIRONMENTS = {
     "FrozenLake": lambda: gymnasium.make("FrozenLake-v1", map_name="8x8"),
     "Taxi": lambda: gymnasium.make("Taxi-v4"),

@@ -9,6 +9,9 @@ from cases import ACTIONS, ALPHAS, STATES, all_cases, lanes, linked, problem, re
 
 import robustreg as rr
 
+# Many compilations: the run on the oldest releases leaves this file out.
+pytestmark = pytest.mark.slow
+
 CASES = all_cases()
 NAMES = [case.name for case in CASES]
 SOLVERS = {
