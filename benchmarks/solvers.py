@@ -10,7 +10,43 @@ call in this process with compilation. Errors are against the direct Newton solu
 
 Typical printout (2 shared CPU cores, float64, JAX 0.10.2):
 
-TYPICAL
+    commit f672072, device cpu, machine x86_64, jax 0.10.2, robustreg 0.1.0
+    Garnet: S=500 A=8 discount 0.99 beta 10
+      solver                              ms   spread  speed-up   steps  certified    error  first s
+      by hand                         406.75    93.02      1.0x    1804       none    1e-06     0.59
+      automatic                         3.02     1.33    134.6x       7    4.9e-08    8e-09     1.77
+      newton, krylov                    2.62     1.33    155.2x       7    4.9e-08    8e-09     1.84
+      newton, direct                  208.86    57.16      1.9x       5    1.6e-13    0e+00     0.22
+      modified policy iteration(5)      2.54     1.44    160.1x       5    1.1e-07    7e-08     1.46
+      value iteration                   1.97     0.94    206.2x      17    1.7e-07    1e-08     1.33
+      anderson(5)                       3.09     5.12    131.7x      17    2.0e-07    8e-08     1.99
+    slippery grid: S=1024 A=4 discount 0.99 beta 3
+      solver                              ms   spread  speed-up   steps  certified    error  first s
+      by hand                         219.42    97.40      1.0x    1403       none    9e-07     0.39
+      automatic                         8.64     3.38     25.4x       7    9.4e-07    8e-07     1.54
+      newton, krylov                    8.18     3.60     26.8x       7    9.4e-07    8e-07     1.82
+      newton, direct                  662.50   119.08      0.3x       6    4.4e-08    8e-08     0.67
+      modified policy iteration(5)     39.49    22.67      5.6x     269    9.6e-07    1e-06     1.22
+      value iteration                  51.46    24.82      4.3x    1339    9.8e-07    1e-06     1.17
+      anderson(5)                      30.66    19.96      7.2x     227    8.8e-07    3e-07     1.80
+    slippery grid: S=1024 A=4 discount 0.999 beta 0.1
+      solver                              ms   spread  speed-up   steps  certified    error  first s
+      by hand                        1436.61   241.12      1.0x   12447       none    7e-07     2.04
+      automatic                        11.62    11.93    123.6x       8    2.5e-07    3e-07     0.02
+      newton, krylov                   11.19     5.03    128.4x       8    2.5e-07    3e-07     0.01
+      newton, direct                 1665.23   665.64      0.9x       6    2.7e-11    0e+00     0.64
+      modified policy iteration(5)    271.71    15.45      5.3x    2393    1.0e-06    1e-06     0.25
+      value iteration                 402.98    58.96      3.6x   11961    1.0e-06    1e-06     0.48
+      anderson(5)                     108.68    26.32     13.2x     864    9.4e-07    9e-07     0.09
+    slippery grid: S=1024 A=4 discount 0.999 beta 1
+      solver                              ms   spread  speed-up   steps  certified    error  first s
+      by hand                         251.28    91.15      1.0x    2390       none    9e-08     0.43
+      automatic                        14.24     5.94     17.7x       9    2.8e-07    2e-07     0.02
+      newton, krylov                   13.89     8.40     18.1x       9    2.8e-07    2e-07     0.02
+      newton, direct                  699.75   207.32      0.4x       7    6.0e-07    9e-07     0.76
+      modified policy iteration(5)     44.75     7.40      5.6x     466    9.5e-07    1e-06     0.04
+      value iteration                  78.22    18.02      3.2x    2323    9.9e-07    1e-06     0.07
+      anderson(5)                      86.82   116.67      2.9x    1015    4.3e-07    3e-07     0.13
 """
 
 import argparse
