@@ -227,7 +227,8 @@ def rounding(problem: Lanes, h: Array, c: Array, cost: Array) -> Array:
 
     The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are
     bounded by their number for short sums and behave like its square root for long ones [Higham and Mary 2019]),
-    the storage of P, r and g, and the conjugate, whose logarithm errs by `u (1 + log A)/beta` and whose parameters,
+    the storage of P, r and g, and the conjugate, whose logarithms err by `u (2 + log A)/beta` or a small multiple of
+    that (the regulariser's `_roughness`) and whose parameters,
     stored with relative error u, by `u` times the cost of regularisation.
 
     Args:
@@ -244,7 +245,7 @@ def rounding(problem: Lanes, h: Array, c: Array, cost: Array) -> Array:
         (terms + 2 + n_actions**0.5) * size
         + (2 + n_actions**0.5) * jnp.abs(cost)
         + (2 + log_actions + log_prior) * jnp.minimum(jnp.abs(cost), temperature)
-        + (2 + log_actions) * temperature
+        + problem.regulariser._roughness * (2 + log_actions) * temperature
         + 3 * reward
     )
     return unit * (per_step / problem.complement + 4 * jnp.abs(c) + 2 * size)

@@ -35,6 +35,8 @@ class Regulariser:
     beta: Array
     log_prior: Array | None
     state_scale: Array | None
+    # Rounding of the conjugate in units of u (2 + log A)/beta.
+    _roughness = 1.0
 
     def _value(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _value")
@@ -197,6 +199,8 @@ class Alpha(Regulariser):
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
+    # D sums log-ratios that err by about 2 u log A each, against p/alpha or p0/(1 - alpha), whichever is below 2.
+    _roughness = 4.0
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
