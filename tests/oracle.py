@@ -11,6 +11,7 @@ to ``u - gap_a`` as h tends to 0. Nothing overflows for priors down to 1e-12 and
 """
 
 from decimal import Decimal, localcontext
+from typing import Any
 
 import numpy as np
 
@@ -200,7 +201,7 @@ def dense_solve(chain, discount, rhs, transpose=False):
     return np.linalg.solve(system, rhs[..., None])[..., 0]
 
 
-def evaluate(P, reward, discount, policy, cost=0.0):
+def evaluate(P, reward, discount, policy, cost: Any = 0.0):
     """Value of a fixed policy [*B, S], with an optional running cost per state."""
     running = (policy * np.where(policy > 0, reward, 0.0)).sum(-1) - cost
     return dense_solve(chain_of(P, policy), discount, running)

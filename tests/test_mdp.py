@@ -28,7 +28,7 @@ def successors(p=P):
     return rr.Successors(np.broadcast_to(np.arange(S, dtype=np.int32), p.shape[-3:]), p)
 
 
-def matrix_free(p=P):
+def matrix_free(p: Any = P):
     """The same as a function of its parameters."""
     return rr.MatrixFree(lambda v, q: q @ v, n_states=S, n_actions=A, parameters=jnp.asarray(p))
 
