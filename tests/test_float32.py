@@ -107,10 +107,7 @@ def test_interval_holds_wherever_the_solver_stops(problems):
         assert (np.asarray(sol.status) == rr.Status.MAX_STEPS).mean() > 0.5
         assert_encloses(sol.lower, sol.upper, value)
     sol = rr.solve(m, reg, SOLVERS["newton direct"], tol=1e-30)
-    # A lane may still be creeping down by rounding's grace when its steps end; none may claim to have converged.
-    status = np.asarray(sol.status)
-    assert not np.asarray(sol.converged).any()
-    assert (status == rr.Status.STAGNATED).mean() >= 0.99, np.unique(status, return_counts=True)
+    assert (np.asarray(sol.status) == rr.Status.STAGNATED).all(), np.unique(np.asarray(sol.status), return_counts=True)
     assert_encloses(sol.lower, sol.upper, value)
 
 
