@@ -157,7 +157,7 @@ def _fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -
     loop = iterate(problem, solvers.automatic(problem), tol, limit, start)
     value = loop.h + loop.c[None]
     # No status goes with a bare value: one that missed half its digits must not pass for one that has them.
-    poor = loop.best > float(jnp.finfo(dtype).eps) ** 0.5 * jnp.max(jnp.abs(value), axis=0)
+    poor = loop.half_width > float(jnp.finfo(dtype).eps) ** 0.5 * jnp.max(jnp.abs(value), axis=0)
     failed = (loop.status >= int(Status.NONFINITE_INPUT)) | ((loop.status != int(Status.CONVERGED)) & poor)
     return _tree.batch_first(jnp.where(failed[None], jnp.nan, value), 1)
 

@@ -23,8 +23,6 @@ along every trajectory the discounted exit rates add up to exactly 1, so that it
 `rounding` bounds both, from the size of every summand of the backup.
 """
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -145,16 +143,9 @@ def cost(problem: Lanes, th: Array, q: Array) -> Array:
 
 
 def sound(problem: Lanes) -> Array:
-    """Whether the numbers of a lane make a problem, `[*B]`: finite (on unmasked actions) and in range."""
-    reg = problem.regulariser
-    checks = [
-        problem.transitions._finite(),
-        jnp.all(jnp.isfinite(problem.reward) | jnp.isneginf(reg._prior), axis=(0, 1)),
-        jnp.all(jnp.isfinite(problem.leave), axis=(0, 1)),
-        (problem.discount >= 0) & (problem.discount < 1) & (problem.complement > 0),
-        jnp.all(reg._sound(), axis=0),
-    ]
-    return functools.reduce(jnp.logical_and, (jnp.broadcast_to(check, problem.batch) for check in checks))
+    """Whether discount and strength of a lane are in range, `[*B]`. NaN and infinity show in the first backup."""
+    proper = (problem.discount >= 0) & (problem.discount < 1) & (problem.complement > 0)
+    return jnp.broadcast_to(proper & jnp.all(problem.regulariser.beta > 0, axis=0), problem.batch)
 
 
 @_tree.dataclass
@@ -216,13 +207,13 @@ def value_bounds(problem: Lanes, h: Array, c: Array, th: Array, cost: Array) -> 
     low, high = extremes(th - h, problem.ends)
     ratio = problem.discount / problem.complement
     # Forming the bounds themselves rounds by a few units of their size.
-    slack = rounding(problem, h, c, cost)
+    slack = rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
     slack = slack + 4 * float(jnp.finfo(problem.dtype).eps) * ratio * jnp.maximum(jnp.abs(low), jnp.abs(high))
     middle = th + c[None]
     return middle + (ratio * low - slack)[None], middle + (ratio * high + slack)[None]
 
 
-def rounding(problem: Lanes, h: Array, c: Array, cost: Array) -> Array:
+def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
     """Bound on the error that floating point adds to each side of the certificate, `[*B]`.
 
     The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are
@@ -232,7 +223,7 @@ def rounding(problem: Lanes, h: Array, c: Array, cost: Array) -> Array:
     stored with relative error u, by `u` times the cost of regularisation.
 
     Args:
-        h, c: the iterate, `[S, *B]` and `[*B]`.
+        size, c: of the iterate `V = h + c`: `max_s |h|` and c, `[*B]`.
         cost: `max_a q - T V`, `[*B]`, largest over states: the size of what the regulariser takes off.
     """
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
@@ -240,7 +231,6 @@ def rounding(problem: Lanes, h: Array, c: Array, cost: Array) -> Array:
     n_actions = problem.reward.shape[0]
     log_actions = float(np.log(n_actions))
     reward, temperature, log_prior = problem.sizes
-    size = jnp.max(jnp.abs(h), axis=0)
     per_step = (
         (terms + 2 + n_actions**0.5) * size
         + (2 + n_actions**0.5) * jnp.abs(cost)

@@ -118,6 +118,6 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     below, above = bellman.value_bounds(problem, h, c, best, jnp.zeros_like(c))
     consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
     feasible = -problem.regulariser._maximiser(jnp.broadcast_to(dr, q.shape))[0]
-    noise = bellman.rounding(problem, h, c, cost)
+    noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
     public = [_tree.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]
     return Certificate(*public, rounding=noise)

@@ -53,12 +53,6 @@ class Regulariser:
         assert self.log_prior is not None
         return self.log_prior
 
-    def _sound(self) -> Array:
-        """Where the parameters of a bound regulariser make sense, `[1 or S, *b]`."""
-        prior = ~jnp.any(jnp.isnan(self._prior) | jnp.isposinf(self._prior), axis=0)
-        some = jnp.any(jnp.isfinite(self._prior), axis=0)
-        return (self.beta > 0) & jnp.isfinite(self.beta) & prior & some
-
     def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
         """The same regulariser with every leaf put through `place(leaf, core_ndim)`; `state_scale` merged in beta."""
         log_prior = self.log_prior
@@ -209,9 +203,6 @@ class Alpha(Regulariser):
 
     def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Alpha":
         return Alpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
-
-    def _sound(self) -> Array:
-        return super()._sound() & jnp.isfinite(self.alpha)
 
     def _value(self, policy: Array) -> Array:
         return divergences.alpha_divergence(policy, self._prior, self.alpha) / self.beta

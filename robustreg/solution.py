@@ -33,7 +33,9 @@ _REMEDIES = {
     Status.CONVERGED: "the certified error is within tol",
     Status.MAX_STEPS: "the step limit came first: raise max_steps, loosen tol, or take Newton",
     Status.STAGNATED: "rounding stopped progress before tol: loosen tol or solve in float64",
-    Status.NONFINITE_INPUT: "the MDP or the regulariser holds NaN or infinity, or beta is not positive: mend the input",
+    Status.NONFINITE_INPUT: (
+        "the MDP, the regulariser or init holds NaN, infinity or a number out of range: mend the input"
+    ),
     Status.NONFINITE: "an intermediate value overflowed: rescale rewards or take float64",
 }
 

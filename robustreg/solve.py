@@ -2,15 +2,15 @@
 
 Each turn evaluates the backup once, reads the certificate off its residual, stops the lanes whose certified error is
 small enough, and lets the solver propose the next value for the others. A stopped lane is frozen: nothing that happens
-in another lane changes a bit of it. The loop itself carries values only; policy, perturbation and the final bounds
-come from one more backup at the value that is returned.
+in another lane changes a bit of it. The loop itself carries values only; policy and perturbation come from one more
+backup at the value that is returned.
 
 **Stopping.** With the half-width `w = g/(1-g) span(d)/2` and the rounding bound `u` of `bellman.rounding`, a lane
 stops when `w + u <= tol`, and returns the midpoint of its interval, so that `max_s |value - V*| <= tol`. (If episodes
 end, constants are no null direction of the residual: `w = g/(1-g) max|d|` then, around `T V`.) Without a
 `tol` it stops at `w <= u`: as tight as the precision supports within a factor of two. A lane whose `w` is far below
-`u` but whose `u` exceeds `tol`, or whose `w` has not improved for `_PATIENCE` steps, has STAGNATED and returns its
-best value, with the bounds that do hold.
+`u` but whose `u` exceeds `tol`, or whose `w + u` has not improved for `_PATIENCE` steps, has STAGNATED and returns its
+best value. Whatever the status, `lower` and `upper` are the returned value with `w + u` on either side.
 """
 
 import functools
@@ -107,23 +107,24 @@ class Loop:
 
     Attributes:
         h, c: iterate, `[S, *B]`, `[*B]`. When a lane has stopped, its answer.
-        best_h, best_c, best: the midpoint value with the smallest half-width met, and that half-width.
-        stalled: steps since `best` improved, `[*B]`.
+        size: bound on `max_s |h|` while the lane runs, `[*B]`.
+        best_h, best_c: the midpoint value with the smallest certified half-width met.
+        half_width: that half-width, rounding bound included, `[*B]`: `|best_h + best_c - V*| <= half_width`.
+        stalled: steps since it improved, `[*B]`.
         steps: backups, `[*B]`.
         status: `Status` or running.
-        half_width: certified half-width of the answer with rounding, `[*B]`; infinite unless converged.
         memory: the solver's.
     """
 
     h: Array
     c: Array
+    size: Array
     best_h: Array
     best_c: Array
-    best: Array
+    half_width: Array
     stalled: Array
     steps: Array
     status: Array
-    half_width: Array
     memory: object
 
 
@@ -135,15 +136,15 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
         solver: its proposals.
         tol: certified half-width asked for, `[*B]`; negative: as tight as the precision supports.
         limit: cap on steps; the solver's own applies as well.
-        h: start, `[S, *B]`. Lanes whose input is not `bellman.sound` stop before the first step.
+        h: start, `[S, *B]`.
     """
     batch, dtype = problem.batch, problem.dtype
     limit = jnp.minimum(limit, solver.max_steps)
     zero, infinite = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
     count = jnp.zeros(batch, jnp.int32)
-    sound = bellman.sound(problem) & jnp.all(jnp.isfinite(h), axis=0)
-    status = jnp.where(sound, _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
-    start = Loop(h, zero, h, zero, infinite, count, count, status, infinite, solver.init(h))
+    status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
+    h, c, size = _recentre(h, zero)
+    start = Loop(h, c, size, h, c, infinite, count, count, status, solver.init(h))
 
     def running(state: Loop) -> Array:
         return jnp.any(state.status == _RUNNING)
@@ -154,12 +155,15 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
 def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
     """One backup, one look at the certificate, one proposal."""
     th, policy, q = bellman.backup(problem, state.h, state.c)
-    d, c, width = _centre(problem, th - state.h, state.c)
-    noise = bellman.rounding(problem, state.h, state.c, bellman.cost(problem, th, q))
+    d, shift, width = _centre(problem, th - state.h)
+    c = state.c + shift
+    unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
+    # The shift is a quotient and a sum; c itself is in the rounding bound already.
+    noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, q)) + 4 * unit * jnp.abs(shift)
     goal = jnp.where(tol < 0, noise, tol - noise)
-    improved = width < state.best
+    improved = width + noise < state.half_width
     stalled = jnp.where(improved, 0, state.stalled + 1)
-    status = _verdict(width, noise, goal, stalled, state.steps + 1 >= limit)
+    status = _verdict(width, noise, goal, stalled, state.steps, limit)
 
     step = solvers.Step(
         h=state.h,
@@ -172,7 +176,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
         count=state.steps,
     )
     correction, memory = solver.propose(step, state.memory)
-    next_h, next_c = _recentre(state.h + correction, c)
+    next_h, next_c, size = _recentre(state.h + correction, c)
 
     best_h = jnp.where(improved[None], state.h + d, state.best_h)
     best_c = jnp.where(improved, c, state.best_c)
@@ -180,45 +184,50 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     new = Loop(
         h=jnp.where(stopped[None], best_h, next_h),
         c=jnp.where(stopped, best_c, next_c),
+        size=size,
         best_h=best_h,
         best_c=best_c,
-        best=jnp.where(improved, width, state.best),
+        half_width=jnp.where(improved, width + noise, state.half_width),
         stalled=stalled,
         steps=state.steps + 1,
         status=status,
-        half_width=jnp.where(status == int(Status.CONVERGED), width + noise, jnp.inf),
         memory=memory,
     )
     return _keep(state.status != _RUNNING, state, new)
 
 
-def _verdict(width: Array, noise: Array, goal: Array, stalled: Array, exhausted: Array) -> Array:
-    """Status of each lane after a look at its certificate."""
-    status = jnp.where(exhausted, int(Status.MAX_STEPS), _RUNNING)
+def _verdict(width: Array, noise: Array, goal: Array, stalled: Array, steps: Array, limit: Array) -> Array:
+    """Status of each lane after a look at its certificate, `steps` backups before this one."""
+    status = jnp.where(steps + 1 >= limit, int(Status.MAX_STEPS), _RUNNING)
     hopeless = (width <= 0.25 * noise) | (stalled >= _PATIENCE)
     status = jnp.where(hopeless, int(Status.STAGNATED), status)
     status = jnp.where(width <= goal, int(Status.CONVERGED), status)
-    return jnp.where(jnp.isfinite(width + noise), status, int(Status.NONFINITE)).astype(jnp.int32)
+    # What is not finite from the first backup on was not so in the input.
+    broken = jnp.where(steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))
+    return jnp.where(jnp.isfinite(width + noise), status, broken).astype(jnp.int32)
 
 
-def _centre(problem: bellman.Lanes, d: Array, c: Array) -> tuple[Array, Array, Array]:
-    """Residual, offset and half-width of the error of `T V = h + d + offset`.
+def _centre(problem: bellman.Lanes, d: Array) -> tuple[Array, Array, Array]:
+    """Residual, shift of the offset and half-width of the error of `T V = h + d + offset`.
 
     If no episode ends, moving V by m/(1-g) with m the midrange of d leaves the policy alone and centres d: the
     offset takes it in full, and `T V` is then the midpoint of the certified interval.
     """
     low, high = bellman.extremes(d, problem.ends)
-    ratio = problem.discount / problem.complement
+    # The half-width itself is a difference, a quotient and two products.
+    ratio = (1 + 4 * float(jnp.finfo(problem.dtype).eps)) * problem.discount / problem.complement
     if problem.ends:
-        return d, c, ratio * jnp.maximum(-low, high)
+        width = ratio * jnp.maximum(-low, high)
+        return d, jnp.zeros_like(width), width
     middle = 0.5 * (low + high)
-    return d - middle[None], c + middle / problem.complement, ratio * 0.5 * (high - low)
+    return d - middle[None], middle / problem.complement, ratio * 0.5 * (high - low)
 
 
-def _recentre(h: Array, c: Array) -> tuple[Array, Array]:
-    """The same value with the midrange of h moved to c: rounding grows with the size of h."""
-    middle = 0.5 * (jnp.max(h, axis=0) + jnp.min(h, axis=0))
-    return h - middle[None], c + middle
+def _recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:
+    """The same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it."""
+    low, high = jnp.min(h, axis=0), jnp.max(h, axis=0)
+    middle = 0.5 * (low + high)
+    return h - middle[None], c + middle, 0.5 * (high - low)
 
 
 def _keep(frozen: Array, old: Loop, new: Loop) -> Loop:
@@ -231,15 +240,11 @@ def _keep(frozen: Array, old: Loop, new: Loop) -> Loop:
 
 
 def _finish(problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array) -> Solution:
-    """One more backup at each lane's answer: policy, perturbation, and a second certificate to meet the first."""
+    """Policy and perturbation from one more backup at each lane's answer, in the public layout."""
     # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
     h = jnp.where((loop.status >= int(Status.NONFINITE_INPUT))[None], jnp.nan, loop.h)
     th, policy, q = bellman.backup(problem, h, loop.c)
     value = h + loop.c[None]
-    lower, upper = bellman.value_bounds(problem, h, loop.c, th, bellman.cost(problem, th, q))
-    # Both intervals hold. Neither is to exclude the value that is returned, which may lie anywhere in the first.
-    lower = jnp.minimum(jnp.maximum(lower, value - loop.half_width[None]), value)
-    upper = jnp.maximum(jnp.minimum(upper, value + loop.half_width[None]), value)
     masked = jnp.isneginf(problem.regulariser._prior)
     perturbation = jnp.where(masked, 0, q - th[None])
     return Solution(
@@ -247,8 +252,8 @@ def _finish(problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array) -> S
         q=_tree.batch_first(q + loop.c[None, None], 2),
         policy=_tree.batch_first(policy, 2),
         perturbation=_tree.batch_first(perturbation, 2),
-        lower=_tree.batch_first(lower, 1),
-        upper=_tree.batch_first(upper, 1),
+        lower=_tree.batch_first(value - loop.half_width[None], 1),
+        upper=_tree.batch_first(value + loop.half_width[None], 1),
         objective=jnp.sum(initial * value, axis=0),
         status=loop.status,
         steps=loop.steps,
