@@ -146,6 +146,28 @@ def layout_of(p: Any, layout: str | None) -> str:
     raise ValueError(f"transitions has shape {p.shape}; expected [S, A, S], one row of S probabilities per (s, a)")
 
 
+def check_policy(policy: Any, core: tuple[int, ...], letters: str) -> None:
+    """Refuse a policy of another shape, and a concrete one that is no distribution over actions."""
+    expect_shape("policy", policy.shape, core, letters, "one distribution over actions per state")
+    if is_traced(policy):
+        return
+    p = np.asarray(policy, np.float64)
+    axes = ("s", "a")[2 - len(core) :]
+    refuse("policy", p, p < 0, axes, "probabilities must not be negative")
+    total = p.sum(-1)
+    margin = 1e-4 if policy.dtype.itemsize <= 4 else 1e-8
+    rule = f"a policy sums to 1 over actions (tolerance {margin:g}): divide it by its sum"
+    refuse("policy", total, np.abs(total - 1) > margin, axes[:-1], rule)
+
+
+def expect_type(value: Any, kind: type, position: str, source: str) -> None:
+    """Refuse an argument of another class."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__ == "MDP" else "a"
+        name = kind.__name__ if kind.__name__[1].isupper() else kind.__name__.lower()
+        raise TypeError(f"the {position} must be {article} {name} (see robustreg.{source}), got {type(value).__name__}")
+
+
 def check_batches(axes: dict[str, tuple[int, ...]]) -> None:
     """Refuse batch axes (given per argument) that do not broadcast."""
     try:

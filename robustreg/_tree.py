@@ -15,8 +15,10 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 
 _T = TypeVar("_T")
 
@@ -62,6 +64,28 @@ def _summary(self: Any) -> str:
 
     shown = (f"{f.name}={show(getattr(self, f.name))}" for f in dataclasses.fields(self))
     return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def given(tangent: Any) -> Any:
+    """A tangent as a rule with `symbolic_zeros=True` receives it, or None where the argument does not change."""
+    zero = is_symbolic_zero(tangent) or jnp.result_type(tangent) == jax.dtypes.float0
+    return None if zero else tangent
+
+
+def is_symbolic_zero(x: Any) -> bool:
+    """Whether `x` is the placeholder of a zero tangent, which is a leaf."""
+    return isinstance(x, SymbolicZero)
+
+
+def given_or_zero(tangent: Any, primal: Any) -> Any:
+    """A tangent that `jax.jvp` accepts, leaf by leaf."""
+
+    def fill(t: Any, x: Any) -> Any:
+        floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        zero = jnp.zeros_like(x) if floating else np.zeros(jnp.shape(x), jax.dtypes.float0)
+        return zero if given(t) is None else t
+
+    return jax.tree.map(fill, tangent, primal, is_leaf=is_symbolic_zero)
 
 
 def lanes_last(x: Array, batch_ndim: int, core_ndim: int) -> Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _tree, bellman, linear, solvers
+from robustreg import _host, _tree, bellman, implicit, linear, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Status
@@ -38,6 +38,7 @@ def worst_case(reg: Regulariser, policy: ArrayLike) -> Array:
         `<p, Delta_r> = Omega(p)` and `slack` is 0. Minus infinity where p = 0 < p0 for KL and alpha <= 1
         (`Solution.perturbation` is the finite one at an optimum); 0 on masked actions.
     """
+    _host.expect_type(reg, Regulariser, "first argument", "kl")
     return reg.worst_case(policy)
 
 
@@ -52,6 +53,7 @@ def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
         `-Omega*(dr)`, `[*B, ...]`, in reward units. `dr` is in the robust set exactly where this is >= 0, and
         `dr + slack` (the same amount on every action) lies on its boundary.
     """
+    _host.expect_type(reg, Regulariser, "first argument", "kl")
     return -reg.conjugate(perturbation)
 
 
@@ -65,7 +67,22 @@ class _Fixed(Regulariser):
     log_prior: Array
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return jnp.sum(jnp.where(self.policy == 0, 0, self.policy * q), axis=0) - self.cost, self.policy
+        return jnp.sum(self.policy * self._where_taken(q), axis=0) - self.cost, self.policy
+
+    def _where_taken(self, q: Array) -> Array:
+        """q with 0 in the place of what is infinite at actions never taken."""
+        return jnp.where((self.policy == 0) & ~jnp.isfinite(q), 0, q)
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "_Fixed") -> Array:
+        dp, dcost = _tree.given(change.policy), _tree.given(change.cost)
+        total = jnp.zeros(q.shape[1:], q.dtype) if dcost is None else -dcost
+        if dq is not None:
+            total = total + jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
+        return total if dp is None else total + jnp.sum(dp * self._where_taken(q), axis=0)
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "_Fixed") -> Array:
+        dp = _tree.given(change.policy)
+        return jnp.zeros_like(policy) if dp is None else dp
 
 
 @_tree.dataclass
@@ -78,6 +95,13 @@ class _Unregularised(Regulariser):
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
         return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "_Unregularised") -> Array:
+        zero = jnp.zeros(q.shape[1:], q.dtype)
+        return zero if dq is None else jnp.sum(policy * jnp.where(policy > 0, dq, 0), axis=0)
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "_Unregularised") -> Array:
+        return jnp.zeros_like(policy)
 
 
 @_tree.dataclass
@@ -110,13 +134,12 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
         `[*B, S]`, in reward units, to the working precision; NaN in lanes where that failed (input that is not
         finite, overflow, or a certified error above half the digits).
     """
-    policy = jnp.asarray(policy, mdp.dtype)
-    if policy.shape[-2:] != (mdp.n_states, mdp.n_actions):
-        raise ValueError(f"policy must be [*B, {mdp.n_states}, {mdp.n_actions}], got shape {policy.shape}")
+    policy = _policy(mdp, policy)
+    if reg is not None:
+        _host.expect_type(reg, Regulariser, "third argument", "kl")
     if reward is not None:
         reward = jnp.asarray(reward, mdp.dtype)
-        if reward.shape[-2:] != (mdp.n_states, mdp.n_actions):
-            raise ValueError(f"reward must be [*B, {mdp.n_states}, {mdp.n_actions}], got shape {reward.shape}")
+        _host.expect_shape("reward", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     return _evaluate(mdp, policy, reg, reward)
 
 
@@ -154,12 +177,15 @@ def _fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -
     dtype = problem.dtype
     tol, limit = jnp.full(problem.batch, -1, dtype), jnp.asarray(10_000, jnp.int32)
     start = jnp.zeros((problem.n_states, *problem.batch), dtype)
-    loop = iterate(problem, solvers.automatic(problem), tol, limit, start)
-    value = loop.h + loop.c[None]
+    fixed = lax.stop_gradient(problem)
+    loop = lax.stop_gradient(iterate(fixed, solvers.automatic(fixed), tol, limit, start))
     # No status goes with a bare value: one that missed half its digits must not pass for one that has them.
-    poor = loop.half_width > float(jnp.finfo(dtype).eps) ** 0.5 * jnp.max(jnp.abs(value), axis=0)
+    size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
+    poor = loop.half_width > float(jnp.finfo(dtype).eps) ** 0.5 * size
     failed = (loop.status >= int(Status.NONFINITE_INPUT)) | ((loop.status != int(Status.CONVERGED)) & poor)
-    return _tree.batch_first(jnp.where(failed[None], jnp.nan, value), 1)
+    h = jnp.where(failed[None], jnp.nan, loop.h)
+    h = implicit.attach(linear.Method(), problem, h, loop.c, jnp.zeros_like(size), None)[0]
+    return _tree.batch_first(h + loop.c[None], 1)
 
 
 def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
@@ -173,10 +199,15 @@ def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
         `mu(s, a) = sum_t g^t Pr(s_t = s, a_t = a)`, `[*B, S, A]`; sums to 1/(1-g) if no episode ends. It is the
         gradient of the return in the reward.
     """
+    return _occupancy(mdp, _policy(mdp, policy))
+
+
+def _policy(mdp: MDP, policy: ArrayLike) -> Array:
+    """A policy of an MDP as an array; values are checked where they exist."""
+    _host.expect_type(mdp, MDP, "first argument", "mdp")
     policy = jnp.asarray(policy, mdp.dtype)
-    if policy.shape[-2:] != (mdp.n_states, mdp.n_actions):
-        raise ValueError(f"policy must be [*B, {mdp.n_states}, {mdp.n_actions}], got shape {policy.shape}")
-    return _occupancy(mdp, policy)
+    _host.check_policy(policy, (mdp.n_states, mdp.n_actions), "S, A")
+    return policy
 
 
 @jax.jit
@@ -185,37 +216,6 @@ def _occupancy(mdp: MDP, policy: Array) -> Array:
     n = len(problem.batch)
     p = jnp.broadcast_to(_tree.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     initial = jnp.broadcast_to(_tree.lanes_last(mdp.initial, n, 1), p.shape[1:])
-    states = _discounted(bellman.chain(problem, p), initial, problem)
+    chain = bellman.chain(problem, p)
+    states = linear.occupy(chain, initial, jnp.zeros(problem.batch, mdp.dtype), linear.Method())
     return _tree.batch_first(p * states[None], 2)
-
-
-def _discounted(chain: bellman.Chain, initial: Array, problem: bellman.Lanes) -> Array:
-    """`(I - K^T)^{-1} initial`, `[S, *B]`, by Krylov solves for the correction until rounding stops them.
-
-    The error is at most the residual over 1-g in the 1-norm. Mass is conserved: the exits `<d, (I - K) 1>` add up to
-    `<initial, 1>`, which scales away the slowest mode.
-    """
-
-    def size(r: Array) -> Array:
-        return jnp.sum(jnp.abs(r), axis=0)
-
-    def rescale(x: Array) -> Array:
-        return x * (jnp.sum(initial, axis=0) / jnp.sum(x * chain.leave, axis=0))[None]
-
-    def residual(x: Array) -> Array:
-        return initial - (x - chain.transpose(x))
-
-    def better(state: tuple[Array, ...]) -> Array:
-        return jnp.any(state[2]) & (state[3] < 20)
-
-    def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, active, count = state
-        new = rescale(x + linear.bicgstab(chain.transpose, r, jnp.full_like(r[0], 1e-3), 500))
-        new_r = residual(new)
-        progress = active & (size(new_r) < 0.5 * size(r))
-        accept = active & (size(new_r) < size(r))
-        return jnp.where(accept[None], new, x), jnp.where(accept[None], new_r, r), progress, count + 1
-
-    active = jnp.ones(initial.shape[1:], bool)
-    state = (jnp.zeros_like(initial), initial, active, jnp.asarray(0, jnp.int32))
-    return lax.while_loop(better, improve, state)[0]

@@ -29,7 +29,7 @@ from jax import Array
 
 from robustreg import _tree
 from robustreg.mdp import MDP
-from robustreg.regularisers import Regulariser
+from robustreg.regularisers import Regulariser, maximise
 from robustreg.transitions import Transitions
 
 
@@ -132,7 +132,7 @@ def q_values(problem: Lanes, h: Array, c: Array) -> Array:
 def backup(problem: Lanes, h: Array, c: Array) -> tuple[Array, Array, Array]:
     """`T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
     q = q_values(problem, h, c)
-    th, policy = problem.regulariser._maximiser(q)
+    th, policy = maximise(problem.regulariser, q)
     return th, policy, q
 
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from robustreg import _tree, bellman
+from robustreg import _host, _tree, bellman
 from robustreg.mdp import MDP
-from robustreg.regularisers import Regulariser
+from robustreg.regularisers import Regulariser, maximise
 from robustreg.solution import Solution, SolveError
 
 
@@ -88,26 +88,35 @@ def certify(mdp: MDP, reg: Regulariser, sol: Solution) -> Certificate:
 
     Args:
         mdp, reg: the problem.
-        sol: a `Solution`, or anything with its `value`, `policy` and `perturbation`.
+        sol: a `Solution`, or anything with its `value [*B, S]`, `policy [*B, S, A]` and `perturbation [*B, S, A]`.
 
     Returns:
-        A `Certificate`.
+        A `Certificate`; NaN at states whose policy is no distribution over actions.
     """
-    return _certify(mdp, reg, sol.value, sol.policy, sol.perturbation)
+    _host.expect_type(mdp, MDP, "first argument", "mdp")
+    _host.expect_type(reg, Regulariser, "second argument", "kl")
+    pairs = (mdp.n_states, mdp.n_actions)
+    claims = {name: jnp.asarray(getattr(sol, name), mdp.dtype) for name in ("value", "policy", "perturbation")}
+    for name, x in claims.items():
+        core, letters = (pairs[:1], "S") if name == "value" else (pairs, "S, A")
+        _host.expect_shape(name, x.shape, core, letters)
+    return _certify(mdp, reg, *claims.values())
 
 
 @jax.jit
 def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbation: Array) -> Certificate:
     problem = bellman.lanes(mdp, reg, value.shape[:-1], policy.shape[:-2], perturbation.shape[:-2])
     n = len(problem.batch)
-    v, p, dr = (
-        _tree.lanes_last(x.astype(mdp.dtype), n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2))
-    )
+    v, p, dr = (_tree.lanes_last(x, n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2)))
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
     h = v - c[None]
     th, _, q = bellman.backup(problem, h, c)
     masked = jnp.isneginf(problem.regulariser._prior)
     q = jnp.where(masked, 0, q)
+    # Nothing is proved of a policy that is none; its sum may miss 1 by rounding.
+    unit = float(jnp.finfo(mdp.dtype).eps)
+    proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
+    p = jnp.where(proper[None], p, jnp.nan)
     own = jnp.sum(p * q, axis=0) - problem.regulariser._value(p)
     cost = bellman.cost(problem, own, q)
     upper = bellman.value_bounds(problem, h, c, th, cost)[1]
@@ -117,7 +126,7 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     best = jnp.max(jnp.where(masked, -jnp.inf, perturbed), axis=0)
     below, above = bellman.value_bounds(problem, h, c, best, jnp.zeros_like(c))
     consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
-    feasible = -problem.regulariser._maximiser(jnp.broadcast_to(dr, q.shape))[0]
+    feasible = -maximise(problem.regulariser, jnp.broadcast_to(dr, q.shape))[0]
     noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
     public = [_tree.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]
     return Certificate(*public, rounding=noise)

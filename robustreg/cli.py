@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -71,6 +72,8 @@ class Run:
 def _solve(options: argparse.Namespace) -> int:
     # The one place that sets JAX's precision: a program decides it for itself, a library does not.
     jax.config.update("jax_enable_x64", options.precision == "float64")
+    if options.out is not None:
+        _prepare(options.out)
     with jax.default_device(_device(options.device)):
         run = _run(config.load(options.config))
         rows = _rows(run)
@@ -82,6 +85,16 @@ def _solve(options: argparse.Namespace) -> int:
     # The solver and the certificate each round in their own way, by as much as the certificate says.
     run.certificate.raise_if_loose(float(run.solution.tol) + float(run.certificate.rounding))
     return 0
+
+
+def _prepare(out: Path) -> None:
+    """Make the folder for results before any work is done for it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise config.ConfigError(f"--out {out}: cannot write there: {error.strerror}") from error
 
 
 def _device(kind: str | None) -> Any:
@@ -150,7 +163,6 @@ def _table(rows: Mapping[str, str]) -> str:
 
 def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     """Write the result and the pictures; return what was written."""
-    out.mkdir(parents=True, exist_ok=True)
     path, problem = out / "result.npz", run.job.problem
     about = {"config": run.job.table, "dtype": rows["precision"], "versions": versions(), "table": dict(rows)}
     interop.save(path, run.solution, about)

@@ -11,34 +11,60 @@ The alpha-divergence of Cichocki and Amari, for normalised arguments and `L = lo
 
 in which alpha = 0 (reverse KL) and alpha = 1 (KL) are no special points.
 
-**The conjugate.** `max_p <p, q> - D[p0 : p]/beta` is attained at `p = p0 exp_alpha(beta (q - psi))`, with the scalar
-`psi` that normalises `p` [Brekelmans et al. 2022]. In floating point every choice of unknown loses digits somewhere:
-`psi` for large `beta`, `1 + h beta (max q - psi)` near alpha = 1, `beta (max q - psi)` for small priors and alpha < 1.
-The *log-ratio of the best action* loses none. With `gap = beta (max q - q) >= 0` and `l = log(p/p0)` at `gap = 0`,
+**Derivatives** are those of the extension to measures that need not sum to one, which is smooth in everything,
 
-    log(p_a/p0_a) = l + lam_h(-gap_a e^{-h l}),      find l in [0, -log p0_best] with sum_a p_a = 1.
+    D_alpha[p0 : p] = sum (alpha p + (1-alpha) p0 - p0^(1-alpha) p^alpha) / (alpha (1-alpha)),
+    dD/dp = eps_h(L),        dD/dp0 = -eps_alpha(L),
 
-The power mean `M = (sum p)^h` of `1 + h beta (q - psi)` is homogeneous of degree one, hence nearly linear in
-`y = e^{h l}`; Newton's method on `M = 1` in the variable `y` reads, in terms of `l` and `F = log sum p`,
-
-    l <- l + lam_h( eps_h(-F) / E_p[1/rho] ),        rho_a = 1 - h gap_a e^{-h l},
-
-is exact in one step for KL, monotone from the far end of the bracket for alpha <= 2, and is safeguarded by bisection
-for the vertical tangents that alpha > 2 has at the edge of the support.
+and agree with those of the normalised divergence along directions that keep p and p0 normalised. Where p = 0 and the
+slope is infinite (alpha <= 1), it counts as 0: no policy that a regulariser chooses is moved there.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-# Cap on root-finding steps: 3 to 9 are typical; bisection alone would need about 60 (float64).
-_MAX_ROOT_STEPS = 80
+from robustreg import _tree
 
 
+@jax.custom_jvp
 def eps(x: Array, h: Array) -> Array:
-    """`(exp(h x) - 1)/h`, continuous at `h = 0` where it is `x`. Broadcasts; shape of `x` with `h`."""
+    """`(exp(h x) - 1)/h`, continuous at `h = 0` where it is `x`. Broadcasts; shape of `x` with `h`.
+
+    Where `x` is infinite, the derivatives in `x` count as 0.
+    """
     small, safe = _nonzero(h)
     return jnp.where(small, x, jnp.expm1(safe * x) / safe)
+
+
+def _eps_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, h), (dx, dh) = primals, (_tree.given(t) for t in tangents)
+    out = eps(x, h)
+    finite = jnp.isfinite(x)
+    x = jnp.where(finite, x, 0)
+    total = jnp.zeros_like(out)
+    if dx is not None:
+        total = total + jnp.where(finite, jnp.exp(h * x), 0) * dx
+    if dh is not None:
+        limit = jnp.where(h > 0, 1 / jnp.where(h > 0, h, 1) ** 2, 0)  # of eps_h(-inf) = -1/h
+        total = total + jnp.where(finite, eps_slope(x, h), limit) * dh
+    return out, total
+
+
+eps.defjvp(_eps_jvp, symbolic_zeros=True)
+
+
+def eps_slope(x: Array, h: Array) -> Array:
+    """`d eps_h(x)/dh = x^2 f(h x)` with `f(y) = (y e^y - e^y + 1)/y^2`, for finite x; a series near `y = 0`."""
+    y = h * x
+    near = jnp.abs(y) < 1
+    small, far = jnp.where(near, y, 0), jnp.where(near, 1, y)
+    series = jnp.zeros_like(y)
+    for k in range(19, -1, -1):
+        series = series * small + (k + 1) / math.factorial(k + 2)
+    return x**2 * jnp.where(near, series, (far * jnp.exp(far) - jnp.expm1(far)) / far**2)
 
 
 def lam(x: Array, h: Array) -> Array:
@@ -55,183 +81,88 @@ def _nonzero(h: Array) -> tuple[Array, Array]:
 
 
 def log_ratio(policy: Array, log_prior: Array) -> Array:
-    """`log(p/p0)`, 0 where the prior and `p` are both 0, infinite where just one of them is. Shape `[A, ...]`."""
-    masked = jnp.isneginf(log_prior) & (policy == 0)
-    return jnp.log(jnp.where(masked, 1, policy)) - jnp.where(masked, 0, log_prior)
+    """`log(p/p0)`, 0 where the prior and `p` are both 0, infinite where just one of them is. Shape `[A, ...]`.
+
+    Its derivative counts as 0 where it is infinite or masked.
+    """
+    masked = jnp.isneginf(log_prior)
+    both = (policy > 0) & ~masked
+    inside = jnp.log(jnp.where(both, policy, 1)) - jnp.where(both, log_prior, 0)
+    return jnp.where(both, inside, jnp.where(policy > 0, jnp.inf, jnp.where(masked, 0, -jnp.inf)))
 
 
-def _weighted(weight: Array, x: Array) -> Array:
+def weighted(weight: Array, x: Array) -> Array:
     """`sum_a weight x` in which weight 0 silences an infinite `x`."""
-    return jnp.sum(jnp.where(weight == 0, 0, weight * x), axis=0)
+    return jnp.sum(weight * jnp.where(weight == 0, 0, x), axis=0)
 
 
-def alpha_divergence(policy: Array, log_prior: Array, alpha: Array, ratio: Array | None = None) -> Array:
+@jax.custom_jvp
+def alpha_divergence(policy: Array, log_prior: Array, alpha: Array) -> Array:
     """`D_alpha[p0 : p]` for every real alpha (the KL divergence `KL(p : p0)` at 1, `KL(p0 : p)` at 0).
 
     Args:
         policy: `p`, `[A, ...]`, normalised over axis 0.
         log_prior: `log p0`, broadcastable to `[A, ...]`; minus infinity masks an action.
         alpha: broadcastable to `[...]`.
-        ratio: `log(p/p0)` where the caller knows it better than the logarithm of `p` does (underflow).
 
     Returns:
         `[...]`; infinite where `p` puts mass on a masked action, and where alpha <= 0 and `p` omits an unmasked one.
     """
-    ratio = log_ratio(policy, log_prior) if ratio is None else ratio
+    return alpha_divergence_at(policy, log_prior, alpha, log_ratio(policy, log_prior))
+
+
+def alpha_divergence_at(policy: Array, log_prior: Array, alpha: Array, ratio: Array) -> Array:
+    """The same with `log(p/p0)` from a caller who knows it better than the logarithm of `p` does (underflow)."""
     h = alpha - 1
     upper = alpha >= 0.5
     # Double where: the branch that is not taken divides by alpha or h near 0.
-    high = _weighted(policy, eps(ratio, jnp.where(upper, h, 1)[None])) / jnp.where(upper, alpha, 1)
-    low = _weighted(jnp.exp(log_prior), eps(ratio, jnp.where(upper, 1, alpha)[None])) / jnp.where(upper, 1, h)
+    high = weighted(policy, eps(ratio, jnp.where(upper, h, 1)[None])) / jnp.where(upper, alpha, 1)
+    low = weighted(jnp.exp(log_prior), eps(ratio, jnp.where(upper, 1, alpha)[None])) / jnp.where(upper, 1, h)
     escaped = jnp.any((policy > 0) & jnp.isneginf(log_prior), axis=0)
     return jnp.where(escaped, jnp.inf, jnp.where(upper, high, low))
 
 
+@jax.custom_jvp
 def kl_divergence(policy: Array, log_prior: Array) -> Array:
     """`KL(p : p0) = sum p log(p/p0)`. Shapes as in `alpha_divergence`."""
-    return _weighted(policy, log_ratio(policy, log_prior))
+    return weighted(policy, log_ratio(policy, log_prior))
 
 
-def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
-    """Conjugate of `KL/beta` and its maximiser.
-
-    Args:
-        q: `[A, ...]`; entries of masked actions are never looked at, they may be infinite or NaN.
-        beta: broadcastable to `[...]`, positive.
-        log_prior: broadcastable to `[A, ...]`.
-
-    Returns:
-        `(1/beta) log sum p0 exp(beta q)`, `[...]`, and `p0 exp(beta (q - that))`, `[A, ...]`.
-    """
-    masked = jnp.isneginf(log_prior)
-    best = jnp.max(jnp.where(masked, -jnp.inf, q), axis=0)
-    gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
-    # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
-    exponent = log_prior - gap
-    top = jnp.max(exponent, axis=0)
-    weight = jnp.exp(exponent - top[None])
-    total = jnp.sum(weight, axis=0)
-    return best + (top + jnp.log(total)) / beta, weight / total[None]
+def divergence_tangent(
+    policy: Array, log_prior: Array, alpha: Array, dp: Array | None, dlog_prior: Array | None, dalpha: Array | None
+) -> Array:
+    """Change of `D_alpha` with its arguments, `[...]`; None for one that does not change."""
+    ratio = log_ratio(policy, log_prior)
+    terms = []
+    if dp is not None:
+        h = alpha - 1
+        edge = jnp.where(h > 0, -1 / jnp.where(h > 0, h, 1), 0)[None]
+        slope = jnp.where(jnp.isneginf(ratio), edge, eps(jnp.where(jnp.isneginf(ratio), 0, ratio), h[None]))
+        terms.append(jnp.sum(slope * dp, axis=0))
+    if dlog_prior is not None:
+        moved = eps(ratio, alpha[None])
+        moved = jnp.where(jnp.isfinite(moved), moved, 0)
+        terms.append(-jnp.sum(jnp.exp(log_prior) * moved * dlog_prior, axis=0))
+    if dalpha is not None:
+        terms.append(jax.jvp(lambda a: alpha_divergence_at(policy, log_prior, a, ratio), (alpha,), (dalpha,))[1])
+    return sum(terms, jnp.zeros((), policy.dtype))
 
 
-def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tuple[Array, Array]:
-    """Conjugate of `D_alpha/beta` over normalised policies, and its maximiser. Shapes as in `kl_maximiser`.
-
-    The value is `<p, q> - D/beta` at the policy found. It errs by the square of the policy's error only, and is a
-    lower bound on the conjugate whatever the policy.
-    """
-    masked = jnp.isneginf(log_prior)
-    best = jnp.max(jnp.where(masked, -jnp.inf, q), axis=0)
-    gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
-    policy, ratio = _normalise(gap, log_prior, alpha - 1)
-    divergence = alpha_divergence(policy, log_prior, alpha, ratio)
-    return best - (_weighted(policy, gap) + divergence) / beta, policy
+def _divergence_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    value = alpha_divergence(*primals)
+    change = divergence_tangent(*primals, *(_tree.given(t) for t in tangents))
+    return value, jnp.broadcast_to(change, value.shape)
 
 
-def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
-    """`log(p/p0)` and `rho` of every action for a log-ratio `level` of the best one.
-
-    For h < 0 and small priors `e^{-h l}` overflows; there `log(p/p0)` has the limit `log(-h gap)/h`, free of `l`.
-    """
-    scaled = jnp.where(gap == 0, 0, gap * jnp.exp(-h * level)[None])
-    h = h[None]
-    x = -h * scaled
-    rho = jnp.maximum(1 + x, 0)
-    near = level[None] + lam(-scaled, h)
-    overflow = jnp.isposinf(x)
-    far = jnp.log(jnp.where(overflow, -h * gap, 1)) / jnp.where(overflow, h, 1)
-    return jnp.where(overflow, far, near), rho
+def _kl_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    value = kl_divergence(*primals)
+    dp, dlog_prior = (_tree.given(t) for t in tangents)
+    change = divergence_tangent(*primals, jnp.ones_like(value), dp, dlog_prior, None)
+    return value, jnp.broadcast_to(change, value.shape)
 
 
-def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
-    """The policy whose log-ratios are those of `_ratios` and whose sum is 1, and those log-ratios.
-
-    Args:
-        gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.
-        log_prior: `[A, ...]`.
-        h: `alpha - 1`, `[...]`.
-    """
-    level, low, high = _root(gap, log_prior, h)
-    ratio, rho = _ratios(level, gap, h)
-    raw = jnp.exp(log_prior + ratio)
-    # One Newton step in policy space. Plain renormalisation would move mass onto actions in proportion to p, whereas
-    # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
-    # of the support then leaves a value error of 3e-8.
-    curvature = _curvature(raw, rho)
-    missing = (1 - jnp.sum(raw, axis=0)) / jnp.sum(curvature, axis=0)
-    policy = jnp.maximum(raw + missing[None] * curvature, 0)
-    policy = policy / jnp.sum(policy, axis=0, keepdims=True)
-    moved = (policy > 0) & (raw > 0)
-    correction = jnp.log(jnp.where(moved, policy, 1)) - jnp.log(jnp.where(moved, raw, 1))
-    unresolved = ~(jnp.abs(jnp.log(jnp.sum(raw, axis=0))) <= jnp.finfo(gap.dtype).eps ** 0.6)[None]
-
-    def bridge() -> tuple[Array, Array]:
-        mixed = _between(low, high, gap, log_prior, h)
-        best = jnp.where(unresolved, mixed, policy)
-        return best, jnp.where(unresolved, log_ratio(best, log_prior), ratio + correction)
-
-    return lax.cond(jnp.any(unresolved), bridge, lambda: (policy, ratio + correction))
-
-
-def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array) -> Array:
-    """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
-
-    For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
-    """
-    below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
-    missing, jump = 1 - jnp.sum(below, axis=0), jnp.sum(above - below, axis=0)
-    share = jnp.clip(missing / jnp.where(jump > 0, jump, 1), 0, 1)
-    mixed = below + share[None] * (above - below)
-    return mixed / jnp.sum(mixed, axis=0, keepdims=True)
-
-
-def _curvature(policy: Array, rho: Array) -> Array:
-    """`w = p/rho`, proportional to `p0^{alpha-1} p^{2-alpha}`; 0 off the support."""
-    inside = (rho > 0) & (policy > 0)
-    return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
-
-
-def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
-    """The level `l` with `sum p = 1`, and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
-    unit = jnp.finfo(gap.dtype).eps
-    at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
-    # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
-    best_prior = jax.scipy.special.logsumexp(at_best, axis=0)
-    high = jnp.broadcast_to(jnp.maximum(-best_prior, 0), gap.shape[1:])
-    low = jnp.zeros_like(high)
-
-    def measure(level: Array) -> tuple[Array, Array]:
-        ratio, rho = _ratios(level, gap, h)
-        policy = jnp.exp(log_prior + ratio)
-        total = jnp.sum(policy, axis=0)
-        return jnp.log(total), jnp.sum(_curvature(policy, rho), axis=0) / total
-
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        level, low, high, last, done, count = state
-        excess, slope = measure(level)
-        low = jnp.where(excess < 0, level, low)
-        high = jnp.where(excess > 0, level, high)
-        newton = level + lam(eps(-excess, h) / slope, h)
-        slow = jnp.abs(excess) > 0.5 * last
-        outside = ~((newton > low) & (newton < high))
-        new = jnp.where(outside | slow, 0.5 * (low + high), newton)
-        settled = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
-        settled = settled | (high - low <= 2 * unit * high)
-        level = jnp.where(done | settled, level, new)
-        return level, low, high, jnp.where(slow, jnp.inf, jnp.abs(excess)), done | settled, count + 1
-
-    def unfinished(state: tuple[Array, ...]) -> Array:
-        return ~jnp.all(state[4]) & (state[5] < _MAX_ROOT_STEPS)
-
-    # Both monotone regimes start at the far end of the bracket; for alpha > 2 the near end is the monotone one.
-    h = jnp.broadcast_to(h, high.shape)
-    start = jnp.where(h > 1, low, high)
-    infinite = jnp.full_like(start, jnp.inf)
-    # A NaN gap can never settle: leave it to come out as NaN instead of holding up the others.
-    hopeless = jnp.any(jnp.isnan(gap), axis=0)
-    state = (start, low, high, infinite, hopeless, jnp.asarray(0, jnp.int32))
-    level, low, high, *_ = lax.while_loop(unfinished, step, state)
-    return level, low, high
+alpha_divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
+kl_divergence.defjvp(_kl_jvp, symbolic_zeros=True)
 
 
 def alpha_gradient(policy: Array, log_prior: Array, alpha: Array) -> Array:
@@ -245,6 +176,7 @@ def alpha_gradient(policy: Array, log_prior: Array, alpha: Array) -> Array:
     kernel = eps(ratio, (alpha - 1)[None])
     # At alpha <= 0 an omitted action makes D infinite, and (1 - alpha) D - inf undefined: the -inf of the omitted
     # action itself is kept, every other entry is +inf.
-    psi = jnp.where(alpha == 1, 0, (1 - alpha) * alpha_divergence(policy, log_prior, alpha, ratio))
+    divergence = alpha_divergence(policy, log_prior, alpha)
+    psi = (1 - alpha) * jnp.where((alpha == 1) & jnp.isinf(divergence), 0, divergence)
     total = jnp.where(jnp.isneginf(kernel), kernel, kernel + psi[None])
     return jnp.where(jnp.isneginf(log_prior) & (policy == 0), 0, total)

@@ -12,6 +12,7 @@
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def _read_table(table: Any, n_states: int) -> tuple[Successors, np.ndarray, np.n
     """Successors, expected reward `[S, A]` and termination `[S, A]` of `P[s][a]`."""
     states = [_entry(table, s, "P") for s in range(n_states)]
     n_actions = len(states[0]) if states else 0
+    if n_actions == 0:
+        raise ValueError("P has no states, or none of their actions; expected P[s][a] = [(probability, ...), ...]")
     entries = []
     for s, actions in enumerate(states):
         if len(actions) != n_actions:
@@ -119,6 +122,7 @@ def _step(item: Any, s: int, a: int, n_states: int, n_actions: int) -> tuple[flo
     where = f"P[{s}][{a}]"
     try:
         probability, successor, reward, terminated = item
+        probability, reward, successor = float(probability), float(reward), successor + 0
     except (TypeError, ValueError):
         raise ValueError(f"{where} holds {item!r}; expected (probability, successor, reward, terminated)") from None
     if not 0 <= successor < n_states or successor != int(successor):
@@ -192,7 +196,7 @@ def load(path: str | os.PathLike) -> Any:
     Raises:
         ValueError: if the file is not one of `save`.
     """
-    with np.load(path, allow_pickle=False) as archive:
+    with _archive(path) as archive:
         return _rebuild(_header(archive, path)["robustreg"]["object"], archive)
 
 
@@ -202,9 +206,18 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not one of `save`.
     """
-    with np.load(path, allow_pickle=False) as archive:
+    with _archive(path) as archive:
         header = _header(archive, path)
     return {key: value for key, value in header.items() if key != "robustreg"}
+
+
+def _archive(path: str | os.PathLike) -> Any:
+    """A NumPy archive, named as `save` names it; anything else is a `ValueError` that names the file."""
+    path = Path(path)
+    path = path if path.exists() or path.suffix == ".npz" else path.with_name(path.name + ".npz")
+    if path.exists() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} was not written by robustreg.save: it is no NumPy archive, or an incomplete one")
+    return np.load(path, allow_pickle=False)
 
 
 def _header(archive: Any, path: Any) -> dict[str, Any]:

@@ -1,12 +1,16 @@
-"""Linear systems of policies, `(I - K) x = b` with `K = g P_pi`, in the kernels' layout.
+"""Linear systems of policies, `(I - K) x = b` and `(I - K^T) y = b` with `K = g P_pi`, in the kernels' layout.
 
-Three ways to approach `x = (I - K)^{-1} b`:
+Solvers of the Bellman equation need x roughly and often:
 
 * `neumann`: the first terms of `b + K b + K^2 b + ...`; m of them make modified policy iteration.
 * `krylov`: BiCGSTAB [van der Vorst 1992] for each lane by itself. If no episode ends, `K` maps constants to
   constants and the values only matter up to one, so that it runs on mean-free vectors: the slowest mode, of
   eigenvalue g, never takes part.
 * `direct`: LU factors of the matrix written out. O(S^3) per lane.
+
+Derivatives and occupancies need x or y once and well: `solve` and `occupy` repeat Krylov solves for what is left until
+rounding ends progress. They are transposes of each other under differentiation, in either direction and to any order,
+because `lax.custom_linear_solve` is told of both; nothing differentiates through an iteration.
 
 Lanes are frozen, bit for bit, when they have reached their target; the loop ends with the last of them.
 """
@@ -16,9 +20,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg import bellman
+from robustreg import _tree, bellman
 
 Operator = Callable[[Array], Array]
+# Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
+_KRYLOV_STEPS, _ROUNDS = 1000, 8
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
@@ -26,9 +32,10 @@ def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
     return lax.fori_loop(1, terms, lambda _, x: b + chain.apply(x), b)
 
 
-def direct(chain: bellman.Chain, b: Array) -> Array:
-    """`(I - K)^{-1} b` by LU, `[S, *B]`. A matrix with entries that are not finite gives NaN in its lane alone."""
+def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
+    """`(I - K)^{-1} b`, or `(I - K^T)^{-1} b`, by LU, `[S, *B]`. A matrix that is not finite gives NaN in its lane."""
     matrix = chain.matrix()
+    matrix = jnp.swapaxes(matrix, -1, -2) if transpose else matrix
     system = jnp.eye(b.shape[0], dtype=b.dtype)[None] - matrix.reshape(-1, *matrix.shape[-2:])
     right = jnp.moveaxis(b, 0, -1).reshape(-1, b.shape[0], 1)
     x = jnp.linalg.solve(system, right)[..., 0].reshape(*b.shape[1:], b.shape[0])
@@ -54,6 +61,107 @@ def krylov(chain: bellman.Chain, b: Array, reduction: Array, max_steps: int) -> 
     return bicgstab(lambda x: centre(chain.apply(x)), centre(b), reduction, max_steps)
 
 
+@_tree.options
+class Method:
+    """How `solve` and `occupy` go about it: by LU factors or by Krylov solves."""
+
+    direct: bool = False
+
+
+def solve(chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, method: Method) -> Array:
+    """`(I - K)^{-1} b`, `[S, *B]`, differentiable in the chain and in b; its transpose is an occupancy.
+
+    Args:
+        chain: the operator.
+        b: `[S, *B]`.
+        accuracy: residual of the system relative to b at which to stop, `[*B]`; 0: where rounding ends progress.
+        probe: None, or a tangent `[*B]` of nothing at all. Backwards its cotangent is the error bound of `_backward`,
+            a number that a backward pass has no other way to hand out.
+        method: LU or Krylov.
+    """
+
+    def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
+        return x[0] - chain.apply(x[0]), *x[1:]
+
+    def forward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _forward(chain, right[0], accuracy, method), *right[1:]
+
+    def backward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _backward(chain, right[0], accuracy, method)[: len(right)]
+
+    # Transposition wants every right-hand side linear in what is differentiated, also if b alone is not.
+    right = (b,) if probe is None else (b + 0 * probe[None], probe)
+    return lax.custom_linear_solve(system, right, forward, backward)[0]
+
+
+def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Array:
+    """`(I - K^T)^{-1} b`, `[S, *B]`: discounted visits if b is where episodes start. Differentiable like `solve`."""
+    return lax.custom_linear_solve(
+        lambda y: y - chain.transpose(y),
+        b,
+        lambda _, right: _backward(chain, right, accuracy, method)[0],
+        lambda _, right: _forward(chain, right, accuracy, method),
+    )
+
+
+def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Array:
+    if method.direct:
+        return direct(chain, b)
+    # (I - K) 1 is the exit rate.
+    return _refined(chain, chain.apply, b, accuracy, jnp.ones_like(b), chain.leave)[0]
+
+
+def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> tuple[Array, Array]:
+    """The solution, and a bound on its relative error in the 1-norm, `[*B]`: the residual over the least exit rate."""
+    if method.direct:
+        y = direct(chain, b, transpose=True)
+        r = b - (y - chain.transpose(y))
+    else:
+        start = jnp.full_like(b, 1 / b.shape[0])
+        y, r = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start))
+    size = jnp.sum(jnp.abs(y), axis=0)
+    error = jnp.sum(jnp.abs(r), axis=0) / jnp.min(chain.leave, axis=0)
+    return y, jnp.where(size > 0, error / jnp.where(size > 0, size, 1), error)
+
+
+def _refined(
+    chain: bellman.Chain, apply: Operator, b: Array, accuracy: Array, mode: Array, image: Array
+) -> tuple[Array, Array]:
+    """Solution and residual of `x - apply(x) = b`, by Krylov solves for what is left until rounding ends progress.
+
+    Every residual is first freed of its sum by a multiple of `mode`, whose image under `I - apply` is `image`. If no
+    episode ends, this removes the slowest mode of both systems exactly: constants are what `I - K` nearly loses, and
+    mass is what `I - K^T` nearly conserves; what remains sums to zero and stays so.
+    """
+
+    def centre(x: Array) -> Array:
+        return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
+
+    def balance(x: Array, r: Array) -> tuple[Array, Array]:
+        share = (jnp.sum(r, axis=0) / jnp.sum(image, axis=0))[None]
+        return x + share * mode, r - share * image
+
+    def size(r: Array) -> Array:
+        return jnp.sum(jnp.abs(r), axis=0)
+
+    def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r, active, count = state
+        reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
+        step = bicgstab(lambda v: centre(apply(v)), centre(r), jnp.where(active, reduction, 1), _KRYLOV_STEPS)
+        new, new_r = x + step, b - ((x + step) - apply(x + step))
+        new, new_r = balance(new, new_r)
+        better = active & (size(new_r) < size(r))
+        x, r = jnp.where(better[None], new, x), jnp.where(better[None], new_r, r)
+        return x, r, better & (size(new_r) > goal) & (count < _ROUNDS - 1), count + 1
+
+    floor = 4 * float(jnp.finfo(b.dtype).eps)
+    goal = accuracy * size(b)
+    x, r = balance(jnp.zeros_like(b), b)
+    start = (x, r, size(r) > goal, jnp.asarray(0, jnp.int32))
+    x, r, *_ = lax.while_loop(lambda state: jnp.any(state[2]), improve, start)
+    return x, r
+
+
 def bicgstab(apply: Operator, b: Array, reduction: Array, max_steps: int) -> Array:
     """Solve `(I - K) x = b` for each lane, where `apply(x) = K x`.
 
@@ -74,7 +182,8 @@ def bicgstab(apply: Operator, b: Array, reduction: Array, max_steps: int) -> Arr
         s = r - a[None] * v
         t = s - apply(s)
         ts, tt = _dots((t, s), (t, t))
-        w = ts / tt
+        # An exact half step leaves s = 0 and t = 0: nothing more is to be taken off.
+        w = jnp.where(tt > 0, ts / jnp.where(tt > 0, tt, 1), 0)
         x = x + a[None] * p + w[None] * s
         r = s - w[None] * t
         new_rho, size = _dots((shadow, r), (r, r))

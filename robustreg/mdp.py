@@ -101,7 +101,7 @@ def mdp(
         ValueError: names the first offending entry and the remedy.
         TypeError: if an argument is not numeric, or indices are not integers.
     """
-    dtype = _host.working_dtype(transitions, reward, discount, initial, termination)
+    dtype = _host.working_dtype(transitions, reward, initial, termination)  # a discount only follows
     kernel, margin = _kernel(transitions, layout)
     termination = _termination(termination, kernel)
     kernel = _stochastic(kernel, termination, margin, normalise, dtype)
@@ -232,9 +232,18 @@ def _check_matrix_free(kernel: MatrixFree, termination: Any, normalise: bool, dt
     rule = "expect must return finite values"
     _host.refuse("transitions.expect(ones)", sums, ~np.isfinite(sums), ("s", "a"), rule)
     _host.check_rows(sums, 1.0 - termination if ends else 1.0, ends, margin, False)
+    _check_linear(kernel, dtype)
     if kernel.transpose is not None:
         _check_transpose(kernel, dtype)
     return kernel
+
+
+def _check_linear(kernel: MatrixFree, dtype: Any) -> None:
+    """`expect(2u - v) = 2 expect(u) - expect(v)` for one random pair shows a function that is not linear."""
+    u, v = np.random.default_rng(1).random((2, kernel.n_states))
+    both, first, second = (np.asarray(kernel.expect(jnp.asarray(x, dtype)), np.float64) for x in (2 * u - v, u, v))
+    wrong = np.abs(both - (2 * first - second)) > 100 * float(jnp.finfo(dtype).eps) * kernel.n_states**0.5
+    _host.refuse("transitions.expect(2u - v)", both, wrong, ("s", "a"), "expect must be linear in v")
 
 
 def _check_transpose(kernel: MatrixFree, dtype: Any) -> None:

@@ -211,12 +211,21 @@ def garnet(
         raise ValueError(f"branching is {branching}; expected 1 to n_states = {n_states}")
     rng = np.random.default_rng(seed)
     rows = n_states * n_actions
-    # The first `branching` places of a random ranking are a uniform draw without replacement.
-    successors = np.argpartition(rng.random((rows, n_states)), branching - 1, axis=-1)[:, :branching]
+    successors = _distinct(rng, rows, n_states, branching)
     chances = rng.dirichlet(np.ones(branching), rows)
     reward = rng.random((n_states, n_actions))
     outcomes = successors.reshape(n_states, n_actions, branching)
     return _assemble(Successors, _packed(outcomes, chances), reward, discount, None, dtype)
+
+
+def _distinct(rng: np.random.Generator, rows: int, n: int, k: int) -> np.ndarray:
+    """k different numbers below n per row, `[rows, k]`, every set equally likely [Floyd 1987]: memory rows * k."""
+    drawn = np.empty((rows, k), np.int64)
+    for i, top in enumerate(range(n - k, n)):
+        number = rng.integers(0, top + 1, rows)
+        taken = (drawn[:, :i] == number[:, None]).any(-1)
+        drawn[:, i] = np.where(taken, top, number)
+    return drawn
 
 
 def _letters(cells: Sequence[str]) -> np.ndarray:

@@ -23,13 +23,15 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _tree, divergences
+from robustreg import _tree, conjugates, divergences
 
 
 class Regulariser:
-    """Base of all regularisers: leaves and their axes. A subclass gives `_value`, `_maximiser` and `_worst_case`.
+    """Base of all regularisers: leaves and their axes.
 
-    Those three are functions of arrays with actions leading (`[A, ...]`), in which the parameters broadcast.
+    A subclass gives `_value`, `_maximiser` and `_worst_case`, and the derivatives of the second: `_conjugate_tangent`
+    and `_policy_tangent`. All are functions of arrays with actions leading (`[A, ...]`), in which the parameters of a
+    bound regulariser broadcast.
     """
 
     beta: Array
@@ -47,11 +49,24 @@ class Regulariser:
     def _worst_case(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case")
 
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+        """Change of `Omega*(q)` at its maximiser, `[...]`; `change` is the regulariser's own, leaf by leaf."""
+        raise TypeError(f"{type(self).__name__} does not define _conjugate_tangent")
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        """Change of the maximiser, `[A, ...]`."""
+        raise TypeError(f"{type(self).__name__} does not define _policy_tangent")
+
     @property
     def _prior(self) -> Array:
         """`log p0` of a bound regulariser, `[A, 1 or S, *b]`."""
         assert self.log_prior is not None
         return self.log_prior
+
+    @staticmethod
+    def _changes(change: Any) -> tuple[Array | None, Array | None]:
+        """Tangents of beta and log prior."""
+        return _tree.given(change.beta), _tree.given(change.log_prior)
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
         """The same regulariser with every leaf put through `place(leaf, core_ndim)`; `state_scale` merged in beta."""
@@ -87,7 +102,7 @@ class Regulariser:
         """The regulariser and `x` with actions leading, aligned for an `x` of shape `[*B, ..., A]`."""
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"expected floating-point values, got {x.dtype}")
+            x = x.astype(float)
         if x.ndim == 0:
             raise ValueError("expected [..., A], got a scalar")
         batch_ndim = len(self.batch_shape)
@@ -139,7 +154,7 @@ class Regulariser:
         Returns:
             `max_p <p, q> - Omega(p)`, `[*B, ...]`.
         """
-        return _act(self, q, "_maximiser")[0]
+        return _act(self, q, "maximise")[0]
 
     def argmax(self, q: ArrayLike) -> Array:
         """Regularised greedy policy, the gradient of `conjugate`.
@@ -150,7 +165,7 @@ class Regulariser:
         Returns:
             the maximiser, `[*B, ..., A]`.
         """
-        return jnp.moveaxis(_act(self, q, "_maximiser")[1], 0, -1)
+        return jnp.moveaxis(_act(self, q, "maximise")[1], 0, -1)
 
     def worst_case(self, policy: ArrayLike) -> Array:
         """Perturbation that hurts a policy the most within the robust set; see `adversary.worst_case`."""
@@ -161,7 +176,27 @@ class Regulariser:
 def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
     """A kernel on an array in the public layout, as one compiled program."""
     bound, x = reg._public(x)
-    return getattr(bound, method)(x)
+    return maximise(bound, x) if method == "maximise" else getattr(bound, method)(x)
+
+
+@jax.custom_jvp
+def maximise(reg: Regulariser, q: Array) -> tuple[Array, Array]:
+    """`Omega*(q)`, `[...]`, and its maximiser, `[A, ...]`, of a bound regulariser, both differentiable to any order.
+
+    Nothing is differentiated through the search for the maximiser.
+    """
+    return reg._maximiser(q)
+
+
+def _maximise_jvp(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    (reg, q), (change, dq) = primals, tangents
+    value, policy = maximise(reg, q)
+    dq = _tree.given(dq)
+    dvalue = jnp.broadcast_to(reg._conjugate_tangent(policy, q, dq, change), value.shape)
+    return (value, policy), (dvalue, jnp.broadcast_to(reg._policy_tangent(policy, dq, change), policy.shape))
+
+
+maximise.defjvp(_maximise_jvp, symbolic_zeros=True)
 
 
 @_tree.dataclass
@@ -179,7 +214,16 @@ class KL(Regulariser):
         return divergences.kl_divergence(policy, self._prior) / self.beta
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return divergences.kl_maximiser(q, self.beta, self._prior)
+        return conjugates.kl_maximiser(q, self.beta, self._prior)
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+        return conjugates.conjugate_tangent(policy, *self._as_alpha(), dq, *self._changes(change), None)
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        return conjugates.policy_tangent(policy, *self._as_alpha(), dq, *self._changes(change), None)
+
+    def _as_alpha(self) -> tuple[Array, Array, Array]:
+        return self._prior, jnp.ones_like(self.beta), self.beta
 
     def _worst_case(self, policy: Array) -> Array:
         return divergences.log_ratio(policy, self._prior) / self.beta[None]
@@ -208,7 +252,15 @@ class Alpha(Regulariser):
         return divergences.alpha_divergence(policy, self._prior, self.alpha) / self.beta
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return divergences.alpha_maximiser(q, self.beta, self._prior, self.alpha)
+        return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha)
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+        here = (policy, self._prior, self.alpha, self.beta)
+        return conjugates.conjugate_tangent(*here, dq, *self._changes(change), _tree.given(change.alpha))
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        here = (policy, self._prior, self.alpha, self.beta)
+        return conjugates.policy_tangent(*here, dq, *self._changes(change), _tree.given(change.alpha))
 
     def _worst_case(self, policy: Array) -> Array:
         return divergences.alpha_gradient(policy, self._prior, self.alpha) / self.beta[None]
@@ -264,13 +316,19 @@ def alpha(
     Raises:
         ValueError: a value out of range (concrete arguments only), naming the first offender.
     """
-    order = _array(alpha)
+    order = _array("alpha", alpha)
     _refuse("alpha", order, lambda x: ~np.isfinite(x), "must be finite")
     return Alpha(order, _strength("beta", beta), _log_prior(prior, log_prior), _scale(state_scale))
 
 
-def _array(x: ArrayLike) -> Array:
+def _array(name: str, x: ArrayLike) -> Array:
     """An array of explicit floating dtype: a weakly typed leaf would compile anew."""
+    try:
+        kind = jnp.result_type(x) if isinstance(x, Tracer) else np.asarray(x).dtype
+    except ValueError:
+        kind = np.dtype(object)
+    if not any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"{name} must be a number or an array of real numbers, got {x!r}")
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return jnp.asarray(x, jnp.result_type(float))
     floating = jnp.issubdtype(x.dtype, jnp.floating)
@@ -289,8 +347,10 @@ def _refuse(name: str, x: Array, bad: Any, rule: str) -> None:
 
 
 def _strength(name: str, x: ArrayLike) -> Array:
-    x = _array(x)
-    remedy = "must be positive and finite; for no regulariser see `nominal_optimum`, for the prior itself `evaluate`"
+    x = _array(name, x)
+    remedy = "must be positive and finite"
+    if name == "beta":
+        remedy += "; `nominal_optimum` solves without a regulariser, `evaluate` values the prior as a policy"
     _refuse(name, x, lambda v: ~((v > 0) & np.isfinite(v)), remedy)
     return x
 
@@ -310,12 +370,12 @@ def _log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | 
     if prior is None and log_prior is None:
         return None
     if prior is not None:
-        p = _array(prior)
+        p = _array("prior", prior)
         _refuse("prior", p, lambda v: ~((v >= 0) & np.isfinite(v)), "must be non-negative and finite")
         logs = jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), -jnp.inf)
     else:
         assert log_prior is not None
-        logs = _array(log_prior)
+        logs = _array("log_prior", log_prior)
         _refuse("log_prior", logs, lambda v: np.isnan(v) | np.isposinf(v), "must be below infinity and not NaN")
     if logs.ndim == 0:
         raise ValueError("a prior needs an action axis: [A], [S, A] or [*B, S, A]")

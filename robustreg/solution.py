@@ -48,14 +48,14 @@ class Solution:
         value: the minimax value V*, `[*B, S]`, in reward units; within `tol` of it where converged.
         q: `r + g P value`, `[*B, S, A]`.
         policy: the robust policy `grad Omega*(q)`, `[*B, S, A]`.
-        perturbation: the adversary's worst case Delta_r, `[*B, S, A]`: the perturbed reward is `reward -
-            perturbation`. It is `q - Omega*(q)`, which lies on the boundary of the robust set and stays exact where
-            entries of the policy underflow. 0 on masked actions.
+        perturbation: the adversary's worst case Delta_r against that policy, `[*B, S, A]`: the perturbed reward is
+            `reward - perturbation`. It is `q - Omega*(q)` (and `Omega*(q)` is `value` up to `tol`), which lies on the
+            boundary of the robust set and stays exact where entries of the policy underflow. 0 on masked actions.
         lower, upper: certified bounds on V*, `[*B, S]`, rounding included.
         objective: `<initial, value>`, `[*B]`.
         status: `Status` codes, `[*B]` int32.
         steps: backups until the lane stopped, `[*B]` int32.
-        tol: certified half-width at which the lane was to stop, `[*B]`.
+        tol: certified half-width that was asked for, `[*B]`; the one reached if none was.
     """
 
     value: Array

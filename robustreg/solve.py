@@ -14,14 +14,16 @@ best value. Whatever the status, `lower` and `upper` are the returned value with
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _tree, bellman, solvers
+from robustreg import _host, _tree, bellman, implicit, linear, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Solution, Status
@@ -39,6 +41,7 @@ def solve(
     tol: ArrayLike | None = None,
     max_steps: int | Array | None = None,
     init: ArrayLike | None = None,
+    adjoint_error: ArrayLike | None = None,
 ) -> Solution:
     """Solve a regularised MDP, which is the minimax game against its adversary, with a certificate.
 
@@ -53,52 +56,77 @@ def solve(
             precision supports (the rounding bound is then at least half of the certified error).
         max_steps: cap on backups; None: the solver's own.
         init: value to start from, `[*B, S]`; never differentiated.
+        adjoint_error: zeros `[*B]` that do nothing, except that their gradient is a bound on the relative error (in
+            the 1-norm) of the occupancy that the backward pass solved for: a check of a gradient from inside jit.
 
     Returns:
         A `Solution`. Where `status` is CONVERGED, `lower <= V* <= upper` with `upper - lower <= 2 tol`.
+        Its floating outputs are differentiable in every leaf of `mdp` and `reg`, in both modes and to any order (see
+        `robustreg.implicit`); in a lane with status NONFINITE or NONFINITE_INPUT gradients are NaN.
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind or shape. Failures of lanes are no exceptions; see `status`
             and `raise_if_failed`.
     """
     _check_arguments(mdp, reg, solver, tol)
-    dtype = mdp.dtype
+    dtype, max_steps = mdp.dtype, _check_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.
     tol = jnp.asarray(-1 if tol is None else tol, dtype)
     init = None if init is None else jnp.asarray(init, dtype)
     if init is not None and (init.ndim == 0 or init.shape[-1] != mdp.n_states):
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {init.shape}")
-    limit = jnp.asarray(np.iinfo(np.int32).max if max_steps is None else max_steps, jnp.int32)
-    return _solve(mdp, reg, solver, tol, limit, init)
+    limit = jnp.asarray(max_steps, jnp.int32)
+    probe = None if adjoint_error is None else jnp.asarray(adjoint_error, dtype)
+    return _solve(mdp, reg, solver, tol, limit, init, probe)
 
 
 def _check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
-    if not isinstance(mdp, MDP):
-        raise TypeError(f"the first argument must be an MDP (see robustreg.mdp), got {type(mdp).__name__}")
-    if not isinstance(reg, Regulariser):
-        raise TypeError(f"the second argument must be a regulariser (see robustreg.kl), got {type(reg).__name__}")
+    _host.expect_type(mdp, MDP, "first argument", "mdp")
+    _host.expect_type(reg, Regulariser, "second argument", "kl")
     if solver is not None and not hasattr(solver, "propose"):
         raise TypeError(f"solver must be an instance such as robustreg.Newton(), got {solver!r}")
     if isinstance(solver, type):
         raise TypeError(f"solver must be an instance: write {solver.__name__}()")
-    if isinstance(tol, (int, float)) and not tol > 0:
+    if tol is not None and not isinstance(tol, Tracer) and not np.all(np.asarray(tol) > 0):
         raise ValueError(f"tol must be positive, got {tol}; None asks for what the precision supports")
 
 
+def _check_steps(max_steps: int | Array | None) -> int | Array:
+    largest = np.iinfo(np.int32).max
+    if max_steps is None:
+        return largest
+    if isinstance(max_steps, Tracer):
+        return max_steps
+    try:
+        count = operator.index(max_steps)
+    except TypeError:
+        raise TypeError(f"max_steps must be an integer, the same for all lanes, got {max_steps!r}") from None
+    if count < 1:
+        raise ValueError(f"max_steps must be at least 1, got {count}")
+    return min(count, largest)
+
+
 @functools.partial(jax.jit, static_argnames="solver")
-def _solve(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: Array, limit: Array, init: Array | None) -> Solution:
-    others = (tol.shape,) if init is None else (tol.shape, init.shape[:-1])
-    problem = bellman.lanes(mdp, reg, *others)
+def _solve(
+    mdp: MDP,
+    reg: Regulariser,
+    solver: Solver | None,
+    tol: Array,
+    limit: Array,
+    init: Array | None,
+    probe: Array | None = None,
+) -> Solution:
+    shapes = [x.shape[: x.ndim - core] for x, core in ((tol, 0), (init, 1), (probe, 0)) if x is not None]
+    problem = bellman.lanes(mdp, reg, *shapes)
     batch = problem.batch
     tol = jnp.broadcast_to(tol, batch)
-    h = (
-        jnp.zeros(batch + (mdp.n_states,), mdp.dtype)
-        if init is None
-        else jnp.broadcast_to(init, batch + init.shape[-1:])
-    )
+    init = jnp.zeros((mdp.n_states,), mdp.dtype) if init is None else init
+    start = _tree.lanes_last(jnp.broadcast_to(init, batch + init.shape[-1:]), len(batch), 1)
     solver = solvers.automatic(problem) if solver is None else solver
-    result = iterate(problem, solver, tol, limit, _tree.lanes_last(h, len(batch), 1))
-    return _finish(problem, result, _tree.lanes_last(mdp.initial, len(batch), 1), tol)
+    loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, tol, limit, lax.stop_gradient(start)))
+    probe = None if probe is None else jnp.broadcast_to(probe, batch)
+    method = linear.Method(direct=getattr(solver, "linear", None) == "direct")
+    return _finish(problem, loop, _tree.lanes_last(mdp.initial, len(batch), 1), tol, probe, method)
 
 
 @_tree.dataclass
@@ -108,6 +136,7 @@ class Loop:
     Attributes:
         h, c: iterate, `[S, *B]`, `[*B]`. When a lane has stopped, its answer.
         size: bound on `max_s |h|` while the lane runs, `[*B]`.
+        noise: rounding bound of the last step, `[*B]`.
         best_h, best_c: the midpoint value with the smallest certified half-width met.
         half_width: that half-width, rounding bound included, `[*B]`: `|best_h + best_c - V*| <= half_width`.
         stalled: steps since it improved, `[*B]`.
@@ -119,6 +148,7 @@ class Loop:
     h: Array
     c: Array
     size: Array
+    noise: Array
     best_h: Array
     best_c: Array
     half_width: Array
@@ -144,7 +174,7 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
     count = jnp.zeros(batch, jnp.int32)
     status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
     h, c, size = _recentre(h, zero)
-    start = Loop(h, c, size, h, c, infinite, count, count, status, solver.init(h))
+    start = Loop(h, c, size, infinite, h, c, infinite, count, count, status, solver.init(h))
 
     def running(state: Loop) -> Array:
         return jnp.any(state.status == _RUNNING)
@@ -163,7 +193,9 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     goal = jnp.where(tol < 0, noise, tol - noise)
     improved = width + noise < state.half_width
     stalled = jnp.where(improved, 0, state.stalled + 1)
-    status = _verdict(width, noise, goal, stalled, state.steps, limit)
+    # The bound of a start far away says nothing about the next step's.
+    steady = noise > 0.5 * state.noise
+    status = _verdict(width, noise, tol, stalled, steady, state.steps, limit)
 
     step = solvers.Step(
         h=state.h,
@@ -185,6 +217,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
         h=jnp.where(stopped[None], best_h, next_h),
         c=jnp.where(stopped, best_c, next_c),
         size=size,
+        noise=noise,
         best_h=best_h,
         best_c=best_c,
         half_width=jnp.where(improved, width + noise, state.half_width),
@@ -196,12 +229,15 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     return _keep(state.status != _RUNNING, state, new)
 
 
-def _verdict(width: Array, noise: Array, goal: Array, stalled: Array, steps: Array, limit: Array) -> Array:
+def _verdict(
+    width: Array, noise: Array, tol: Array, stalled: Array, steady: Array, steps: Array, limit: Array
+) -> Array:
     """Status of each lane after a look at its certificate, `steps` backups before this one."""
     status = jnp.where(steps + 1 >= limit, int(Status.MAX_STEPS), _RUNNING)
-    hopeless = (width <= 0.25 * noise) | (stalled >= _PATIENCE)
+    hopeless = (steady & (width <= 0.25 * noise)) | (stalled >= _PATIENCE)
     status = jnp.where(hopeless, int(Status.STAGNATED), status)
-    status = jnp.where(width <= goal, int(Status.CONVERGED), status)
+    reached = jnp.where(tol < 0, steady & (width <= noise), width <= tol - noise)
+    status = jnp.where(reached, int(Status.CONVERGED), status)
     # What is not finite from the first backup on was not so in the input.
     broken = jnp.where(steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))
     return jnp.where(jnp.isfinite(width + noise), status, broken).astype(jnp.int32)
@@ -239,11 +275,16 @@ def _keep(frozen: Array, old: Loop, new: Loop) -> Loop:
     return jax.tree.map(choose, old, new)
 
 
-def _finish(problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array) -> Solution:
-    """Policy and perturbation from one more backup at each lane's answer, in the public layout."""
+def _finish(
+    problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array, probe: Array | None, method: linear.Method
+) -> Solution:
+    """Policy and perturbation from one more backup at each lane's answer, in the public layout, with derivatives."""
     # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
     h = jnp.where((loop.status >= int(Status.NONFINITE_INPUT))[None], jnp.nan, loop.h)
-    th, policy, q = bellman.backup(problem, h, loop.c)
+    # A value that errs by w changes log-probabilities by up to 2 beta w: no use in solving linear systems of the policy
+    # more accurately than that.
+    accuracy = jnp.max(problem.regulariser.beta, axis=0) * loop.half_width
+    h, th, policy, q = implicit.attach(method, problem, h, loop.c, jnp.minimum(accuracy, 1e-3), probe)
     value = h + loop.c[None]
     masked = jnp.isneginf(problem.regulariser._prior)
     perturbation = jnp.where(masked, 0, q - th[None])

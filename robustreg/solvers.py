@@ -126,6 +126,8 @@ class Newton:
             raise ValueError(f"Newton's linear solver must be 'krylov' or 'direct', got {self.linear!r}")
         if not 0 < self.forcing < 1:
             raise ValueError(f"Newton's forcing must lie strictly between 0 and 1, got {self.forcing}")
+        if self.inner_steps < 1:
+            raise ValueError(f"Newton needs inner_steps >= 1, got {self.inner_steps}")
 
     def init(self, h: Array) -> tuple[Array, Array]:
         """Each lane's forcing, and its last half-width."""
@@ -210,5 +212,5 @@ def _least_squares(columns: Array, b: Array) -> Array:
 
 
 def automatic(problem: bellman.Lanes) -> Solver:
-    """The solver that `solve` takes if none is given, from static facts alone (sizes, kind of transitions)."""
+    """The solver that `solve` takes if none is given: the only one that is good on every problem measured so far."""
     return Newton()

@@ -27,13 +27,27 @@ _UNROLL = 8  # successor slots per pass, see `BoundSuccessors`
 
 
 class Transitions:
-    """What the solvers need of a transition kernel. `batch_shape` are its own leading axes, often none;
-    `fan_out` bounds the number of summands of one expectation, with which its rounding grows."""
+    """What the solvers need of a transition kernel: sizes, and one operator with its transpose."""
 
-    n_states: int
-    n_actions: int
-    batch_shape: tuple[int, ...]
-    fan_out: int
+    @property
+    def n_states(self) -> int:
+        """S."""
+        raise TypeError(f"{type(self).__name__} does not define n_states")
+
+    @property
+    def n_actions(self) -> int:
+        """A."""
+        raise TypeError(f"{type(self).__name__} does not define n_actions")
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading batch axes of the kernel's own arrays."""
+        return ()
+
+    @property
+    def fan_out(self) -> int:
+        """Most summands of one expectation."""
+        return self.n_states
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Transitions":
         """The same kernel laid out for lanes with `batch_ndim` batch axes, computing in `dtype`."""
@@ -46,6 +60,10 @@ class Transitions:
     def _push(self, mu: Array) -> Array:
         """`[A, S, *B]` to `[S, *B]`; only on a bound kernel."""
         raise TypeError(f"{type(self).__name__} does not define _push")
+
+    def _expect_tangent(self, change: "Transitions", v: Array) -> Array | None:
+        """Change of `_expect(v)` with the kernel's own, `[A, S, *B]`; None if it does not change. Only when bound."""
+        raise TypeError(f"{type(self).__name__} does not define _expect_tangent")
 
     def _widen(self) -> "Transitions":
         """A bound kernel for lanes with one more, trailing, batch axis."""
@@ -106,26 +124,21 @@ class Dense(Transitions):
     probabilities: Array
 
     @property
-    def n_states(self) -> int:  # type: ignore[override]  # a property serves what the base annotates
+    def n_states(self) -> int:
         return self.probabilities.shape[-1]
 
     @property
-    def n_actions(self) -> int:  # type: ignore[override]
+    def n_actions(self) -> int:
         return self.probabilities.shape[-2]
 
     @property
-    def batch_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def batch_shape(self) -> tuple[int, ...]:
         return self.probabilities.shape[:-3]
 
     @property
     def dtype(self) -> Any:
         """Floating dtype of the probabilities."""
         return self.probabilities.dtype
-
-    @property
-    def fan_out(self) -> int:  # type: ignore[override]
-        """See `Transitions`."""
-        return self.n_states
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Dense":
         p = self.probabilities.astype(dtype)
@@ -139,6 +152,10 @@ class Dense(Transitions):
 
     def _push(self, mu: Array) -> Array:
         return self._contract("sat", mu, "as", "t")
+
+    def _expect_tangent(self, change: "Dense", v: Array) -> Array | None:
+        dp = _tree.given(change.probabilities)
+        return None if dp is None else Dense(dp)._expect(v)
 
     def _contract(self, kernel: str, x: Array, contracted: str, out: str) -> Array:
         """One contraction in which a batch axis of size 1 of the kernel is shared by all lanes, never copied."""
@@ -167,15 +184,15 @@ class Successors(Transitions):
     probabilities: Array
 
     @property
-    def n_states(self) -> int:  # type: ignore[override]
+    def n_states(self) -> int:
         return self.indices.shape[0]
 
     @property
-    def n_actions(self) -> int:  # type: ignore[override]
+    def n_actions(self) -> int:
         return self.indices.shape[1]
 
     @property
-    def batch_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def batch_shape(self) -> tuple[int, ...]:
         return self.probabilities.shape[:-3]
 
     @property
@@ -184,7 +201,7 @@ class Successors(Transitions):
         return self.probabilities.dtype
 
     @property
-    def fan_out(self) -> int:  # type: ignore[override]
+    def fan_out(self) -> int:
         """See `Transitions`."""
         return self.indices.shape[-1]
 
@@ -208,11 +225,11 @@ class BoundSuccessors(Transitions):
     probabilities: Array
 
     @property
-    def n_states(self) -> int:  # type: ignore[override]
+    def n_states(self) -> int:
         return self.indices.shape[2]
 
     @property
-    def fan_out(self) -> int:  # type: ignore[override]
+    def fan_out(self) -> int:
         """See `Transitions`."""
         return self.indices.shape[0]
 
@@ -238,6 +255,10 @@ class BoundSuccessors(Transitions):
         return lax.scan(
             add, jnp.zeros((self.n_states, *lanes), mu.dtype), (self.indices, self.probabilities), unroll=_UNROLL
         )[0]
+
+    def _expect_tangent(self, change: "BoundSuccessors", v: Array) -> Array | None:
+        dp = _tree.given(change.probabilities)
+        return None if dp is None else BoundSuccessors(self.indices, dp)._expect(v)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -268,7 +289,15 @@ class MatrixFree(Transitions):
         self._set(expect, push, n_states, n_actions, parameters)
 
     def _set(self, *fields: Any) -> None:
-        self.function, self.transpose, self.n_states, self.n_actions, self.parameters = fields
+        self.function, self.transpose, self._n_states, self._n_actions, self.parameters = fields
+
+    @property
+    def n_states(self) -> int:
+        return self._n_states
+
+    @property
+    def n_actions(self) -> int:
+        return self._n_actions
 
     def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
         """The parameters are the leaves; the functions and sizes belong to the compiled program."""
@@ -285,19 +314,10 @@ class MatrixFree(Transitions):
         return f"MatrixFree(n_states={self.n_states}, n_actions={self.n_actions})"
 
     @property
-    def batch_shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return ()
-
-    @property
     def dtype(self) -> Any:
         """Floating dtype of the parameters, or None: a function computes in the dtype that it is given."""
         leaves = [x for x in jax.tree.leaves(self.parameters) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
         return jnp.result_type(*leaves) if leaves else None
-
-    @property
-    def fan_out(self) -> int:  # type: ignore[override]
-        """See `Transitions`."""
-        return self.n_states
 
     def bind(self, batch_ndim: int, dtype: Any) -> "MatrixFree":
         return self
@@ -314,6 +334,16 @@ class MatrixFree(Transitions):
         like = jax.ShapeDtypeStruct((self.n_states,), mu.dtype)
         transposed = jax.linear_transpose(self._with_parameters(self.function), like)
         return self._over_lanes(lambda m: transposed(m)[0], mu, 2)
+
+    def _expect_tangent(self, change: "MatrixFree", v: Array) -> Array | None:
+        if all(_tree.given(t) is None for t in jax.tree.leaves(change.parameters, is_leaf=_tree.is_symbolic_zero)):
+            return None
+        tangent = _tree.given_or_zero(change.parameters, self.parameters)
+
+        def along(parameters: Any) -> Array:
+            return self.tree_unflatten(self.tree_flatten()[1], (parameters,))._expect(v)
+
+        return jax.jvp(along, (self.parameters,), (tangent,))[1]
 
     def _with_parameters(self, function: Callable[..., Array]) -> Callable[[Array], Array]:
         return function if self.parameters is None else lambda x: function(x, self.parameters)

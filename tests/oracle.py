@@ -289,3 +289,32 @@ def value_iteration(P, reward, discount, sweeps, allowed=None):
         q = reward + discount * (P @ value)
         value = (q if allowed is None else np.where(allowed, q, -np.inf)).max(-1)
     return value
+
+
+def gradients(P, reward, discount, alpha, beta, prior, initial):
+    """Gradients of ``<initial, V*>`` in every leaf, from closed forms (no automatic differentiation), one problem.
+
+    ``d`` are the discounted visits, ``mu = d pi``, L = log(pi / prior): dJ/dr = mu, dJ/dP = g mu V, dJ/dg = sum mu P V,
+    dJ/dbeta = sum d D / beta^2, dJ/dalpha = -sum d (dD/dalpha) / beta by a difference of D at fixed pi, and
+    dJ/dprior = d / beta times (e^(alpha L) - 1)/alpha, the last along directions that keep the prior normalised.
+    """
+    value, policy = solve(P, reward, discount, alpha, beta, prior)
+    mu = occupancy(P, initial, discount, policy)
+    visits = mu.sum(-1)
+    cost = divergence(np.full(visits.shape, alpha), prior, policy)
+    step = 1e-4
+    ahead, behind, far, near = (
+        divergence(np.full(visits.shape, alpha + k * step), prior, policy) for k in (1, -1, 2, -2)
+    )
+    slope = (8 * (ahead - behind) - (far - near)) / (12 * step)
+    ratio = _log_ratio(prior, policy)
+    moved = np.where(prior > 0, deformed_log(np.full(ratio.shape, float(alpha)), ratio), 0.0)
+    return {
+        "reward": mu,
+        "P": discount * mu[..., None] * value,
+        "discount": (mu * (P @ value)).sum(),
+        "initial": value,
+        "beta": (visits * cost).sum() / beta**2,
+        "alpha": -(visits * slope).sum() / beta,
+        "prior": visits[:, None] * moved / beta,
+    }

@@ -9,7 +9,9 @@ import robustreg
 
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
-    ("_tree", "_host", "divergences"),
+    ("_tree", "_host"),
+    ("divergences",),
+    ("conjugates",),
     ("regularisers", "transitions"),
     ("mdp",),
     ("bellman",),
