@@ -98,7 +98,7 @@ class _Unregularised(Regulariser):
 
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "_Unregularised") -> Array:
         zero = jnp.zeros(q.shape[1:], q.dtype)
-        return zero if dq is None else jnp.sum(policy * jnp.where(policy > 0, dq, 0), axis=0)
+        return zero if dq is None else jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
 
     def _policy_tangent(self, policy: Array, dq: Array | None, change: "_Unregularised") -> Array:
         return jnp.zeros_like(policy)
@@ -218,4 +218,6 @@ def _occupancy(mdp: MDP, policy: Array) -> Array:
     initial = jnp.broadcast_to(_tree.lanes_last(mdp.initial, n, 1), p.shape[1:])
     chain = bellman.chain(problem, p)
     states = linear.occupy(chain, initial, jnp.zeros(problem.batch, mdp.dtype), linear.Method())
+    # Rounding leaves states that nobody visits at either side of 0; the derivative there is that of the system.
+    states = states + lax.stop_gradient(jnp.maximum(states, 0) - states)
     return _tree.batch_first(p * states[None], 2)

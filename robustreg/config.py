@@ -88,7 +88,12 @@ def _gymnasium(id: str, discount: float, kwargs: Mapping[str, Any] | None = None
 
 
 # Gymnasium documents what its actions do, but no environment says it in a form that a program can read.
-_ACTIONS = {"Taxi": ("south", "north", "east", "west", "pick up", "drop off")}
+_ACTIONS = {
+    "Taxi": ("south", "north", "east", "west", "pick up", "drop off"),
+    "FrozenLake": ("← left", "↓ down", "→ right", "↑ up"),
+    "CliffWalking": ("↑ up", "→ right", "↓ down", "← left"),
+}
+_MOVES = ("↑ up", "→ right", "↓ down", "← left")  # of `problems.MOVES`
 _LETTERS = {"S": "start", "H": "hole", "G": "goal"}
 
 
@@ -108,7 +113,7 @@ def _marks(environment: Any) -> dict[str, tuple[int, ...]]:
 
 @functools.wraps(problems.grid_world)
 def _grid_world(cells: Any, **arguments: Any) -> Problem:
-    return Problem(problems.grid_world(cells, **arguments), "grid world", problems.grid_marks(cells))
+    return Problem(problems.grid_world(cells, **arguments), "grid world", problems.grid_marks(cells), _MOVES)
 
 
 @functools.wraps(problems.slippery_grid)
@@ -116,7 +121,7 @@ def _slippery_grid(**arguments: Any) -> Problem:
     m = problems.slippery_grid(**arguments)
     drawing = inspect.signature(problems.slippery_cells).parameters
     cells = problems.slippery_cells(**{key: value for key, value in arguments.items() if key in drawing})
-    return Problem(m, "slippery grid", problems.grid_marks(cells))
+    return Problem(m, "slippery grid", problems.grid_marks(cells), _MOVES)
 
 
 PROBLEMS: dict[str, Callable[..., Any]] = {

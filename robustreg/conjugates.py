@@ -202,7 +202,7 @@ def conjugate_tangent(
     """Change of the conjugate of `D_alpha/beta` at its maximiser `policy`, `[...]`; None for what does not change."""
     change = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha) / beta
     if dq is not None:
-        change = change + jnp.sum(policy * jnp.where(policy > 0, dq, 0), axis=0)
+        change = change + weighted(policy, dq)
     if dbeta is not None:
         change = change + alpha_divergence(policy, log_prior, alpha) * dbeta / beta**2
     return change
@@ -220,7 +220,7 @@ def policy_tangent(
 ) -> Array:
     """Change of the maximiser `policy`, `[A, ...]`, with the arguments of `conjugate_tangent`."""
     h = (alpha - 1)[None]
-    on = policy > 0
+    on = policy != 0  # a policy of NaN has a derivative of NaN
     logs = jnp.log(jnp.where(on, policy, 1))
     ratio = jnp.where(on, logs - jnp.where(on, log_prior, 0), 0)
     # For alpha > 2 the weight of an action is infinite where it enters the support: beyond this cap it has all of it.

@@ -32,6 +32,8 @@ STYLES = {
     "water": ("≈", "#1f4e9e", None),
 }
 UNMARKED: Marks = {}
+# Names of actions that say where they lead, as (right, down).
+COMPASS = {"→ right": (1, 0), "← left": (-1, 0), "↓ down": (0, 1), "↑ up": (0, -1), "stay": (0, 0)}
 # An arrow from the origin to (1, 0). Scaled as a whole: a short one keeps its shape.
 _ARROW = np.array([[0, 0.07], [0.55, 0.07], [0.55, 0.24], [1, 0], [0.55, -0.24], [0.55, -0.07], [0, -0.07]])
 
@@ -72,7 +74,8 @@ def write(
         solution: of one lane.
         title: name of the problem.
         marks: remarkable cells of a grid by name; see `STYLES`.
-        actions: names of the actions; on a grid, () reads them off the transitions.
+        actions: names of the actions; on a grid, those of `COMPASS` give the arrows, and () reads both off the
+            transitions.
 
     Returns:
         The paths written.
@@ -80,6 +83,8 @@ def write(
     dr = solution.perturbation
     if m.grid is not None:
         names, steps = directions(m)
+        if actions and set(actions) <= set(COMPASS):
+            names, steps = tuple(actions), np.array([COMPASS[name] for name in actions], float)
         drawn = {
             "value": value_map(solution.value, m.grid, title=title, marks=marks),
             "policy": policy_map(solution.policy, steps, m.grid, title=title, marks=marks),
@@ -125,7 +130,7 @@ def directions(m: MDP) -> tuple[tuple[str, ...], np.ndarray]:
     steps = np.stack([net(0, 1), net(1, 0)], -1)
     larger = np.abs(steps) == np.abs(steps).max(-1, keepdims=True)
     steps = np.where(larger & (np.abs(steps) > 0.02), np.sign(steps), 0.0)
-    names = {(1, 0): "→ right", (-1, 0): "← left", (0, 1): "↓ down", (0, -1): "↑ up", (0, 0): "stay"}
+    names = {step: name for name, step in COMPASS.items()}
     return tuple(names.get((int(x), int(y)), f"action {i}") for i, (x, y) in enumerate(steps)), steps
 
 
@@ -208,6 +213,8 @@ def perturbation_maps(
         axes.set_title(name)
     for axes in panels[n_actions:]:
         axes.set_axis_off()
+    if marks:
+        figure.supxlabel(_legend(marks), size=10)
     label = f"perturbation (reward units{note})\nblue: given, red: taken"
     _colorbar(figure, panels[0].images[0], list(panels), label, aspect=30, pad=0.02)
     figure.suptitle(_heading(title, "what the worst-case adversary takes", ": "))
@@ -236,7 +243,11 @@ def decision_bars(
     figure = _figure(12.0, 3.4)
     all_axes = figure.subplots(1, 4)
     for axes, (name, height, colour, unit) in zip(all_axes, panels):
-        axes.bar(list(actions) or np.arange(1, worth.size + 1).astype(str), height, color=colour, width=0.7)
+        axes.bar(np.arange(worth.size), height, color=colour, width=0.7)
+        if actions:
+            axes.set_xticks(range(worth.size), list(actions))
+        else:
+            axes.set_xticks(range(0, worth.size, -(-worth.size // 10)))
         axes.axhline(0.0, color=INK, linewidth=0.8)
         axes.set(title=name, xlabel="action", ylabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
@@ -247,7 +258,7 @@ def decision_bars(
     all_axes[1].set_ylim(0.0, 1.0)
     level = float(probability @ (worth - taken))
     all_axes[3].axhline(level, color="#b8860b", linewidth=1.5, linestyle="--", label=f"V = {level:.3g}")
-    all_axes[3].legend(frameon=False, loc="upper right")
+    all_axes[3].legend(frameon=False, loc="best")
     figure.suptitle(title)
     return figure
 
@@ -356,10 +367,15 @@ def _dress(axes: Any, grid: Grid, marks: Marks, *, legend: bool = True) -> None:
     axes.set(xticks=[], yticks=[], xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.set_xticks(np.arange(0.5, columns - 1), minor=True)
     axes.set_yticks(np.arange(0.5, rows - 1), minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.grid(which="minor", color="white", linewidth=0.8, zorder=3)
     axes.tick_params(which="both", length=0)
     if legend and marks:
-        axes.set_xlabel("   ".join(f"{STYLES[name][0] or 'grey:'} {name}" for name in marks))
+        axes.set_xlabel(_legend(marks))
+
+
+def _legend(marks: Marks) -> str:
+    """What the marks mean, in a line."""
+    return "   ".join(f"{STYLES[name][0] or 'grey:'} {name}" for name in marks)
 
 
 def _mark(axes: Any, name: str, row: int, column: int) -> None:

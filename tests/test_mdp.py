@@ -156,13 +156,13 @@ def test_normalise(jit):
 # ---- precision
 
 
-def test_dtype_follows_the_arrays_and_scalars_follow_them():
+def test_dtype_follows_the_arrays_and_scalars_and_discounts_follow_them():
     p32, r32 = P.astype(np.float32), REWARD.astype(np.float32)
     assert rr.mdp(p32, r32, 0.9).dtype == np.float32
     assert rr.mdp(p32, r32, np.float64(0.9)).dtype == np.float32
     assert rr.mdp(p32, REWARD.tolist(), 0.9).dtype == np.float32
     assert rr.mdp(p32, REWARD, 0.9).dtype == np.float64
-    assert rr.mdp(p32, r32, np.array([0.5, 0.9])).dtype == np.float64
+    assert rr.mdp(p32, r32, np.array([0.5, 0.9])).dtype == np.float32
     assert rr.mdp(np.tile(np.eye(S)[:, None], (1, A, 1)).astype(int), np.ones((S, A), int), 0).dtype == np.float64
     half = np.tile(np.eye(S)[:, None], (1, A, 1)).astype(jnp.bfloat16)
     assert rr.mdp(half, r32.astype(jnp.bfloat16), 0.5).dtype == np.float32
