@@ -18,6 +18,8 @@ from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
+from robustreg.sweep import SweepError, sweep
+from robustreg.table import Table
 from robustreg.transitions import Dense, MatrixFree, Successors, Transitions
 
 __version__ = "0.1.0"
@@ -37,6 +39,8 @@ __all__ = [
     "SolveError",
     "Status",
     "Successors",
+    "SweepError",
+    "Table",
     "Transitions",
     "ValueIteration",
     "adversary",
@@ -53,5 +57,6 @@ __all__ = [
     "save",
     "slack",
     "solve",
+    "sweep",
     "worst_case",
 ]

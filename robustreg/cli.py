@@ -1,4 +1,4 @@
-"""The command line: `robustreg solve CONFIG` and `robustreg info`.
+"""The command line: `robustreg solve CONFIG`, `robustreg sweep CONFIG`, `robustreg merge` and `robustreg info`.
 
 It reads a configuration, calls the library, prints and writes what comes back; it has no method of its own.
 
@@ -21,6 +21,7 @@ import numpy as np
 
 import robustreg as rr
 from robustreg import adversary, config, figures, interop
+from robustreg.sweep import join
 
 PACKAGES = ("robustreg", "jax", "jaxlib", "numpy", "optax", "chex", "gymnasium", "matplotlib", "scipy")
 DEVICES = ("cpu", "gpu", "tpu")
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:
         print(f"robustreg: {error}", file=sys.stderr)
         return 2
-    except rr.SolveError as error:
+    except (rr.SolveError, rr.SweepError) as error:
         print(f"robustreg: {error}", file=sys.stderr)
         return 1
 
@@ -53,6 +54,20 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
     solve.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
     solve.set_defaults(command=_solve)
+    sweep = commands.add_parser("sweep", help="solve a configuration at every cell of its [sweep] grid")
+    sweep.add_argument("config", metavar="CONFIG", help="a TOML file with a [sweep] table")
+    sweep.add_argument("--out", metavar="DIR", type=Path, required=True, help="stream results here, then table.csv")
+    sweep.add_argument("--resume", action="store_true", help="go on with what DIR already holds")
+    sweep.add_argument("--shard", metavar="I/N", type=_part, default=(0, 1), help="only part I (from 0) of N")
+    sweep.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
+    sweep.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
+    sweep.set_defaults(command=_sweep)
+    merge = commands.add_parser("merge", help="join the parts of a sweep that ran with --shard")
+    merge.add_argument("config", metavar="CONFIG", help="the configuration of the sweep")
+    merge.add_argument("parts", metavar="DIR", type=Path, nargs="+", help="folders of the parts")
+    merge.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the whole")
+    merge.add_argument("--precision", choices=PRECISIONS, default="float64", help="as the parts were made with")
+    merge.set_defaults(command=_merge)
     info = commands.add_parser("info", help="print versions, devices and precisions")
     info.set_defaults(command=_info)
     return parser
@@ -85,6 +100,58 @@ def _solve(options: argparse.Namespace) -> int:
     # The solver and the certificate each round in their own way, by as much as the certificate says.
     run.certificate.raise_if_loose(float(run.solution.tol) + float(run.certificate.rounding))
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`I/N` as two numbers."""
+    try:
+        i, n = (int(x) for x in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 0/4") from None
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"{text}: the part runs from 0 to {n - 1}")
+    return i, n
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    jax.config.update("jax_enable_x64", options.precision == "float64")
+    with jax.default_device(_device(options.device)):
+        run = config.load_sweep(options.config)
+        try:
+            table = _run_sweep(run, options.out, resume=options.resume, shard=options.shard, progress=True)
+        except ValueError as error:
+            raise config.ConfigError(f"{options.config}: {error}") from error
+    return _show(table, options.out)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    jax.config.update("jax_enable_x64", options.precision == "float64")
+    run = config.load_sweep(options.config)
+    try:
+        join(options.parts, options.out)
+        table = _run_sweep(run, options.out, resume=True, shard=None)
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from error
+    return _show(table, options.out)
+
+
+def _run_sweep(run: config.SweepJob, out: Path, **how: Any) -> rr.Table:
+    job = run.job
+    limits = {"solver": job.solver, "tol": job.tol, "max_steps": job.max_steps}
+    return rr.sweep(job.problem.mdp, job.regulariser, run.grid, out=out, **limits, **run.options, **how)
+
+
+def _show(table: rr.Table, out: Path) -> int:
+    """Print a table, write it as CSV, and say by exit code whether all cells are there and converged."""
+    print(table)
+    print(f"wrote {table.to_csv(out / 'table.csv')}")
+    missing = int((~table.computed).sum())
+    if missing:
+        print(f"robustreg: {missing} of {len(table)} cells are not there yet", file=sys.stderr)
+    failed = int((table["status"][table.computed] != rr.Status.CONVERGED).sum()) if "status" in table.columns else 0
+    if failed:
+        print(f"robustreg: {failed} cells did not converge; see their status", file=sys.stderr)
+    return 1 if failed or missing else 0
 
 
 def _prepare(out: Path) -> None:

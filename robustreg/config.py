@@ -20,6 +20,17 @@ tol = 1e-8                     # certified error of the value; without it, what 
 max_steps = 10_000
 ```
 
+`robustreg sweep` wants one more table, the grid over leaves of the problem:
+
+```toml
+[sweep]
+beta = { from = 0.1, to = 300.0, count = 256, spacing = "log" }  # or spacing = "linear"
+alpha = [0.5, 1.0, 2.0]                                          # or the values themselves
+outputs = ["objective", "nominal_return", "gap", "steps", "status"]
+chunk = 16                                                       # optional: lanes solved together
+zipped = false                                                   # optional: pair values instead of combining them
+```
+
 Whatever is wrong with a file is a `ConfigError` that names the file, the table, the key, and what is allowed.
 """
 
@@ -69,6 +80,15 @@ class Job:
     tol: float | None
     max_steps: int | None
     table: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepJob:
+    """A configuration with a [sweep] table, built: what `robustreg.sweep` is given."""
+
+    job: Job
+    grid: Mapping[str, np.ndarray]
+    options: Mapping[str, Any]
 
 
 def _gymnasium(id: str, discount: float, kwargs: Mapping[str, Any] | None = None) -> Problem:
@@ -132,6 +152,7 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
     "chain": problems.chain,
     "ring": problems.ring,
     "garnet": problems.garnet,
+    "garnets": problems.garnets,
 }
 
 
@@ -174,15 +195,58 @@ def load(path: str | Path) -> Job:
     Raises:
         ConfigError: the file cannot be read, or something in it is not allowed.
     """
+    return build(_read(path), str(path))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return build(table, str(path))
 
 
-def build(table: Mapping[str, Any], source: str = "configuration") -> Job:
-    """The same from tables already parsed; `source` names them in errors.
+def load_sweep(path: str | Path) -> SweepJob:
+    """The same for a configuration with a [sweep] table, whose problem may be a batch of MDPs.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is not allowed.
+    """
+    table, where = _read(path), f"{path}: [sweep]"
+    section = table.pop("sweep", None)
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: no [sweep] table")
+    job = build(table, str(path), batch=True)
+    options = {key: section.pop(key) for key in ("outputs", "chunk", "zipped") if key in section}
+    if not isinstance(options.get("zipped", False), bool):
+        raise ConfigError(f"{where} zipped is {options['zipped']!r}; expected true or false")
+    if type(options.get("chunk", 1)) is not int or options.get("chunk", 1) < 1:
+        raise ConfigError(f"{where} chunk is {options['chunk']!r}; expected a positive whole number")
+    listed = options.get("outputs", [])
+    if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+        raise ConfigError(f"{where} outputs is {listed!r}; expected a list of names")
+    return SweepJob(job, {name: _values(x, f"{where} {name}") for name, x in section.items()}, options)
+
+
+def _values(x: Any, where: str) -> np.ndarray:
+    """Grid values: a list, or a range."""
+    if isinstance(x, list):
+        try:
+            return np.asarray(x, float)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where} is {x!r}; expected numbers, equally many in every row") from error
+    if not isinstance(x, dict):
+        raise ConfigError(f"{where} is {x!r}; expected a list, or a table with from, to, count and spacing")
+    _refuse_unknown(x, ("from", "to", "count", "spacing"), where)
+    spacing, (low, high, count) = x.get("spacing"), (x.get(key) for key in ("from", "to", "count"))
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or not isinstance(count, int):
+        raise ConfigError(f"{where} needs numbers from and to, and a whole number count")
+    if spacing not in ("log", "linear") or count < 1 or (spacing == "log" and min(low, high) <= 0):
+        raise ConfigError(f'{where} needs spacing "log" (from and to positive) or "linear", and a positive count')
+    return np.geomspace(low, high, count) if spacing == "log" else np.linspace(low, high, count)
+
+
+def build(table: Mapping[str, Any], source: str = "configuration", batch: bool = False) -> Job:
+    """The same from tables already parsed; `source` names them in errors; `batch` allows many MDPs.
 
     Raises:
         ConfigError: something in the tables is not allowed.
@@ -202,7 +266,7 @@ def build(table: Mapping[str, Any], source: str = "configuration") -> Job:
         problem = Problem(problem, table["problem"]["kind"].replace("_", " "))
     regulariser = _construct(REGULARISERS, table["regulariser"], f"{source}: [regulariser]")
     solver = _construct(SOLVERS, options, f"{source}: [solver]", extra=tuple(limits))
-    if problem.mdp.batch_shape or regulariser.batch_shape:
+    if not batch and (problem.mdp.batch_shape or regulariser.batch_shape):
         raise ConfigError(f"{source}: describes a batch of problems; `solve` takes one: give scalars")
     m = problem.mdp
     try:

@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from robustreg import _host
@@ -216,6 +217,39 @@ def garnet(
     reward = rng.random((n_states, n_actions))
     outcomes = successors.reshape(n_states, n_actions, branching)
     return _assemble(Successors, _packed(outcomes, chances), reward, discount, None, dtype)
+
+
+def garnets(
+    count: int,
+    n_states: int = 64,
+    n_actions: int = 4,
+    branching: int = 5,
+    discount: Any = 0.99,
+    *,
+    seed: int = 0,
+    dtype: Any = None,
+) -> MDP:
+    """Many different Garnets in one batch: `garnet` with the seeds `seed`, `seed + 1`, ...
+
+    Args:
+        count: B, how many.
+        n_states: S.
+        n_actions: A.
+        branching: distinct successors of every (s, a).
+        discount: a number, or `[B]`.
+        seed: of the first.
+        dtype: precision of the tables; None follows JAX.
+
+    Returns:
+        An MDP whose transitions `[B, S, A, S]` and rewards `[B, S, A]` carry a batch axis.
+    """
+    _check_size("count", count, 1)
+    ones = [garnet(n_states, n_actions, branching, discount, seed=seed + i, dtype=dtype) for i in range(count)]
+    dense = np.zeros((count, n_states, n_actions, n_states), ones[0].dtype)
+    for one, table in zip(ones, dense):
+        successors: Any = one.transitions
+        np.put_along_axis(table, np.asarray(successors.indices), np.asarray(successors.probabilities), -1)
+    return mdp(Dense(jnp.asarray(dense)), jnp.stack([one.reward for one in ones]), discount)
 
 
 def _distinct(rng: np.random.Generator, rows: int, n: int, k: int) -> np.ndarray:

@@ -332,7 +332,7 @@ def _array(name: str, x: ArrayLike) -> Array:
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return jnp.asarray(x, jnp.result_type(float))
     floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.asarray(x, jnp.result_type(x.dtype if floating else float))
+    return jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype if floating else np.float64))
 
 
 def _refuse(name: str, x: Array, bad: Any, rule: str) -> None:

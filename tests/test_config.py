@@ -12,7 +12,9 @@ import pytest
 import robustreg as rr
 from robustreg import config
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+EVERY = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+SWEEPS = [path for path in EVERY if "[sweep]" in path.read_text(encoding="utf-8")]
+CONFIGS = [path for path in EVERY if path not in SWEEPS]
 KL = {"kind": "kl", "beta": 2.0}
 BANDIT = {"kind": "bandit"}
 
@@ -69,6 +71,7 @@ def test_problems(problem, shape):
         "chain",
         "ring",
         "garnet",
+        "garnets",
     }
 
 
@@ -192,3 +195,34 @@ def test_the_example_in_the_documentation_builds():
     assert example
     job = config.build(tomllib.loads(example[1]))
     assert (job.tol, job.max_steps) == (1e-8, 10_000)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_shipped_sweep_builds(path):
+    run = config.load_sweep(path)
+    cells = np.prod([len(x) for x in run.grid.values()]) * int(np.prod(run.job.problem.mdp.batch_shape))
+    assert cells >= 2000 and set(run.options) <= {"outputs", "chunk", "zipped"}
+    with pytest.raises(config.ConfigError, match="unknown key 'sweep'"):
+        config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "no [sweep] table"),
+        ("[sweep]\nbeta = 3.0", "[sweep] beta is 3.0; expected a list"),
+        ("[sweep]\nbeta = [1.0, 'x']", "[sweep] beta is [1.0, 'x']; expected numbers"),
+        ("[sweep]\nbeta = { from = 1, to = 2 }", "[sweep] beta needs numbers from and to, and a whole number count"),
+        ("[sweep]\nbeta = { from = 0, to = 2, count = 3, spacing = 'log' }", "from and to positive"),
+        ("[sweep]\nbeta = { from = 0, to = 2, count = 3, step = 1 }", "unknown key 'step'"),
+        ("[sweep]\nbeta = [1.0]\nchunk = 0", "chunk is 0; expected a positive whole number"),
+        ("[sweep]\nbeta = [1.0]\nzipped = 1", "zipped is 1; expected true or false"),
+        ("[sweep]\nbeta = [1.0]\noutputs = 'gap'", "outputs is 'gap'; expected a list of names"),
+    ],
+)
+def test_mistakes_in_a_sweep(tmp_path, line, expected):
+    path = tmp_path / "sweep.toml"
+    path.write_text(f"[problem]\nkind = 'chain'\n[regulariser]\nkind = 'kl'\nbeta = 1.0\n{line}\n")
+    with pytest.raises(config.ConfigError) as error:
+        config.load_sweep(path)
+    assert expected in str(error.value)

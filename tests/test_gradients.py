@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def difference(f, x, d, step=1e-4):
     return jax.tree.map(lambda a, b, c, e: (8 * (a - b) - (c - e)) / (12 * step), at(1), at(-1), at(2), at(-2))
 
 
-def close(got, wanted, tolerance, what=""):
+def close(got, wanted, tolerance, what: object = ""):
     got, wanted = np.asarray(got), np.asarray(wanted)
     assert np.isfinite(got).all(), what
     worst = np.abs(got - wanted).max() / (np.abs(wanted).max() + 1e-3)
@@ -199,7 +200,7 @@ def test_hessian_in_the_reward_is_symmetric_and_positive_semidefinite():
         eigenvalues = np.linalg.eigvalsh(h)
         assert (eigenvalues >= -1e-10 * eigenvalues.max()).all()
         assert (eigenvalues.max(-1) > 1e-3).all()
-    close(*hessians, 1e-10)
+    close(hessians[0], hessians[1], 1e-10)
 
 
 def test_conjugate_has_exact_second_derivatives():
@@ -363,7 +364,8 @@ def test_memory_does_not_hold_a_copy_of_shared_transitions():
     n, lanes = 64, 256
     m = rr.problems.garnet(n_states=n, n_actions=4, branching=8)
     kernel = np.zeros((n, 4, n))
-    np.put_along_axis(kernel, np.asarray(m.transitions.indices), np.asarray(m.transitions.probabilities), -1)
+    lists: Any = m.transitions
+    np.put_along_axis(kernel, np.asarray(lists.indices), np.asarray(lists.probabilities), -1)
 
     def objective(p, betas):
         return rr.solve(rr.mdp(rr.Dense(p), m.reward, 0.9), rr.kl(betas), tol=1e-6).objective.sum()
@@ -371,7 +373,7 @@ def test_memory_does_not_hold_a_copy_of_shared_transitions():
     p, betas = jnp.asarray(kernel), jnp.linspace(0.1, 10, lanes)
     compiled = jax.jit(jax.grad(objective)).lower(p, betas).compile()
     assert compiled(p, betas).shape == p.shape
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     assert analysis.temp_size_in_bytes < 0.25 * lanes * p.size * 8
 
 

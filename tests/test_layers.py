@@ -18,7 +18,7 @@ LAYERS = (
     ("linear",),
     ("implicit", "solvers"),
     ("solution",),
-    ("solve",),
+    ("solve", "table"),
     ("adversary", "certificates", "game", "problems", "interop"),
     ("sweep",),
     ("config", "figures"),

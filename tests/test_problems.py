@@ -143,3 +143,24 @@ def test_they_solve(name):
     index = {"grid_world": 5, "slippery_grid": 24}.get(name)
     if index is not None:
         assert abs(float(sol.value[index])) < 1e-7  # the goal is worth what comes after the end: nothing
+
+
+def test_many_garnets_are_those_of_their_seeds():
+    m = rr.problems.garnets(3, n_states=6, n_actions=2, branching=4, discount=0.9, seed=5)
+    assert m.batch_shape == (3,) and m.reward.shape == (3, 6, 2)
+    v = np.arange(6.0)
+    for i in range(3):
+        one = rr.problems.garnet(n_states=6, n_actions=2, branching=4, discount=0.9, seed=5 + i)
+        np.testing.assert_array_equal(m.reward[i], one.reward)
+        np.testing.assert_allclose(m.transitions.expect(v)[i], one.transitions.expect(v), rtol=1e-14)
+
+
+def test_successors_of_a_garnet_are_distinct_and_uniform():
+    """Every pair of states is as likely as any other; large problems need no memory of S by S."""
+    rng = np.random.default_rng(0)
+    drawn = rr.problems._distinct(rng, 60_000, 4, 2)
+    assert (drawn[:, 0] != drawn[:, 1]).all() and drawn.min() == 0 and drawn.max() == 3
+    low, high = drawn.min(-1), drawn.max(-1)
+    counts = np.bincount(4 * low + high, minlength=16)
+    assert (np.abs(counts[counts > 0] / 10_000 - 1) < 0.05).all() and (counts > 0).sum() == 6
+    assert rr.problems._distinct(rng, 3, 5, 5).sum() == 30
