@@ -208,3 +208,11 @@ def test_version(capsys):
         cli.main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("robustreg")
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli, "_run", lambda _: pytest.fail("worked in vain"))
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err = run(capsys, "solve", CONFIGS / "bandit.toml", "--out", out)
+        assert code == 2 and "cannot write there" in err

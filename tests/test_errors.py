@@ -1,5 +1,6 @@
 """Bad input gives its error, which names the first offender and the remedy, and nothing else."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -421,3 +422,84 @@ def test_files_that_are_not_ours(tmp_path, header):
     for read in (rr.load, interop.read_header):
         with refused("x.npz was not written by this version of robustreg.save"):
             read(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
+def test_files_that_are_no_archives(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    for read in (rr.load, interop.read_header):
+        with refused("x.npz was not written by robustreg.save"):
+            read(tmp_path / "x.npz")
+
+
+def test_load_finds_what_save_named(tmp_path):
+    rr.save(tmp_path / "a", rr.kl(2.0))
+    assert float(rr.load(tmp_path / "a").beta) == 2.0
+
+
+# ---- solve, evaluate, certify
+
+
+@pytest.mark.parametrize("tol", [0, -1.0, float("nan"), np.float32(-1), np.array([1e-3, -1.0]), jnp.asarray(0.0)])
+def test_tolerances_must_be_positive(tol):
+    with refused("tol must be positive", "None asks for what the precision supports"):
+        rr.solve(build(), rr.kl(1.0), tol=tol)
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "message"),
+    [
+        (0, ValueError, "max_steps must be at least 1, got 0"),
+        (-5, ValueError, "max_steps must be at least 1, got -5"),
+        (2.7, TypeError, "max_steps must be an integer, the same for all lanes, got 2.7"),
+        (np.array([1, 5]), TypeError, "max_steps must be an integer"),
+    ],
+)
+def test_step_limits(steps, error, message):
+    with refused(message, error=error):
+        rr.solve(build(), rr.kl(1.0), max_steps=steps)
+
+
+def test_step_limits_beyond_the_counter():
+    assert bool(rr.solve(build(), rr.kl(1.0), tol=1e-6, max_steps=10**12).converged)
+
+
+def test_policies_must_be_distributions():
+    m, even = build(), np.full((S, A), 1 / A)
+    for call in (rr.evaluate, rr.occupancy):
+        with refused("policy[s=0] is", "a policy sums to 1 over actions"):
+            call(m, 1.05 * even)
+        with refused("policy[s=0, a=2] is -1", "must not be negative"):
+            call(m, np.tile([1.0, 1.0, -1.0], (S, 1)))
+        with refused(f"policy has shape ({A}, {S}); expected [*B, S, A]"):
+            call(m, even.T)
+        with refused("the first argument must be an MDP", error=TypeError):
+            call(even, m)
+    with refused("the third argument must be a regulariser", error=TypeError):
+        rr.evaluate(m, even, REWARD)  # pyright: ignore[reportArgumentType]
+    with refused("the first argument must be a regulariser", error=TypeError):
+        rr.worst_case(even, rr.kl(1.0))  # pyright: ignore[reportArgumentType]
+
+
+def test_certify_checks_what_it_is_given():
+    m, reg = build(), rr.kl(1.0)
+    sol = rr.solve(m, reg)
+    for name, wrong in (("value", sol.value[:-1]), ("policy", sol.policy.T), ("perturbation", sol.perturbation[0])):
+        with refused(f"{name} has shape"):
+            rr.certify(m, reg, dataclasses.replace(sol, **{name: wrong}))
+    halved = rr.certify(m, reg, dataclasses.replace(sol, policy=0.5 * sol.policy))
+    assert np.isnan(halved.lower).all()
+    with pytest.raises(rr.SolveError, match="gap is nan"):
+        halved.raise_if_loose(1e-3)
+
+
+def test_functions_must_be_linear():
+    P = jnp.asarray(kernel())
+    with refused("transitions.expect(2u - v)[s=0, a=0]", "expect must be linear in v"):
+        build(rr.MatrixFree(lambda v: P @ v**2, n_states=S, n_actions=A))
+
+
+def test_numbers_that_are_none():
+    for wrong in (None, "1", 1j, [[1.0], [1.0, 2.0]]):
+        with refused("beta must be a number or an array of real numbers", error=TypeError):
+            rr.kl(wrong)  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,9 @@
 """Fixed points: every solver, transition kind and regulariser agrees with the oracle within its own certificate."""
 
 import functools
+import re
 
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -283,3 +285,39 @@ def test_monotone_and_convex():
     assert (np.diff(ladder, axis=0) >= -1e-9).all() and ladder[-1].min() > ladder[0].min()
     # As it should, the same test tells concave from convex.
     assert (value[2, 2] < (value[0, 0] + value[1, 1]) / 2 - 1e-6).any()
+
+
+def test_krylov_survives_an_exact_half_step():
+    """One state whose episode may end: BiCGSTAB is done after half a step, with nothing left to divide by."""
+    ends = np.array([[0.0, 0.3, 0.5, 0.1]])
+    m = rr.mdp((1 - ends)[..., None], [[0.8, 1.0, 0.2, 0.3]], 0.99, termination=ends)
+    np.testing.assert_allclose(rr.nominal_optimum(m), [80.0], rtol=1e-12)
+    krylov, direct = (rr.solve(m, rr.kl(1e6), rr.Newton(linear=kind)) for kind in ("krylov", "direct"))
+    assert bool(krylov.converged) and abs(float(krylov.value[0] - direct.value[0])) <= 1e-9
+    ends = np.array([[0.01, 0.01]])
+    m = rr.mdp(0.99 * np.ones((1, 2, 1)), [[1.0, 0.5]], 0.99, termination=ends)
+    np.testing.assert_allclose(rr.evaluate(m, [[0.5, 0.5]]), [0.75 / (1 - 0.99**2)], rtol=1e-12)
+
+
+def test_a_start_far_away_ends_as_close_as_any():
+    """What rounding says of the start is no reason to stop: without a tol, and with one."""
+    m = rr.mdp(np.ones((1, 3, 1)), [[1.0, 2.0, 3.0]], 0.0)
+    near = rr.solve(m, rr.kl(5.0))
+    for init in ([1e6], [1e12]):
+        far = rr.solve(m, rr.kl(5.0), init=init)
+        assert bool(far.converged) and float(far.gap) <= 10 * float(near.gap)
+        assert bool(rr.solve(m, rr.kl(5.0), init=init, tol=1e-10).converged)
+    chain = rr.problems.chain(discount=0.9)
+    far = rr.solve(chain, rr.kl(5.0), init=np.full(6, 1e20))
+    assert bool(far.converged) and float(far.gap) <= 1e-10
+
+
+def test_closing_over_the_problem_is_no_slower():
+    """Arrays that a caller's jit closes over are constants; the compiler must not lay them out in the loop."""
+    m = rr.problems.slippery_grid(16, 0.99)
+    closed = jax.jit(lambda beta: rr.solve(m, rr.kl(beta), tol=1e-6).value)
+    text = closed.lower(1.0).compile().as_text()
+    loops = [part for part in re.split(r"\n\n", text) if "while/body" in part and "ENTRY" not in part]
+    size = m.transitions.probabilities.size
+    held = [x for part in loops for x in re.findall(r"f64\[([\d,]+)\]\S* constant\(", part)]
+    assert not [x for x in held if np.prod([int(n) for n in x.split(",")]) >= size]
