@@ -226,7 +226,7 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"another sweep \(it differs in: {name}\)"):
             rr.sweep(M, rr.kl(1.0), SMALL, **({"tol": 1e-8, "chunk": 1, "out": tmp_path, "resume": True} | change))
     with pytest.raises(ValueError, match="differs in: data"):
-        rr.sweep(M, rr.kl(1.0, prior=[0.4, 0.6]), SMALL, tol=1e-8, chunk=1, out=tmp_path, resume=True)
+        rr.sweep(M, rr.kl(1.0, prior=np.array([0.4, 0.6])), SMALL, tol=1e-8, chunk=1, out=tmp_path, resume=True)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["sweep"]["dtype"] == "float64" and "jax" in manifest["versions"]
 
