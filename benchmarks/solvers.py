@@ -10,43 +10,43 @@ call in this process with compilation. Errors are against the direct Newton solu
 
 Typical printout (2 shared CPU cores, float64, JAX 0.10.2):
 
-    commit f672072, device cpu, machine x86_64, jax 0.10.2, robustreg 0.1.0
+    commit bcd90e7, device cpu, machine x86_64, jax 0.10.2, robustreg 0.1.0
     Garnet: S=500 A=8 discount 0.99 beta 10
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                         406.75    93.02      1.0x    1804       none    1e-06     0.59
-      automatic                         3.02     1.33    134.6x       7    4.9e-08    8e-09     1.77
-      newton, krylov                    2.62     1.33    155.2x       7    4.9e-08    8e-09     1.84
-      newton, direct                  208.86    57.16      1.9x       5    1.6e-13    0e+00     0.22
-      modified policy iteration(5)      2.54     1.44    160.1x       5    1.1e-07    7e-08     1.46
-      value iteration                   1.97     0.94    206.2x      17    1.7e-07    1e-08     1.33
-      anderson(5)                       3.09     5.12    131.7x      17    2.0e-07    8e-08     1.99
+      by hand                         386.54    93.17      1.0x    1804       none    1e-06     0.63
+      automatic                         3.17     3.10    122.1x       7    1.4e-07    1e-08     2.12
+      newton, krylov                    2.36     0.93    164.1x       7    1.4e-07    1e-08     2.03
+      newton, direct                  160.50    72.84      2.4x       5    1.6e-13    0e+00     0.16
+      modified policy iteration(5)      2.26     4.13    171.3x       5    2.2e-07    7e-08     1.27
+      value iteration                   1.43     0.56    270.5x      17    6.2e-07    1e-07     1.19
+      anderson(5)                       2.02     1.63    191.5x      17    4.9e-07    3e-08     1.93
     slippery grid: S=1024 A=4 discount 0.99 beta 3
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                         219.42    97.40      1.0x    1403       none    9e-07     0.39
-      automatic                         8.64     3.38     25.4x       7    9.4e-07    8e-07     1.54
-      newton, krylov                    8.18     3.60     26.8x       7    9.4e-07    8e-07     1.82
-      newton, direct                  662.50   119.08      0.3x       6    4.4e-08    8e-08     0.67
-      modified policy iteration(5)     39.49    22.67      5.6x     269    9.6e-07    1e-06     1.22
-      value iteration                  51.46    24.82      4.3x    1339    9.8e-07    1e-06     1.17
-      anderson(5)                      30.66    19.96      7.2x     227    8.8e-07    3e-07     1.80
+      by hand                         219.50    95.05      1.0x    1403       none    9e-07     0.41
+      automatic                         9.09     3.96     24.1x       7    9.7e-07    8e-07     1.81
+      newton, krylov                    8.79     5.07     25.0x       7    9.7e-07    8e-07     1.63
+      newton, direct                  702.27   126.50      0.3x       6    7.8e-08    8e-08     0.64
+      modified policy iteration(5)     49.64    15.69      4.4x     269    9.7e-07    1e-06     1.53
+      value iteration                  50.21    24.42      4.4x    1339    9.9e-07    1e-06     1.21
+      anderson(5)                      30.36    16.73      7.2x     247    8.9e-07    5e-07     1.62
     slippery grid: S=1024 A=4 discount 0.999 beta 0.1
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                        1436.61   241.12      1.0x   12447       none    7e-07     2.04
-      automatic                        11.62    11.93    123.6x       8    2.5e-07    3e-07     0.02
-      newton, krylov                   11.19     5.03    128.4x       8    2.5e-07    3e-07     0.01
-      newton, direct                 1665.23   665.64      0.9x       6    2.7e-11    0e+00     0.64
-      modified policy iteration(5)    271.71    15.45      5.3x    2393    1.0e-06    1e-06     0.25
-      value iteration                 402.98    58.96      3.6x   11961    1.0e-06    1e-06     0.48
-      anderson(5)                     108.68    26.32     13.2x     864    9.4e-07    9e-07     0.09
+      by hand                        1366.80   380.50      1.0x   12447       none    7e-07     1.60
+      automatic                        17.27     5.22     79.1x       8    2.8e-07    3e-07     0.01
+      newton, krylov                   13.30     6.08    102.8x       8    2.8e-07    3e-07     0.01
+      newton, direct                  608.44   197.16      2.2x       6    2.8e-11    0e+00     0.59
+      modified policy iteration(5)    365.46   107.87      3.7x    2393    1.0e-06    1e-06     0.39
+      value iteration                 399.89   235.95      3.4x   11961    1.0e-06    1e-06     0.36
+      anderson(5)                     100.66    65.30     13.6x    1176    8.3e-07    8e-07     0.17
     slippery grid: S=1024 A=4 discount 0.999 beta 1
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                         251.28    91.15      1.0x    2390       none    9e-08     0.43
-      automatic                        14.24     5.94     17.7x       9    2.8e-07    2e-07     0.02
-      newton, krylov                   13.89     8.40     18.1x       9    2.8e-07    2e-07     0.02
-      newton, direct                  699.75   207.32      0.4x       7    6.0e-07    9e-07     0.76
-      modified policy iteration(5)     44.75     7.40      5.6x     466    9.5e-07    1e-06     0.04
-      value iteration                  78.22    18.02      3.2x    2323    9.9e-07    1e-06     0.07
-      anderson(5)                      86.82   116.67      2.9x    1015    4.3e-07    3e-07     0.13
+      by hand                         262.97    91.65      1.0x    2390       none    9e-08     0.43
+      automatic                        15.39     6.95     17.1x      10    4.5e-08    2e-09     0.02
+      newton, krylov                   16.84     8.01     15.6x      10    4.5e-08    2e-09     0.02
+      newton, direct                  674.51    87.77      0.4x       7    9.1e-07    9e-07     0.70
+      modified policy iteration(5)     69.00    19.48      3.8x     466    9.6e-07    1e-06     0.08
+      value iteration                  71.38    23.94      3.7x    2323    1.0e-06    1e-06     0.07
+      anderson(5)                      52.44     6.73      5.0x     759    9.2e-07    6e-07     0.09
 """
 
 import argparse

@@ -18,7 +18,8 @@ from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
-from robustreg.sweep import SweepError, sweep
+from robustreg.store import SweepError
+from robustreg.sweep import sweep
 from robustreg.table import Table
 from robustreg.transitions import Dense, MatrixFree, Successors, Transitions
 

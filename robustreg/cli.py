@@ -21,7 +21,7 @@ import numpy as np
 
 import robustreg as rr
 from robustreg import adversary, config, figures, interop
-from robustreg.sweep import join
+from robustreg.store import join
 
 PACKAGES = ("robustreg", "jax", "jaxlib", "numpy", "optax", "chex", "gymnasium", "matplotlib", "scipy")
 DEVICES = ("cpu", "gpu", "tpu")

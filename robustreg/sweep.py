@@ -14,14 +14,9 @@ those that are there. Several processes may share the work (`shard`), each on it
 import dataclasses
 import functools
 import hashlib
-import json
 import os
-import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,20 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustreg import _host, adversary
+from robustreg._progress import reporter
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Solution, Status
 from robustreg.solve import solve
 from robustreg.solvers import Solver
+from robustreg.store import Fields, Store, open_folder
 from robustreg.table import Table
 
-Fields = dict[str, np.ndarray]
 MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
-MANIFEST = "manifest.json"
-
-
-class SweepError(RuntimeError):
-    """A sweep that cannot go on; the message says why and what is kept."""
 
 
 def _start(m: MDP, value: jax.Array) -> jax.Array:
@@ -121,9 +112,10 @@ def sweep(
     plan = _plan(mdp, reg, grid, outputs, zipped, chunk)
     options = (solver, tol, max_steps)
     jobs = [] if shard is None else list(range(shard[0], plan.n_chunks, shard[1]))
-    store = _open(out, plan, options, resume) if out is not None else None
+    store = open_folder(out, _digest(plan, options), resume) if out is not None else None
     missing = [j for j in jobs if store is None or not store.holds(j)]
-    report = _reporter(progress, plan, len(jobs), len(jobs) - len(missing))
+    cells = [plan.cells(j).size for j in jobs]
+    report = reporter(progress, sum(cells), sum(cells) - sum(plan.cells(j).size for j in missing))
     if store is None:
         table = _Collector(plan)
         _work(plan, options, missing, table.put, report)
@@ -245,7 +237,7 @@ def _work(plan: Plan, options: tuple, jobs: list[int], put: Callable[[int, Field
 
         def keep(job: int, fields: Fields) -> None:
             put(job, fields)
-            report(plan.cells(job).size, fields)
+            report(plan.cells(job).size, int((fields["status"] != Status.CONVERGED).sum()))
 
         def refill() -> None:
             for job in queue:
@@ -389,144 +381,10 @@ def _digest(plan: Plan, options: tuple) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Store:
-    """A folder with one file per finished chunk."""
-
-    folder: Path
-
-    def path(self, job: int) -> Path:
-        return self.folder / f"chunk-{job:07d}.npz"
-
-    def holds(self, job: int) -> bool:
-        return self.path(job).exists() and zipfile.is_zipfile(self.path(job))
-
-    def put(self, job: int, fields: Fields) -> None:
-        def write(file: Any) -> None:
-            np.savez(file, **fields)  # type: ignore[arg-type]  # names of arrays
-
-        _write_whole(self.path(job), write)
-
-    def get(self, job: int) -> Fields:
-        with np.load(self.path(job), allow_pickle=False) as archive:
-            return dict(archive)
-
-
-def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """A file that appears whole, on the disk, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SweepError(
-            f"cannot write {path}: {error.strerror or error}; finished chunks are kept: make room and resume"
-        ) from error
-
-
-def _open(out: str | os.PathLike, plan: Plan, options: tuple, resume: bool) -> _Store:
-    """The folder of a sweep, new or resumed; refuses one that holds another sweep."""
-    folder, digest = Path(out), _digest(plan, options)
-    manifest = folder / MANIFEST
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SweepError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if manifest.exists():
-        held = json.loads(manifest.read_text(encoding="utf-8"))["sweep"]
-        differ = [name for name in digest if held.get(name) != digest[name]]
-        if differ:
-            raise ValueError(
-                f"{folder} holds another sweep (it differs in: {', '.join(differ)}); take another folder, or the "
-                "settings that it was made with"
-            )
-        if not resume:
-            raise ValueError(f"{folder} holds this sweep already; pass resume=True to go on with it")
-    else:
-        versions = {"jax": jax.__version__, "numpy": np.__version__}
-        text = json.dumps({"sweep": digest, "versions": versions}, indent=1)
-        _write_whole(manifest, lambda file: file.write(text.encode()))
-    for left in folder.glob(".chunk-*.partial"):
-        left.unlink(missing_ok=True)
-    return _Store(folder)
-
-
-def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
-    """Collect the chunks of the parts of one sweep in one folder, which `sweep(..., resume=True)` then reads.
-
-    Raises:
-        ValueError: for folders that do not belong to the same sweep.
-        SweepError: where files cannot be read or written.
-    """
-    out = Path(out)
-    manifests = {}
-    for part in map(Path, parts):
-        if not (part / MANIFEST).is_file():
-            raise ValueError(f"{part} holds no sweep: it has no {MANIFEST}")
-        manifests[part] = (part / MANIFEST).read_bytes()
-    digests = {part: json.loads(text)["sweep"] for part, text in manifests.items()}
-    first = next(iter(digests))
-    for part, digest in digests.items():
-        differ = [name for name in digest if digest[name] != digests[first].get(name)]
-        if differ:
-            raise ValueError(f"{part} and {first} hold different sweeps (they differ in: {', '.join(differ)})")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for part in digests:
-            for path in sorted(part.glob("chunk-*.npz")):
-                if part.resolve() != out.resolve():
-                    _write_whole(out / path.name, lambda file, path=path: file.write(path.read_bytes()))
-        _write_whole(out / MANIFEST, lambda file: file.write(manifests[first]))
-    except OSError as error:
-        raise SweepError(f"cannot join into {out}: {error.strerror}") from error
-    return out
-
-
-def _read(store: _Store, plan: Plan) -> Table:
+def _read(store: Store, plan: Plan) -> Table:
     """The table of what a folder holds."""
     table = _Collector(plan)
     for job in range(plan.n_chunks):
         if store.holds(job):
             table.put(job, store.get(job))
     return table.finish()
-
-
-# ---- progress
-
-
-def _reporter(progress: Any, plan: Plan, n_jobs: int, n_done: int) -> Callable[[int, Fields], None]:
-    """Called after every chunk with its number of cells and its results."""
-    total = min(n_jobs * plan.chunk, plan.order.size)  # a part without the short last chunk counts it as whole
-    state = {"cells": min(n_done * plan.chunk, total), "total": total, "failed": 0, "rate": 0.0, "eta": np.nan}
-    begin, before = time.perf_counter(), state["cells"]
-
-    def report(cells: int, fields: Fields) -> None:
-        state["cells"] += cells
-        state["failed"] += int((fields["status"] != Status.CONVERGED).sum())
-        state["rate"] = (state["cells"] - before) / (time.perf_counter() - begin)
-        state["eta"] = (total - state["cells"]) / state["rate"]
-        if callable(progress):
-            progress(dict(state))
-        elif progress:
-            next(lines)
-
-    lines = _lines(state)
-    return report
-
-
-def _lines(state: dict[str, Any]) -> Iterator[None]:
-    """Progress on standard error: one line that is rewritten in a terminal, a line every ten seconds elsewhere."""
-    last, terminal = -np.inf, sys.stderr.isatty()
-    while True:
-        finished = state["cells"] >= state["total"]
-        if finished or time.monotonic() - last > (0.1 if terminal else 10):
-            last = time.monotonic()
-            text = f"{state['cells']}/{state['total']} cells, {state['rate']:.0f}/s, {state['eta']:.0f} s left"
-            text += f", {state['failed']} failed" if state["failed"] else ""
-            end = "\r" if terminal and not finished else "\n"
-            print(f"{text:<70}" if terminal else text, end=end, file=sys.stderr, flush=True)
-        yield

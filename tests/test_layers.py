@@ -9,7 +9,7 @@ import robustreg
 
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
-    ("_tree", "_host"),
+    ("_tree", "_host", "_progress", "store"),
     ("divergences",),
     ("conjugates",),
     ("regularisers", "transitions"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import cli
+from robustreg import cli, store
 
 engine = import_module("robustreg.sweep")
 SCALARS = (
@@ -240,10 +240,10 @@ def test_a_full_disk_is_an_error_that_keeps_what_there_is(tmp_path, monkeypatch,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(engine.os, "fsync", full)
+    monkeypatch.setattr(store.os, "fsync", full)
     with pytest.raises(rr.SweepError, match="No space left on device; finished chunks are kept"):
         run(tmp_path)
-    monkeypatch.setattr(engine.os, "fsync", real)
+    monkeypatch.setattr(store.os, "fsync", real)
     assert len(list(tmp_path.glob("chunk-*.npz"))) == 2 and not list(tmp_path.glob(".*partial"))
     assert same(run(tmp_path, resume=True), undisturbed)
 
@@ -259,15 +259,15 @@ def test_parts_join_to_the_whole(tmp_path, undisturbed):
     parts = [run(tmp_path / f"part{i}", shard=(i, 3)) for i in range(3)]
     assert sum(part.computed.sum() for part in parts) == 100
     assert not (parts[0].computed & parts[1].computed).any() and np.isnan(parts[0]["objective"]).any()
-    engine.join([tmp_path / "part0", tmp_path / "part2"], tmp_path / "whole")
+    store.join([tmp_path / "part0", tmp_path / "part2"], tmp_path / "whole")
     assert run(tmp_path / "whole", resume=True, shard=None).computed.sum() < 100
-    engine.join([tmp_path / f"part{i}" for i in range(3)], tmp_path / "whole")
+    store.join([tmp_path / f"part{i}" for i in range(3)], tmp_path / "whole")
     assert same(run(tmp_path / "whole", resume=True, shard=None), undisturbed)
     rr.sweep(M, rr.kl(1.0), SMALL, tol=1e-6, out=tmp_path / "other")
     with pytest.raises(ValueError, match="hold different sweeps"):
-        engine.join([tmp_path / "part0", tmp_path / "other"], tmp_path / "mixed")
+        store.join([tmp_path / "part0", tmp_path / "other"], tmp_path / "mixed")
     with pytest.raises(ValueError, match="holds no sweep"):
-        engine.join([tmp_path / "nothing"], tmp_path / "mixed")
+        store.join([tmp_path / "nothing"], tmp_path / "mixed")
 
 
 # ---- command line

@@ -1,0 +1,125 @@
+"""Folders of a sweep: one file per finished chunk, beside a manifest of everything that the results depend on.
+
+A file appears whole or not at all: it is written under another name, flushed to the disk, and renamed.
+"""
+
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+Fields = dict[str, np.ndarray]
+MANIFEST = "manifest.json"
+
+
+class SweepError(RuntimeError):
+    """A sweep that cannot go on; the message says why and what is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A folder with one file per finished chunk."""
+
+    folder: Path
+
+    def path(self, job: int) -> Path:
+        return self.folder / f"chunk-{job:07d}.npz"
+
+    def holds(self, job: int) -> bool:
+        return self.path(job).exists() and zipfile.is_zipfile(self.path(job))
+
+    def put(self, job: int, fields: Fields) -> None:
+        def write(file: Any) -> None:
+            np.savez(file, **fields)  # type: ignore[arg-type]  # names of arrays
+
+        write_whole(self.path(job), write)
+
+    def get(self, job: int) -> Fields:
+        with np.load(self.path(job), allow_pickle=False) as archive:
+            return dict(archive)
+
+
+def write_whole(path: Path, write: Callable[[Any], None]) -> None:
+    """A file that appears whole, on the disk, or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SweepError(
+            f"cannot write {path}: {error.strerror or error}; finished chunks are kept: make room and resume"
+        ) from error
+
+
+def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool) -> Store:
+    """The folder of a sweep, new or resumed; refuses one that holds another sweep.
+
+    Args:
+        out: the folder, made if it is not there.
+        digest: everything that results depend on, JSON values by name.
+        resume: whether it may hold results of this sweep already.
+    """
+    folder = Path(out)
+    manifest = folder / MANIFEST
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if manifest.exists():
+        held = json.loads(manifest.read_text(encoding="utf-8"))["sweep"]
+        differ = [name for name in digest if held.get(name) != digest[name]]
+        if differ:
+            raise ValueError(
+                f"{folder} holds another sweep (it differs in: {', '.join(differ)}); take another folder, or the "
+                "settings that it was made with"
+            )
+        if not resume:
+            raise ValueError(f"{folder} holds this sweep already; pass resume=True to go on with it")
+    else:
+        versions = {"jax": jax.__version__, "numpy": np.__version__}
+        text = json.dumps({"sweep": digest, "versions": versions}, indent=1)
+        write_whole(manifest, lambda file: file.write(text.encode()))
+    for left in folder.glob(".chunk-*.partial"):
+        left.unlink(missing_ok=True)
+    return Store(folder)
+
+
+def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
+    """Collect the chunks of the parts of one sweep in one folder, which `sweep(..., resume=True)` then reads.
+
+    Raises:
+        ValueError: for folders that do not belong to the same sweep.
+        SweepError: where files cannot be read or written.
+    """
+    out = Path(out)
+    manifests = {}
+    for part in map(Path, parts):
+        if not (part / MANIFEST).is_file():
+            raise ValueError(f"{part} holds no sweep: it has no {MANIFEST}")
+        manifests[part] = (part / MANIFEST).read_bytes()
+    digests = {part: json.loads(text)["sweep"] for part, text in manifests.items()}
+    first = next(iter(digests))
+    for part, digest in digests.items():
+        differ = [name for name in digest if digest[name] != digests[first].get(name)]
+        if differ:
+            raise ValueError(f"{part} and {first} hold different sweeps (they differ in: {', '.join(differ)})")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for part in digests:
+            for path in sorted(part.glob("chunk-*.npz")):
+                if part.resolve() != out.resolve():
+                    write_whole(out / path.name, lambda file, path=path: file.write(path.read_bytes()))
+        write_whole(out / MANIFEST, lambda file: file.write(manifests[first]))
+    except OSError as error:
+        raise SweepError(f"cannot join into {out}: {error.strerror}") from error
+    return out
