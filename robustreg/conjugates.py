@@ -27,6 +27,7 @@ they are one-sided derivatives: of the action's staying at probability 0.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -189,36 +190,29 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
     return level, low, high
 
 
-def conjugate_tangent(
-    policy: Array,
-    log_prior: Array,
-    alpha: Array,
-    beta: Array,
-    dq: Array | None,
-    dbeta: Array | None,
-    dlog_prior: Array | None,
-    dalpha: Array | None,
-) -> Array:
-    """Change of the conjugate of `D_alpha/beta` at its maximiser `policy`, `[...]`; None for what does not change."""
-    change = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha) / beta
+class Change(NamedTuple):
+    """A direction in the arguments of a conjugate, in their shapes; None for what does not change."""
+
+    q: Array | None
+    beta: Array | None
+    log_prior: Array | None
+    alpha: Array | None = None
+
+
+def conjugate_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array, change: Change) -> Array:
+    """Change of the conjugate of `D_alpha/beta` at its maximiser `policy`, `[...]`."""
+    dq, dbeta, dlog_prior, dalpha = change
+    total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha) / beta
     if dq is not None:
-        change = change + weighted(policy, dq)
+        total = total + weighted(policy, dq)
     if dbeta is not None:
-        change = change + alpha_divergence(policy, log_prior, alpha) * dbeta / beta**2
-    return change
+        total = total + alpha_divergence(policy, log_prior, alpha) * dbeta / beta**2
+    return total
 
 
-def policy_tangent(
-    policy: Array,
-    log_prior: Array,
-    alpha: Array,
-    beta: Array,
-    dq: Array | None,
-    dbeta: Array | None,
-    dlog_prior: Array | None,
-    dalpha: Array | None,
-) -> Array:
-    """Change of the maximiser `policy`, `[A, ...]`, with the arguments of `conjugate_tangent`."""
+def policy_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array, change: Change) -> Array:
+    """Change of the maximiser `policy`, `[A, ...]`."""
+    dq, dbeta, dlog_prior, dalpha = change
     h = (alpha - 1)[None]
     on = policy != 0  # a policy of NaN has a derivative of NaN
     logs = jnp.log(jnp.where(on, policy, 1))

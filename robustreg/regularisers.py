@@ -64,9 +64,10 @@ class Regulariser:
         return self.log_prior
 
     @staticmethod
-    def _changes(change: Any) -> tuple[Array | None, Array | None]:
-        """Tangents of beta and log prior."""
-        return _tree.given(change.beta), _tree.given(change.log_prior)
+    def _change(dq: Array | None, change: Any) -> conjugates.Change:
+        """A direction in q and in the regulariser's own leaves."""
+        order = _tree.given(change.alpha) if hasattr(change, "alpha") else None
+        return conjugates.Change(dq, _tree.given(change.beta), _tree.given(change.log_prior), order)
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
         """The same regulariser with every leaf put through `place(leaf, core_ndim)`; `state_scale` merged in beta."""
@@ -217,10 +218,10 @@ class KL(Regulariser):
         return conjugates.kl_maximiser(q, self.beta, self._prior)
 
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.conjugate_tangent(policy, *self._as_alpha(), dq, *self._changes(change), None)
+        return conjugates.conjugate_tangent(policy, *self._as_alpha(), self._change(dq, change))
 
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.policy_tangent(policy, *self._as_alpha(), dq, *self._changes(change), None)
+        return conjugates.policy_tangent(policy, *self._as_alpha(), self._change(dq, change))
 
     def _as_alpha(self) -> tuple[Array, Array, Array]:
         return self._prior, jnp.ones_like(self.beta), self.beta
@@ -255,12 +256,10 @@ class Alpha(Regulariser):
         return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha)
 
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
-        here = (policy, self._prior, self.alpha, self.beta)
-        return conjugates.conjugate_tangent(*here, dq, *self._changes(change), _tree.given(change.alpha))
+        return conjugates.conjugate_tangent(policy, self._prior, self.alpha, self.beta, self._change(dq, change))
 
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
-        here = (policy, self._prior, self.alpha, self.beta)
-        return conjugates.policy_tangent(*here, dq, *self._changes(change), _tree.given(change.alpha))
+        return conjugates.policy_tangent(policy, self._prior, self.alpha, self.beta, self._change(dq, change))
 
     def _worst_case(self, policy: Array) -> Array:
         return divergences.alpha_gradient(policy, self._prior, self.alpha) / self.beta[None]

@@ -166,6 +166,29 @@ def test_closed_forms(kind):
     assert got["P"].shape == (S, A, S)  # shared by the lanes: their sum, not a copy for each
 
 
+def test_episodes_that_end_and_strengths_per_state():
+    """A probability of ending is missing from the rows of P: through them its gradient is whole."""
+    x = arrays()
+    kernel, reward = x["P"], x["reward"][0]
+    rng = np.random.default_rng(3)
+    point = {"ends": jnp.asarray(rng.uniform(0, 0.3, (S, A))), "scale": jnp.asarray(rng.uniform(0.5, 2, S))}
+    along = {name: jnp.asarray(0.1 * rng.normal(size=v.shape)) for name, v in point.items()}
+
+    @jax.jit
+    def f(y):
+        rows = (1 - y["ends"])[..., None] * kernel
+        m = rr.mdp(rows, reward, 0.9, x["initial"][0], termination=y["ends"])
+        sol = rr.solve(m, rr.alpha(1.5, 2.0, state_scale=y["scale"]))
+        return {"objective": sol.objective, "policy": sol.policy, "visits": rr.occupancy(m, sol.policy)}
+
+    got, wanted = jax.jit(lambda y, d: jax.jvp(f, (y,), (d,))[1])(point, along), difference(f, point, along)
+    for name in got:
+        close(got[name], wanted[name], 1e-6, name)
+    slope = jax.jit(jax.grad(lambda y: f(y)["objective"]))(point)
+    total = sum(float(jnp.vdot(slope[name], along[name])) for name in point)
+    assert np.isclose(total, float(got["objective"]), rtol=1e-9)
+
+
 def test_second_order(tangents):
     """Products with the Hessian of the objective in all leaves at once against differences of the gradient."""
     x, d = arrays(), directions()
