@@ -10,7 +10,17 @@ medians of warm calls, interleaved; peak memory is that of the process so far.
 
 Typical printout (2 shared CPU cores, float32, JAX 0.10.2):
 
-PRINTOUT
+    commit f9ee9f1, device cpu, machine x86_64, jax 0.10.2
+      problem                       cells  by hand s  sweep s  speed-up   cells/s  peak MB
+      slippery grid .99               256       7.17     0.31     23.4x       835      411
+      slippery grid .999              256      48.07     0.42    114.0x       607      414
+      Garnet .99                      256       9.93     0.06    179.4x      4627      500
+      mixed discounts                 768                0.77                1000      500
+        of the three apart: 0.99
+      slippery grid .99                16                0.06                 259      500
+      slippery grid .99               256                0.30                 857      500
+      slippery grid .99              4096                2.65                1543      500
+      slippery grid .99             16384               10.60                1545      500
 """
 
 import argparse
