@@ -207,7 +207,6 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
         chain=bellman.chain(problem, policy),
         half_width=width,
         goal=goal,
-        complement=problem.complement,
         count=state.steps,
     )
     correction, memory = solver.propose(step, state.memory)

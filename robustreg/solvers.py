@@ -34,7 +34,6 @@ class Step:
         chain: derivative of T at V.
         half_width: certified half-width of the error that `d` allows, `[*B]`, in reward units.
         goal: the half-width at which the lane will stop, `[*B]`.
-        complement: 1 - g, `[*b]`.
         count: steps so far, `[*B]`.
     """
 
@@ -44,7 +43,6 @@ class Step:
     chain: bellman.Chain
     half_width: Array
     goal: Array
-    complement: Array
     count: Array
 
 
