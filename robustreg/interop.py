@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustreg import _host
+from robustreg._files import write_whole
 from robustreg.mdp import MDP, mdp
 from robustreg.regularisers import KL, Alpha
 from robustreg.solution import Solution
@@ -180,13 +181,8 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
     versions = {"jax": jax.__version__, "numpy": np.__version__}
     default = {"versions": versions, "dtype": str(_host.working_dtype(obj))}
     text = json.dumps({**default, **(header or {}), "robustreg": ours}, default=_jsonable)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, **{"header": np.array(text), **arrays})  # type: ignore[arg-type]  # names of arrays
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content: Any = {"header": np.array(text), **arrays}  # names of arrays, not options of savez
+    write_whole(path, lambda file: np.savez(file, **content))
     return path
 
 

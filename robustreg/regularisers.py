@@ -371,7 +371,7 @@ def _log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | 
     if prior is not None:
         p = _array("prior", prior)
         _refuse("prior", p, lambda v: ~((v >= 0) & np.isfinite(v)), "must be non-negative and finite")
-        logs = jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), -jnp.inf)
+        logs = log_of(p)
     else:
         assert log_prior is not None
         logs = _array("log_prior", log_prior)
@@ -380,6 +380,11 @@ def _log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | 
         raise ValueError("a prior needs an action axis: [A], [S, A] or [*B, S, A]")
     _check_sums(logs)
     return logs
+
+
+def log_of(prior: Array) -> Array:
+    """Logarithm of a prior, minus infinity where it is 0, with gradient 0 there."""
+    return jnp.where(prior > 0, jnp.log(jnp.where(prior > 0, prior, 1)), -jnp.inf)
 
 
 def _check_sums(logs: Array) -> None:

@@ -1,7 +1,4 @@
-"""Folders of a sweep: one file per finished chunk, beside a manifest of everything that the results depend on.
-
-A file appears whole or not at all: it is written under another name, flushed to the disk, and renamed.
-"""
+"""Folders of a sweep: one file per finished chunk, beside a manifest of everything that the results depend on."""
 
 import dataclasses
 import json
@@ -13,6 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from robustreg._files import write_whole
 
 Fields = dict[str, np.ndarray]
 MANIFEST = "manifest.json"
@@ -35,30 +34,27 @@ class Store:
         return self.path(job).exists() and zipfile.is_zipfile(self.path(job))
 
     def put(self, job: int, fields: Fields) -> None:
-        def write(file: Any) -> None:
-            np.savez(file, **fields)  # type: ignore[arg-type]  # names of arrays
-
-        write_whole(self.path(job), write)
+        content: Any = fields  # names of arrays, not options of savez
+        _write(self.path(job), lambda file: np.savez(file, **content))
 
     def get(self, job: int) -> Fields:
         with np.load(self.path(job), allow_pickle=False) as archive:
             return dict(archive)
 
 
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """A file that appears whole, on the disk, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _write(path: Path, write: Callable[[Any], None]) -> None:
+    """A whole file, or an error that says what to do."""
     try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, write)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise SweepError(
             f"cannot write {path}: {error.strerror or error}; finished chunks are kept: make room and resume"
         ) from error
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Names under which two digests differ."""
+    return ", ".join(name for name in one if other.get(name) != one[name])
 
 
 def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool) -> Store:
@@ -77,10 +73,9 @@ def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool) ->
         raise SweepError(f"cannot make the folder {folder}: {error.strerror}") from error
     if manifest.exists():
         held = json.loads(manifest.read_text(encoding="utf-8"))["sweep"]
-        differ = [name for name in digest if held.get(name) != digest[name]]
-        if differ:
+        if differ := _differences(digest, held):
             raise ValueError(
-                f"{folder} holds another sweep (it differs in: {', '.join(differ)}); take another folder, or the "
+                f"{folder} holds another sweep (it differs in: {differ}); take another folder, or the "
                 "settings that it was made with"
             )
         if not resume:
@@ -88,7 +83,7 @@ def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool) ->
     else:
         versions = {"jax": jax.__version__, "numpy": np.__version__}
         text = json.dumps({"sweep": digest, "versions": versions}, indent=1)
-        write_whole(manifest, lambda file: file.write(text.encode()))
+        _write(manifest, lambda file: file.write(text.encode()))
     for left in folder.glob(".chunk-*.partial"):
         left.unlink(missing_ok=True)
     return Store(folder)
@@ -110,16 +105,15 @@ def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
     digests = {part: json.loads(text)["sweep"] for part, text in manifests.items()}
     first = next(iter(digests))
     for part, digest in digests.items():
-        differ = [name for name in digest if digest[name] != digests[first].get(name)]
-        if differ:
-            raise ValueError(f"{part} and {first} hold different sweeps (they differ in: {', '.join(differ)})")
+        if differ := _differences(digest, digests[first]):
+            raise ValueError(f"{part} and {first} hold different sweeps (they differ in: {differ})")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for part in digests:
             for path in sorted(part.glob("chunk-*.npz")):
                 if part.resolve() != out.resolve():
-                    write_whole(out / path.name, lambda file, path=path: file.write(path.read_bytes()))
-        write_whole(out / MANIFEST, lambda file: file.write(manifests[first]))
+                    _write(out / path.name, lambda file, path=path: file.write(path.read_bytes()))
+        _write(out / MANIFEST, lambda file: file.write(manifests[first]))
     except OSError as error:
         raise SweepError(f"cannot join into {out}: {error.strerror}") from error
     return out

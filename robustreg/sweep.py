@@ -26,7 +26,7 @@ import numpy as np
 from robustreg import _host, adversary
 from robustreg._progress import reporter
 from robustreg.mdp import MDP
-from robustreg.regularisers import Regulariser
+from robustreg.regularisers import Regulariser, log_of
 from robustreg.solution import Solution, Status
 from robustreg.solve import solve
 from robustreg.solvers import Solver
@@ -307,8 +307,7 @@ def _problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[M
     leaves: dict[str, Any] = {n: lanes[n] for n in ("alpha", "beta", "state_scale") if n in lanes}
     if "prior" in lanes:
         prior = lanes["prior"]
-        prior = prior[:, None] if prior.ndim == 2 else prior
-        leaves["log_prior"] = jnp.where(prior > 0, jnp.log(jnp.where(prior > 0, prior, 1)), -jnp.inf)
+        leaves["log_prior"] = log_of(prior[:, None] if prior.ndim == 2 else prior)
     regulariser: Any = reg  # of a class that is a dataclass, as all are
     return mdp, dataclasses.replace(regulariser, **leaves)
 
@@ -327,9 +326,9 @@ def _pick(mdp: MDP, index: jax.Array) -> MDP:
         return x if x is None or x.ndim == core or x.shape[0] != size else x[index]
 
     picked: dict[str, Any] = {name: take(getattr(mdp, name), core) for name, core in cores.items()}
-    kernel = mdp.transitions
+    kernel: Any = mdp.transitions  # with a batch axis it is one of the classes that hold probabilities
     if kernel.batch_shape:
-        kernel = dataclasses.replace(kernel, probabilities=kernel.probabilities[index])  # type: ignore[type-var]
+        kernel = dataclasses.replace(kernel, probabilities=kernel.probabilities[index])
     return dataclasses.replace(mdp, transitions=kernel, **picked)
 
 

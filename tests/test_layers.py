@@ -9,7 +9,8 @@ import robustreg
 
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
-    ("_tree", "_host", "_progress", "store"),
+    ("_tree", "_host", "_files", "_progress"),
+    ("store",),
     ("divergences",),
     ("conjugates",),
     ("regularisers", "transitions"),
