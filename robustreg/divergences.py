@@ -93,7 +93,7 @@ def log_ratio(policy: Array, log_prior: Array) -> Array:
 
 def weighted(weight: Array, x: Array) -> Array:
     """`sum_a weight x` in which weight 0 silences an infinite `x`."""
-    return jnp.sum(weight * jnp.where(weight == 0, 0, x), axis=0)
+    return _tree.total(weight * jnp.where(weight == 0, 0, x))
 
 
 @jax.custom_jvp
