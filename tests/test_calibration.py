@@ -37,12 +37,13 @@ def size(x):
 def bisect(order, x, sweeps=90):
     """The critical beta by bisection of the oracle's conjugate, in the logarithm and relative to the largest entry."""
     low, high = (np.full(x.shape[:-1], v) for v in (-30.0, 80.0))
-    unit = x / np.where(size(x) > 0, size(x), 1)[..., None]
+    scale = np.where(size(x) > 0, size(x), 1)
+    unit = x / scale[..., None]
     for _ in range(sweeps):
         middle = 0.5 * (low + high)
         inside = oracle.conjugate(order, np.exp(middle), PRIOR, unit) <= 0
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
-    return np.exp(low) / size(x), low > 79
+    return np.exp(low) / scale, low > 79
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -178,7 +179,7 @@ def test_corners():
         np.testing.assert_allclose(again, exact, rtol=1e-12)
     poisoned = x.copy()
     poisoned[1, 4, 0, 0], poisoned[2, 2, 2, 1] = np.nan, np.nan  # the second is masked: never looked at
-    lost = np.asarray(rr.critical_beta(reg, poisoned))
+    lost = np.array(rr.critical_beta(reg, poisoned))
     assert np.isnan(lost[1, 4, 0]) and np.isnan(lost).sum() == 1
     lost[1, 4, 0] = beta[1, 4, 0]
     np.testing.assert_array_equal(lost, beta)
@@ -284,7 +285,7 @@ def test_ranks_derivatives_and_errors():
     assert (np.abs(slope).sum((-1, -2)) > 0).sum() == 1 and (slope[:, 2, 1] == 0).all()
     direction = rng.normal(size=x.shape)
     step = 1e-6
-    difference = (rr.calibrate(reg, x + step * direction, coverage) - rr.calibrate(reg, x - step * direction, coverage))
+    difference = rr.calibrate(reg, x + step * direction, coverage) - rr.calibrate(reg, x - step * direction, coverage)
     np.testing.assert_allclose((slope * direction).sum(), difference / (2 * step), rtol=1e-6)
     poisoned = np.stack([x, x])
     poisoned[0, 3, 0, 0] = np.nan
