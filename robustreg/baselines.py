@@ -74,8 +74,9 @@ def norm_attack(policy: ArrayLike, radius: ArrayLike, order: ArrayLike = 2.0) ->
     # p^(d-1) = p^{1/(k-1)} relative to its largest entry, and the k-th power of that.
     exponent = jnp.where(first, 0, 1 / jnp.where(first, 1, k - 1))
     power = jnp.where(first, 0, jnp.where(jnp.isinf(k), 1, k * exponent))
-    shape_of = jnp.where(first, jnp.where(below == 0, 1, 0), jnp.exp(exponent * below)) * taken
-    total = jnp.sum(jnp.where(first, shape_of, jnp.exp(power * below) * taken), axis=-1, keepdims=True)
+    shape_of = jnp.where(first, jnp.where(below == 0, 1, 0), jnp.exp(exponent * below))
+    shape_of = jnp.where(taken, shape_of, 0)
+    total = jnp.sum(jnp.where(first | ~taken, shape_of, jnp.exp(power * below)), axis=-1, keepdims=True)
     size = jnp.where(jnp.isinf(k), 1, jnp.exp(jnp.log(total) / jnp.where(jnp.isinf(k), 1, k)))
     return radius_ * shape_of / size
 

@@ -55,9 +55,12 @@ def test_ten_thousand_members_never_break_the_guarantee(order):
     reg, policy = regulariser(order), random_policies(rng, shape[:-1])
     x = rng.normal(size=shape) * 10.0 ** rng.uniform(-2, 1, (*shape[:-1], 1))
     dr = np.asarray(rr.RobustSet(reg).project(x)) - rng.choice([0.0, 1.0], (COUNT, STATES, 1))
+    # Mixtures with the policy's own worst case are members too, and close to breaking it.
+    worst = np.asarray(rr.worst_case(reg, policy))
+    dr = worst + 10.0 ** rng.uniform(-6, 0, (COUNT, 1, 1)) * (dr - worst)
     some = slice(0, 1000)
     inside = oracle.conjugate(alpha_of(order), BETA, CASE.prior, dr[some])
-    assert (inside <= 1e-11 * (1 + np.abs(dr[some]).max(-1))).all() and (inside >= -1e-11).mean() > 0.3
+    assert (inside <= 1e-11 * (1 + np.abs(dr[some]).max(-1))).all()
     told = rr.guarantee(M, reg, policy[some], deployed=CASE.reward - dr[some])
     visits = oracle.occupancy(CASE.P, CASE.initial, GAMMA, policy).sum(-1)
     guaranteed = returns(CASE.reward, policy) - (visits * price(order, policy)).sum(-1)
@@ -70,10 +73,9 @@ def test_ten_thousand_members_never_break_the_guarantee(order):
     assert (np.asarray(told.slack) >= -1e-10 * scale[some, None]).all() and (
         np.asarray(told.total_slack) >= -1e-8
     ).all()
-    # Members are not all harmless, nor all harmful: the worst of them come close.
-    assert actual.min() < guaranteed.max() and np.quantile((actual - guaranteed) / scale, 0.9) > 0.05
+    assert ((actual - guaranteed) / scale).min() < 1e-4, "no member comes near: the test could not fail"
 
-    worst = np.asarray(rr.worst_case(reg, policy[some]))
+    worst = worst[some]
     touch = returns(CASE.reward - worst, policy[some])
     assert (np.abs(touch - guaranteed[some]) <= 1e-10 * (1 + np.abs(worst).max((-1, -2)))).all()
     beyond = worst * rng.uniform(1.001, 2, (1000, 1, 1))
@@ -323,7 +325,7 @@ def test_derivatives_of_the_sets(order):
         slope = jax.jvp(measure, (leaves,), (direction,))[1]
         np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=2e-6, atol=2e-6, err_msg=str(trial))
         weight = jnp.asarray(rng.normal(size=slope.shape))
-        pulled = jax.grad(lambda v: jnp.sum(weight * measure(v)))(leaves)
+        pulled = jax.grad(lambda v, weight=weight: jnp.sum(weight * measure(v)))(leaves)
         paired = sum(jnp.sum(a * b) for a, b in zip(pulled, direction))
         np.testing.assert_allclose(paired, jnp.sum(weight * slope), rtol=1e-9)
 
