@@ -39,7 +39,8 @@ def test_norm_attack(order):
     radius = rng.exponential(size=100)
     dr = np.asarray(rr.baselines.norm_attack(policy, radius, order))
     np.testing.assert_allclose(np.linalg.norm(dr, order, axis=-1), radius, rtol=1e-12)
-    dual = np.linalg.norm(policy, {1.0: np.inf, np.inf: 1}.get(order, order / (order - 1)), axis=-1)
+    conjugate = {1.0: np.inf, np.inf: 1.0}
+    dual = np.linalg.norm(policy, conjugate[order] if order in conjugate else order / (order - 1), axis=-1)
     np.testing.assert_allclose((policy * dr).sum(-1), radius * dual, rtol=1e-12)
     assert (dr >= 0).all() and (dr[policy == 0] == 0).all()
     other = np.abs(rng.normal(size=(2000, 100, ACTIONS)))
