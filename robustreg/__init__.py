@@ -9,12 +9,16 @@
 `robustreg.bellman` states the mathematics in a page.
 """
 
-from robustreg import adversary, problems
+from robustreg import adversary, baselines, problems
 from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
+from robustreg.baselines import Entropy, entropy
+from robustreg.calibration import calibrate, critical_beta
 from robustreg.certificates import Certificate, certify
+from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium, load, save
 from robustreg.mdp import MDP, mdp
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
+from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
@@ -32,10 +36,15 @@ __all__ = [
     "Anderson",
     "Certificate",
     "Dense",
+    "Entropy",
+    "Guarantee",
+    "HalfSpace",
     "MatrixFree",
     "ModifiedPolicyIteration",
     "Newton",
+    "Orthant",
     "Regulariser",
+    "RobustSet",
     "Solution",
     "SolveError",
     "Status",
@@ -43,12 +52,19 @@ __all__ = [
     "SweepError",
     "Table",
     "Transitions",
+    "UnnormalisedSet",
     "ValueIteration",
     "adversary",
+    "aggregated_slack",
     "alpha",
+    "baselines",
+    "calibrate",
     "certify",
+    "critical_beta",
+    "entropy",
     "evaluate",
     "from_gymnasium",
+    "guarantee",
     "kl",
     "load",
     "mdp",

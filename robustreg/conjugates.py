@@ -154,6 +154,10 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
     best_prior = jax.scipy.special.logsumexp(at_best, axis=0)
+    # Compiled into what made q, its maximum and the gaps can come from two evaluations of q that round differently
+    # (one with a fused multiply-add). No gap is then exactly 0: any prior bounds that of the best from below.
+    least = jnp.min(jnp.where(jnp.isneginf(log_prior), 0, log_prior), axis=0)
+    best_prior = jnp.where(jnp.isneginf(best_prior), least, best_prior)
     high = jnp.broadcast_to(jnp.maximum(-best_prior, 0), gap.shape[1:])
     low = jnp.zeros_like(high)
 
