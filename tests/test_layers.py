@@ -21,6 +21,7 @@ LAYERS = (
     ("solution",),
     ("solve", "table"),
     ("adversary", "certificates", "game", "problems", "interop"),
+    ("plan",),
     ("sweep",),
     ("config", "figures"),
     ("cli",),
