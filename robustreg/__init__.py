@@ -15,6 +15,7 @@ from robustreg.certificates import Certificate, certify
 from robustreg.interop import from_gymnasium, load, save
 from robustreg.mdp import MDP, mdp
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
+from robustreg.sharding import shard
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
@@ -56,6 +57,7 @@ __all__ = [
     "occupancy",
     "problems",
     "save",
+    "shard",
     "slack",
     "solve",
     "sweep",

@@ -87,7 +87,7 @@ def sweep(
     tol: float | None = None,
     max_steps: int | None = None,
     chunk: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
     shard: tuple[int, int] | None = (0, 1),
@@ -120,10 +120,10 @@ def sweep(
     run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices)
     if out is None:
         table = _Collector(run.plan)
-        run.fill(table, shard, progress)
+        run.fill(table, shard, progress, lambda: None)
         return table.finish()
-    store = run.open(out, resume)
-    run.fill(store, shard, progress)
+    store = run.open(out, resume, alone=shard in (None, (0, 1)))
+    run.fill(store, shard, progress, lambda: None)
     return run.read(store)
 
 
@@ -137,17 +137,19 @@ class Run:
     max_steps: int | None
     devices: tuple[Any, ...]
 
-    def open(self, out: str | os.PathLike, resume: bool) -> Store:
-        """Its folder, new or resumed."""
-        return open_folder(out, digest(self.plan, (self.solver, self.tol, self.max_steps)), resume)
+    def open(self, out: str | os.PathLike, resume: bool, alone: bool) -> Store:
+        """Its folder, new or resumed; see `store.open_folder`."""
+        return open_folder(out, digest(self.plan, (self.solver, self.tol, self.max_steps)), resume, alone)
 
-    def fill(self, kept: "Store | _Collector", shard: tuple[int, int] | None, progress: Any) -> None:
-        """Compute what is not kept yet of one part of the chunks."""
+    def fill(
+        self, kept: "Store | _Collector", shard: tuple[int, int] | None, progress: Any, check: Callable[[], None]
+    ) -> None:
+        """Compute what is not kept yet of one part of the chunks; `check` is called now and then, and may raise."""
         jobs = [] if shard is None else list(range(shard[0], self.plan.n_chunks, shard[1]))
         missing = [job for job in jobs if not kept.holds(job)]
         cells, left = (sum(self.plan.cells(job).size for job in some) for some in (jobs, missing))
         if missing:
-            _work(self, missing, kept.put, reporter(progress, cells, cells - left))
+            _work(self, missing, kept.put, reporter(progress, cells, cells - left), check)
 
     def read(self, store: Store) -> Table:
         """The table of what a folder holds."""
@@ -168,7 +170,7 @@ def prepare(
     tol: float | None = None,
     max_steps: int | None = None,
     chunk: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Run:
     """Check the arguments of `sweep` that say what is solved, and where."""
     _host.expect_type(mdp, MDP, "first argument", "mdp")
@@ -204,7 +206,7 @@ def _fed(devices: Sequence[Any], jobs: int) -> list[Any]:
     return [device for _ in range(rounds) for device in devices][:jobs]
 
 
-def _work(run: "Run", jobs: list[int], put: Callable[[int, Fields], None], report: Any) -> None:
+def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report: Any, check: Any) -> None:
     """Solve chunks, as many at a time as devices and cores take, and hand each to `put`, in the calling thread."""
     threads_of = _fed(run.devices, len(jobs))
     placed = {device: jax.device_put((run.plan.mdp, run.plan.reg, run.tol), device) for device in set(threads_of)}
@@ -228,12 +230,18 @@ def _work(run: "Run", jobs: list[int], put: Callable[[int, Fields], None], repor
     try:
         for thread in threads:
             thread.start()
-        for _ in jobs:
-            job, fields = done.get()
+        left = len(jobs)
+        while left:
+            check()
+            try:
+                job, fields = done.get(timeout=1.0)
+            except queue.Empty:
+                continue
             if isinstance(fields, BaseException):
                 raise fields
             put(job, fields)
             report(run.plan.cells(job).size, int((fields["status"] != Status.CONVERGED).sum()))
+            left -= 1
     finally:
         stop.set()
         while any(thread.is_alive() for thread in threads):  # those in flight may wait for room
@@ -241,7 +249,7 @@ def _work(run: "Run", jobs: list[int], put: Callable[[int, Fields], None], repor
                 done.get(timeout=0.02)
 
 
-def _solve_chunk(run: "Run", placed: Any, device: Any, job: int) -> Fields:
+def _solve_chunk(run: Run, placed: Any, device: Any, job: int) -> Fields:
     cells = run.plan.cells(job)
     lanes, (mdp, reg, tol) = jax.device_put(run.plan.lanes(cells), device), placed
     outputs = tuple(sorted({*run.plan.outputs, "status"}))

@@ -15,7 +15,7 @@ LAYERS = (
     ("conjugates",),
     ("regularisers", "transitions"),
     ("mdp",),
-    ("bellman",),
+    ("bellman", "sharding"),
     ("linear",),
     ("implicit", "solvers"),
     ("solution",),
@@ -23,6 +23,7 @@ LAYERS = (
     ("adversary", "certificates", "game", "problems", "interop"),
     ("plan",),
     ("sweep",),
+    ("processes",),
     ("config", "figures"),
     ("cli",),
     ("__main__",),
@@ -90,7 +91,7 @@ def test_public_names():
     """The surface that the documentation promises."""
     names = """MDP mdp Dense Successors MatrixFree KL Alpha kl alpha solve Solution Status SolveError ValueIteration
     ModifiedPolicyIteration Newton Anderson worst_case slack evaluate occupancy certify Certificate from_gymnasium
-    save load""".split()
+    save load sweep shard""".split()
     missing = [name for name in names if not hasattr(robustreg, name)]
     assert not missing
     assert [(s.name, int(s)) for s in robustreg.Status] == [
