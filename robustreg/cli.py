@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import robustreg as rr
-from robustreg import adversary, config, figures, interop, processes
+from robustreg import adversary, config, figures, interop, processes, sweep_figures
 from robustreg.store import join
 from robustreg.sweep import prepare
 
@@ -129,10 +129,11 @@ def _sweep(options: argparse.Namespace) -> int:
     if (options.coordinator, options.num_processes, options.process_id) != (None, None, None):
         raise config.ConfigError("--coordinator, --num-processes and --process-id go with --distributed")
     with jax.default_device(_device(options.device)), _named(options.config):
-        arguments, how = _sweep_arguments(config.load_sweep(options.config))
+        job = config.load_sweep(options.config)
+        arguments, how = _sweep_arguments(job)
         part = options.shard or (0, 1)
         table = rr.sweep(*arguments, **how, out=options.out, resume=options.resume, shard=part, progress=True)
-    return _show(table, options.out)
+    return _show(table, options.out, job.job.problem.title)
 
 
 def _sweep_together(options: argparse.Namespace) -> int:
@@ -142,11 +143,12 @@ def _sweep_together(options: argparse.Namespace) -> int:
     where = (options.coordinator, options.num_processes, options.process_id)
     with _named("--distributed"), processes.gather(options.out, *where, options.lost_after) as group:
         with jax.default_device(_device(options.device)), _named(options.config):
-            arguments, how = _sweep_arguments(config.load_sweep(options.config))
+            job = config.load_sweep(options.config)
+            arguments, how = _sweep_arguments(job)
             run = prepare(*arguments, **how)
             table = processes.sweep(group, run, options.out, options.resume, progress=group.index == 0)
         if table is not None:
-            code = _show(table, options.out)
+            code = _show(table, options.out, job.job.problem.title)
             group.say("done")
             return code
         group.wait(("done",))
@@ -167,11 +169,12 @@ def _named(source: Any) -> Iterator[None]:
 
 def _merge(options: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    arguments, how = _sweep_arguments(config.load_sweep(options.config))
+    job = config.load_sweep(options.config)
+    arguments, how = _sweep_arguments(job)
     with _named("merge"):
         join(options.parts, options.out)
         table = rr.sweep(*arguments, **how, out=options.out, resume=True, shard=None)
-    return _show(table, options.out)
+    return _show(table, options.out, job.job.problem.title)
 
 
 def _sweep_arguments(run: config.SweepJob) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -181,10 +184,12 @@ def _sweep_arguments(run: config.SweepJob) -> tuple[tuple[Any, ...], dict[str, A
     return (job.problem.mdp, job.regulariser, run.grid), {**limits, **run.options}
 
 
-def _show(table: rr.Table, out: Path) -> int:
-    """Print a table, write it as CSV, and say by exit code whether all cells are there and converged."""
+def _show(table: rr.Table, out: Path, title: str) -> int:
+    """Print a table, write it as CSV and pictures, and say by exit code whether all cells are there and converged."""
     print(table)
     print(f"wrote {table.to_csv(out / 'table.csv')}")
+    for path in sweep_figures.write(out, table, title) if _drawable() else ():
+        print(f"wrote {path}")
     missing = int((~table.computed).sum())
     if missing:
         print(f"robustreg: {missing} of {len(table)} cells are not there yet", file=sys.stderr)
@@ -273,8 +278,7 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     path, problem = out / "result.npz", run.job.problem
     about = {"config": run.job.table, "dtype": rows["precision"], "versions": versions(), "table": dict(rows)}
     interop.save(path, run.solution, about)
-    if not figures.available():
-        print('no pictures: pip install "robustreg[figures]"', file=sys.stderr)
+    if not _drawable():
         return [path]
     if not np.isfinite(run.solution.value).all():
         return [path]  # nothing to draw; the status says why
@@ -282,6 +286,14 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     kind = numbers.pop("regulariser")
     title = f"{problem.title}, {kind}({', '.join(f'{name}={value}' for name, value in numbers.items())})"
     return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions)]
+
+
+def _drawable() -> bool:
+    """Whether there is matplotlib; says so where there is none."""
+    if not figures.available():
+        print('no pictures: pip install "robustreg[figures]"', file=sys.stderr)
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

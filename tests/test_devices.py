@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import robustreg as rr
 
-BETAS = np.geomspace(0.1, 30, 96)
+CHAIN, BETAS = rr.problems.chain(discount=0.9), np.geomspace(0.1, 30, 400)
+OUTPUTS = ("objective", "gap", "steps", "status", "value", "policy", "perturbation")
 SOLVE = import_module("robustreg.solve")
 
 
@@ -41,6 +43,11 @@ GARNET = rr.problems.garnet(n_states=40, n_actions=3, branching=5, discount=0.95
 KINDS = {"successors": lambda: GARNET, "dense": lambda: dense(GARNET), "ending": lambda: ending(GARNET)}
 
 
+def swept(devices=None):
+    """A sweep of 25 chunks; always the same program, which is compiled once for each device."""
+    return rr.sweep(CHAIN, rr.kl(1.0), {"beta": BETAS}, outputs=OUTPUTS, tol=1e-8, chunk=1, devices=devices)
+
+
 def rows_on_each_device(x, axis):
     """Length of an axis of a sharded array on each device."""
     return [part.data.shape[axis] for part in x.addressable_shards]
@@ -56,14 +63,15 @@ def gathered(text):
 
 
 def child_sweeps_are_the_same_bits_on_every_set_of_devices():
-    m = rr.problems.chain(discount=0.9)
-    outputs = ("objective", "gap", "steps", "status", "value", "policy", "perturbation")
     used = set()
     original = engine._solve_chunk
 
     def watched(run, placed, device, job):
         mdp = placed[0]
         assert mdp.reward.devices() == {device}
+        if device not in {other for other, _ in used}:
+            used.add((device, id(mdp.reward)))
+            everyone.wait(60)  # so that none is late for a chunk
         used.add((device, id(mdp.reward)))
         return original(run, placed, device, job)
 
@@ -71,39 +79,42 @@ def child_sweeps_are_the_same_bits_on_every_set_of_devices():
     tables = {}
     for count in (1, 3, None):
         used.clear()
+        everyone = threading.Barrier(count or 4)
         devices = None if count is None else jax.local_devices()[:count]
-        tables[count] = rr.sweep(m, rr.kl(1.0), {"beta": BETAS}, outputs=outputs, tol=1e-8, chunk=1, devices=devices)
+        tables[count] = swept(devices)
         assert len({device for device, _ in used}) == (count or 4), used
         assert len(used) == (count or 4), "the problem is placed once for each device"
     engine._solve_chunk = original
     for count in (3, None):
-        for name in outputs:
+        for name in OUTPUTS:
             np.testing.assert_array_equal(tables[count][name], tables[1][name], err_msg=name)
 
 
 def child_a_slow_device_takes_fewer_chunks_and_holds_nobody_up():
     import time
 
-    m, slow, done = rr.problems.chain(discount=0.9), jax.local_devices()[2], []
+    slow, done = jax.local_devices()[2], []
     original = engine._solve_chunk
 
     def watched(run, placed, device, job):
         fields = original(run, placed, device, job)
-        time.sleep(0.6 if device == slow else 0.02)
+        time.sleep(2.0 if device == slow else 0.02)
         done.append(device)
         return fields
 
-    rr.sweep(m, rr.kl(1.0), {"beta": BETAS}, tol=1e-8, chunk=1)  # compiles for every device
     engine._solve_chunk = watched
-    rr.sweep(m, rr.kl(1.0), {"beta": np.geomspace(0.1, 30, 400)}, tol=1e-8, chunk=1)
+    swept()
     engine._solve_chunk = original
-    assert len(done) == 25 and done.count(slow) <= 4, done
+    assert len(done) == 25 and done.count(slow) <= 2, done
 
 
 def child_an_error_on_one_device_ends_the_sweep():
-    m, original = rr.problems.chain(discount=0.9), engine._solve_chunk
+    original, tried, everyone = engine._solve_chunk, [], threading.Barrier(4)
 
     def broken(run, placed, device, job):
+        tried.append(job)
+        if len(tried) <= 4:
+            everyone.wait(60)  # each has a chunk in its hands
         if device == jax.local_devices()[1]:
             raise RuntimeError("no memory left on this device")
         return original(run, placed, device, job)
@@ -111,7 +122,8 @@ def child_an_error_on_one_device_ends_the_sweep():
     engine._solve_chunk = broken
     try:
         with pytest.raises(RuntimeError, match="no memory left"):
-            rr.sweep(m, rr.kl(1.0), {"beta": BETAS}, tol=1e-8, chunk=1)
+            swept()
+        assert threading.active_count() == 1, "nobody works on"
     finally:
         engine._solve_chunk = original
 

@@ -25,10 +25,11 @@ LAYERS = (
     ("sweep",),
     ("processes",),
     ("config", "figures"),
+    ("sweep_figures",),
     ("cli",),
     ("__main__",),
 )
-TOP = ("figures", "cli", "__main__")
+TOP = ("figures", "sweep_figures", "cli", "__main__")
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
 
