@@ -173,17 +173,18 @@ def _lines(table: Table, styles: dict[str, tuple[str, str]], title: str, label: 
 
 def _line(axes: Any, column: Cells, i: int, j: int, colour: Any, style: str) -> bool:
     """One line with its band and its crosses; whether there are crosses."""
-    values, failed = column.values[i, j], column.failed[i, j].any(-1)
+    values, failed = column.values[i, j], np.any(column.failed[i, j], axis=-1)
     low, middle, high = (_over_others(values, q) for q in (10, 50, 90))
     axes.plot(column.betas, middle, style, color=colour, linewidth=1.8)
     if values.shape[-1] > 1:
         axes.fill_between(column.betas, low, high, color=colour, alpha=0.15, linewidth=0)
     # Where there is no value, a cross stands at the lower edge.
+    known = np.isfinite(middle)
     for at, height, where in (
-        (failed & np.isfinite(middle), middle, axes.transData),
-        (failed & ~np.isfinite(middle), np.full(middle.shape, 0.02), axes.get_xaxis_transform()),
+        (np.flatnonzero(failed & known), middle, axes.transData),
+        (np.flatnonzero(failed & ~known), np.full(middle.shape, 0.02), axes.get_xaxis_transform()),
     ):
-        if at.any():
+        if at.size:
             axes.plot(column.betas[at], height[at], "x", color=FAILED, markersize=6, zorder=5, transform=where)
     return bool(failed.any())
 

@@ -4,15 +4,20 @@ The child runs one function of this file after the other and reports what went w
 a test that looks its report up.
 """
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
+import traceback
+import warnings
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +29,8 @@ import robustreg as rr
 
 CHAIN, BETAS = rr.problems.chain(discount=0.9), np.geomspace(0.1, 30, 400)
 OUTPUTS = ("objective", "gap", "steps", "status", "value", "policy", "perturbation")
-SOLVE = import_module("robustreg.solve")
+SOLVE: Any = import_module("robustreg.solve")
+engine: Any = import_module("robustreg.sweep")
 
 
 def dense(m):
@@ -91,8 +97,6 @@ def child_sweeps_are_the_same_bits_on_every_set_of_devices():
 
 
 def child_a_slow_device_takes_fewer_chunks_and_holds_nobody_up():
-    import time
-
     slow, done = jax.local_devices()[2], []
     original = engine._solve_chunk
 
@@ -128,7 +132,7 @@ def child_an_error_on_one_device_ends_the_sweep():
         engine._solve_chunk = original
 
 
-def child_sharded_lanes_are_solved_where_they_lie():
+def slow_child_sharded_lanes_are_solved_where_they_lie():
     mesh = Mesh(np.array(jax.devices()), ("lanes",))
     betas = np.geomspace(0.1, 30, 8)
     spread = jax.device_put(jnp.asarray(betas), NamedSharding(mesh, PartitionSpec("lanes")))
@@ -139,37 +143,52 @@ def child_sharded_lanes_are_solved_where_they_lie():
     assert rr.certify(GARNET, rr.kl(spread), sol).raise_if_loose(1e-7) is not None
 
 
-def check_states(kind, beta, devices=None, pad=False):
-    """A sharded solve, against the truth of one device; returns both."""
-    m, reg = KINDS[kind](), rr.alpha(1.5, beta)
-    small = rr.shard(m, devices, pad=pad)
-    sol, alone = rr.solve(small, reg, tol=1e-8), rr.solve(m, reg, tol=1e-8)
+def strength(betas):
+    return rr.alpha(1.5, np.array(betas) if len(betas) > 1 else float(*betas))
+
+
+@functools.cache
+def of_one_device(kind, betas):
+    return rr.solve(KINDS[kind](), strength(betas), tol=1e-8)
+
+
+def check_states(kind, *betas, devices=None, pad=False):
+    """A sharded solve, against that of one device; returns the sharded MDP, the regulariser and the solution."""
+    alone, n = of_one_device(kind, betas), GARNET.n_states
+    small = rr.shard(KINDS[kind](), devices, pad=pad)
+    reg = strength(betas)
+    sol = rr.solve(small, reg, tol=1e-8)
     assert (np.asarray(sol.status) == 0).all()
-    n = m.n_states
     assert np.abs(np.asarray(sol.value)[..., :n] - np.asarray(alone.value)).max() <= 2e-8
     assert np.abs(np.asarray(sol.policy)[..., :n, :] - np.asarray(alone.policy)).max() <= 1e-6
     np.testing.assert_allclose(sol.objective, alone.objective, atol=2e-8)
     return small, reg, sol
 
 
+def check_that_nothing_large_travels(kind, *betas):
+    small, reg, sol = check_states(kind, *betas)
+    big = jax.tree.leaves(small.transitions)
+    assert all(rows_on_each_device(x, 0) == [10] * 4 for x in (*big, small.reward, small.initial))
+    for name, axis in (("value", -1), ("policy", -2), ("perturbation", -2), ("q", -2), ("upper", -1)):
+        assert rows_on_each_device(getattr(sol, name), axis) == [10] * 4, (kind, name)
+    arguments = jnp.asarray(1e-8), jnp.asarray(1000, jnp.int32), None, None
+    sizes = gathered(SOLVE._solve.lower(small, reg, None, *arguments).compile().as_text())
+    # The largest is a value per state and lane: transitions and policies never travel.
+    assert max(sizes) == 40 * len(betas), (kind, max(sizes))
+
+
 def child_states_stay_on_their_devices():
-    for kind in KINDS:
-        for beta in (2.0, np.array([1.0, 3.0])):
-            small, reg, sol = check_states(kind, beta)
-            big = [x for x in jax.tree.leaves(small.transitions)]
-            assert all(rows_on_each_device(x, 0) == [10] * 4 for x in (*big, small.reward, small.initial))
-            for name, axis in (("value", -1), ("policy", -2), ("perturbation", -2), ("q", -2), ("upper", -1)):
-                assert rows_on_each_device(getattr(sol, name), axis) == [10] * 4, (kind, name)
-            arguments = jnp.asarray(1e-8), jnp.asarray(1000, jnp.int32), None, None
-            text = SOLVE._solve.lower(small, reg, None, *arguments).compile().as_text()
-            # Nothing larger than a value per state and lane travels: transitions and policies never do.
-            lanes = np.size(beta)
-            assert gathered(text) and max(gathered(text)) <= 40 * max(lanes, 1), (kind, max(gathered(text)))
+    check_that_nothing_large_travels("successors", 1.0, 3.0)
 
 
-def child_other_functions_take_a_sharded_mdp():
+def slow_child_states_stay_on_their_devices_whatever_the_kind():
+    check_that_nothing_large_travels("dense", 2.0)
+    check_that_nothing_large_travels("ending", 2.0)
+
+
+def slow_child_other_functions_take_a_sharded_mdp():
     small, reg, sol = check_states("successors", 2.0)
-    alone = rr.solve(GARNET, reg, tol=1e-8)
+    alone = of_one_device("successors", (2.0,))
     assert rr.certify(small, reg, sol).raise_if_loose(1e-7) is not None
     np.testing.assert_allclose(rr.occupancy(small, sol.policy), rr.occupancy(GARNET, alone.policy), atol=1e-5)
     np.testing.assert_allclose(rr.evaluate(small, sol.policy), rr.evaluate(GARNET, alone.policy), atol=1e-5)
@@ -183,17 +202,17 @@ def child_other_functions_take_a_sharded_mdp():
     assert rows_on_each_device(mine[0].transitions.probabilities, 0) == [10] * 4
 
 
-def child_any_number_of_states_fits_when_padded():
+def slow_child_any_number_of_states_fits_when_padded():
     with pytest.raises(ValueError, match=r"40 states do not divide by 3 devices: .* pass pad=True to add 2 states"):
         rr.shard(GARNET, jax.devices()[:3])
-    for kind in KINDS:
-        small, _, sol = check_states(kind, 2.0, jax.devices()[:3], pad=True)
+    for kind in ("successors", "dense"):
+        small, _, sol = check_states(kind, 2.0, devices=jax.devices()[:3], pad=True)
         assert sol.value.shape == (42,) and rows_on_each_device(sol.value, 0) == [14] * 3
         np.testing.assert_array_equal(sol.value[40:], np.repeat(sol.value[39:40], 2))
         assert (np.asarray(small.transitions.push(np.ones((42, 3))))[40:] == 0).all()
 
 
-def child_lanes_and_states_together():
+def slow_child_lanes_and_states_together():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("lanes", "states"))
     betas = np.array([1.0, 2.0, 3.0, 4.0])
     spread = jax.device_put(jnp.asarray(betas), NamedSharding(mesh, PartitionSpec("lanes")))
@@ -205,34 +224,15 @@ def child_lanes_and_states_together():
         rr.shard(GARNET, mesh, axis="rows")
 
 
-CHILD = [name for name in list(globals()) if name.startswith("child_")]
+FAST, SLOW = ([name for name in list(globals()) if name.startswith(start)] for start in ("child_", "slow_child_"))
 
 
-# ---- here
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    path = tmp_path_factory.mktemp("devices") / "reports.json"
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    tests = Path(__file__).parent
-    search = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": search, "JAX_PLATFORMS": "cpu"}
-    line = [sys.executable, "-c", f"import conftest, test_devices; test_devices.run({str(path)!r})"]
-    child = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
-    assert child.returncode == 0, child.stderr
-    return json.loads(path.read_text())
-
-
-def run(path):
-    """In the child: everything, one after the other."""
-    import traceback
-    import warnings
-
+def run(names, path):
+    """In the child: one after the other."""
     warnings.simplefilter("error")
     assert len(jax.devices()) == 4
     found = {}
-    for name in CHILD:
+    for name in names:
         try:
             globals()[name]()
             found[name] = ""
@@ -241,18 +241,46 @@ def run(path):
     Path(path).write_text(json.dumps(found))
 
 
-engine = import_module("robustreg.sweep")
+# ---- here
 
 
-@pytest.mark.parametrize("name", CHILD)
-def test_with_four_devices(name, reports):
-    assert reports[name] == "", reports[name]
+def reports(names, folder):
+    path, tests = folder / "reports.json", Path(__file__).parent
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    search = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": search, "JAX_PLATFORMS": "cpu"}
+    line = [sys.executable, "-c", f"import conftest, test_devices; test_devices.run({names!r}, {str(path)!r})"]
+    child = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+    assert child.returncode == 0, child.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    return reports(FAST, tmp_path_factory.mktemp("fast"))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    return reports(SLOW, tmp_path_factory.mktemp("slow"))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_with_four_devices(name, fast):
+    assert fast[name] == "", fast[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_with_four_devices(name, slow):
+    assert slow[name] == "", slow[name]
 
 
 def test_lanes_of_an_accelerator_follow_the_memory_of_that_very_device():
     """A tenth of its memory holds a dozen arrays of action values; what a device does not tell is taken for 8 GiB."""
-    plan = import_module("robustreg.plan")
-    m = rr.mdp(rr.Successors(np.zeros((1000, 10, 1), np.int32), np.ones((1000, 10, 1))), np.zeros((1000, 10)), 0.9)
+    plan: Any = import_module("robustreg.plan")
+    kernel = rr.Successors(jnp.zeros((1000, 10, 1), jnp.int32), jnp.ones((1000, 10, 1)))
+    m = rr.mdp(kernel, np.zeros((1000, 10)), 0.9)
 
     def device(memory, platform="gpu"):
         return SimpleNamespace(platform=platform, memory_stats=lambda: memory)
