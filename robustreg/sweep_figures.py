@@ -110,7 +110,7 @@ def step_map(table: Table, *, title: str = "") -> Any:
     panels = _some(steps.discounts, _PANELS) if by_alpha else np.zeros(1, int)
     rows, label = (steps.alphas, "α") if by_alpha else (steps.discounts, "discount")
     maps = _over_others(steps.values, 50)
-    maps, failed = (x if by_alpha else x.swapaxes(0, 1) for x in (maps, steps.failed.any(-1)))
+    maps, failed = (x if by_alpha else x.swapaxes(0, 1) for x in (maps, _any(steps.failed)))
     known = maps[panels][np.isfinite(maps[panels])]
     low, high = (known.min(), known.max()) if known.size else (1.0, 2.0)
     norm = LogNorm(max(low, 1), high) if high > 20 * max(low, 1) else Normalize(low, max(high, low + 1))
@@ -173,7 +173,7 @@ def _lines(table: Table, styles: dict[str, tuple[str, str]], title: str, label: 
 
 def _line(axes: Any, column: Cells, i: int, j: int, colour: Any, style: str) -> bool:
     """One line with its band and its crosses; whether there are crosses."""
-    values, failed = column.values[i, j], np.any(column.failed[i, j], axis=-1)
+    values, failed = column.values[i, j], _any(column.failed[i, j])
     low, middle, high = (_over_others(values, q) for q in (10, 50, 90))
     axes.plot(column.betas, middle, style, color=colour, linewidth=1.8)
     if values.shape[-1] > 1:
@@ -187,6 +187,11 @@ def _line(axes: Any, column: Cells, i: int, j: int, colour: Any, style: str) -> 
         if at.size:
             axes.plot(column.betas[at], height[at], "x", color=FAILED, markersize=6, zorder=5, transform=where)
     return bool(failed.any())
+
+
+def _any(failed: np.ndarray) -> np.ndarray:
+    """Whether any along the last axis did."""
+    return np.asarray(np.any(failed, axis=-1))
 
 
 def _over_others(values: np.ndarray, percent: float) -> np.ndarray:

@@ -310,6 +310,7 @@ def test_command_line(capsys, tmp_path):
         and f"wrote {tmp_path / 'a' / 'table.csv'}" in out
     )
     assert "40/40 cells" in err and "failed" not in err
+    assert f"wrote {tmp_path / 'a' / 'returns.png'}" in out and (tmp_path / "a" / "returns.png").stat().st_size > 5000
     assert len((tmp_path / "a" / "table.csv").read_text().splitlines()) == 41
     code, _, err = command(capsys, "sweep", path, "--out", tmp_path / "a")
     assert code == 2 and "resume" in err

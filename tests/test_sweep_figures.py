@@ -123,7 +123,6 @@ def test_what_there_is_is_written_and_looks_finished(tmp_path):
             return [path.name for path in pictures.write(tmp_path, t, "A problem with a name of some length")]
 
     assert names(table()) == ["returns.png", "price.png", "steps.png"]
-    assert names(table(("beta",))) == ["returns.png", "price.png"]
     assert names(table(("beta", "alpha"), zipped=True, alpha=np.linspace(1, 2, 6))) == ["returns.png", "price.png"]
     assert names(table(("alpha", "discount"))) == names(table(("beta",), beta=np.ones(1))) == []
     full = table()
