@@ -197,8 +197,8 @@ def _any(failed: np.ndarray) -> np.ndarray:
 def _over_others(values: np.ndarray, percent: float) -> np.ndarray:
     """A percentile over the last axis of what is finite, NaN where nothing is."""
     finite = np.where(np.isfinite(values), values, np.nan)
-    empty = ~np.isfinite(finite).any(-1, keepdims=True)
-    return np.where(empty[..., 0], np.nan, np.nanpercentile(np.where(empty, 0, finite), percent, axis=-1))
+    empty = ~_any(np.isfinite(finite))
+    return np.where(empty, np.nan, np.nanpercentile(np.where(empty[..., None], 0, finite), percent, axis=-1))
 
 
 def _some(values: np.ndarray, most: int) -> np.ndarray:

@@ -143,20 +143,21 @@ def slow_child_sharded_lanes_are_solved_where_they_lie():
     assert rr.certify(GARNET, rr.kl(spread), sol).raise_if_loose(1e-7) is not None
 
 
-def strength(betas):
-    return rr.alpha(1.5, np.array(betas) if len(betas) > 1 else float(*betas))
+def regulariser(kind, betas):
+    beta = np.array(betas) if len(betas) > 1 else float(*betas)
+    return rr.alpha(1.5, beta) if kind == "dense" else rr.kl(beta)
 
 
 @functools.cache
 def of_one_device(kind, betas):
-    return rr.solve(KINDS[kind](), strength(betas), tol=1e-8)
+    return rr.solve(KINDS[kind](), regulariser(kind, betas), tol=1e-8)
 
 
 def check_states(kind, *betas, devices=None, pad=False):
     """A sharded solve, against that of one device; returns the sharded MDP, the regulariser and the solution."""
     alone, n = of_one_device(kind, betas), GARNET.n_states
     small = rr.shard(KINDS[kind](), devices, pad=pad)
-    reg = strength(betas)
+    reg = regulariser(kind, betas)
     sol = rr.solve(small, reg, tol=1e-8)
     assert (np.asarray(sol.status) == 0).all()
     assert np.abs(np.asarray(sol.value)[..., :n] - np.asarray(alone.value)).max() <= 2e-8
@@ -194,7 +195,7 @@ def slow_child_other_functions_take_a_sharded_mdp():
     np.testing.assert_allclose(rr.evaluate(small, sol.policy), rr.evaluate(GARNET, alone.policy), atol=1e-5)
 
     def objective(m, beta):
-        return rr.solve(m, rr.alpha(1.5, beta), tol=1e-10).objective
+        return rr.solve(m, rr.kl(beta), tol=1e-10).objective
 
     mine, truth = (jax.grad(objective, (0, 1), allow_int=True)(m, jnp.asarray(2.0)) for m in (small, GARNET))
     np.testing.assert_allclose(mine[0].reward, truth[0].reward, atol=1e-7)
