@@ -19,6 +19,7 @@ from robustreg.interop import from_gymnasium, load, save
 from robustreg.mdp import MDP, mdp
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
+from robustreg.sharding import shard
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
@@ -72,6 +73,7 @@ __all__ = [
     "occupancy",
     "problems",
     "save",
+    "shard",
     "slack",
     "solve",
     "sweep",
