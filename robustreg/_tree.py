@@ -113,13 +113,18 @@ def batch_first(x: Array, core_ndim: int) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def total(x: Array, axis: int = 0) -> Array:
-    """`jnp.sum(x, axis)`. Its derivative is that of the sum; it has no transpose of its own."""
+    """`jnp.sum(x, axis)`. Differentiable, but what is linear in a tangent, to be transposed, needs `plain_sum`."""
     return lax.reduce(x, np.zeros((), x.dtype), lambda a, b: a - (-b), (axis,))
 
 
 @total.defjvp
 def _total_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return total(primals[0], axis), jnp.sum(tangents[0], axis=axis)
+
+
+def plain_sum(x: Array) -> Array:
+    """Sum over the leading axis, for tangents: has a transpose."""
+    return jnp.sum(x, axis=0)
 
 
 def largest(x: Array, axis: int = 0) -> Array:

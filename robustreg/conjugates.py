@@ -209,7 +209,7 @@ def conjugate_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array
     dq, dbeta, dlog_prior, dalpha = change
     total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha) / beta
     if dq is not None:
-        total = total + weighted(policy, dq)
+        total = total + weighted(policy, dq, _tree.plain_sum)
     if dbeta is not None:
         total = total + alpha_divergence(policy, log_prior, alpha) * dbeta / beta**2
     return total

@@ -21,6 +21,7 @@ slope is infinite (alpha <= 1), it counts as 0: no policy that a regulariser cho
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +112,9 @@ def log_ratio(policy: Array, log_prior: Array) -> Array:
     return jnp.where(both, inside, jnp.where(policy > 0, jnp.inf, jnp.where(masked, 0, -jnp.inf)))
 
 
-def weighted(weight: Array, x: Array) -> Array:
-    """`sum_a weight x` in which weight 0 silences an infinite `x`."""
-    return _tree.total(weight * jnp.where(weight == 0, 0, x))
+def weighted(weight: Array, x: Array, add: Callable[[Array], Array] = _tree.total) -> Array:
+    """`sum_a weight x` in which weight 0 silences an infinite `x`; `add` is `_tree.plain_sum` for tangents."""
+    return add(weight * jnp.where(weight == 0, 0, x))
 
 
 @jax.custom_jvp

@@ -15,7 +15,6 @@ because `lax.custom_linear_solve` is told of both; nothing differentiates throug
 Lanes are frozen, bit for bit, when they have reached their target; the loop ends with the last of them.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -83,7 +82,7 @@ def solve(chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, 
     """
 
     def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
-        return x[0] - chain.apply(x[0], functools.partial(jnp.sum, axis=0)), *x[1:]
+        return x[0] - chain.apply(x[0], _tree.plain_sum), *x[1:]
 
     def forward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
         return _forward(chain, right[0], accuracy, method), *right[1:]
