@@ -106,6 +106,14 @@ def batch_first(x: Array, core_ndim: int) -> Array:
     return jnp.transpose(x, (*range(core_ndim, x.ndim), *range(core_ndim - 1, -1, -1)))
 
 
+def pick_lanes(x: Array, index: tuple[Array, ...]) -> Array:
+    """Lanes of an array that ends in `len(index)` lanes' axes, as one last axis: of size 1 where all lanes share x."""
+    sizes = x.shape[x.ndim - len(index) :]
+    if all(n == 1 for n in sizes):
+        return x.reshape(x.shape[: x.ndim - len(index)] + (1,))
+    return x[(..., *(i if n > 1 else jnp.zeros_like(i) for i, n in zip(index, sizes)))]
+
+
 # XLA's CPU compiler hands sums and maxima with 1,024 results or more to a library (JAX 0.10.1 to 0.12 at least) that
 # takes 10 to 40 times as long as the loop which it replaces, and which no longer fuses with what is summed. It knows a
 # reduction by its operation alone, so that the same operation written in another way is left to the compiler.

@@ -2,8 +2,8 @@
 
 Each turn evaluates the backup once, reads the certificate off its residual, stops the lanes whose certified error is
 small enough, and lets the solver propose the next value for the others. A stopped lane is frozen: nothing that happens
-in another lane changes a bit of it. The loop itself carries values only; policy and perturbation come from one more
-backup at the value that is returned.
+in another lane changes a bit of it. On a CPU many lanes are solved a group after the other (see `groups`). The loop
+itself carries values only; policy and perturbation come from one more backup at the value that is returned.
 
 **Stopping.** With the half-width `w = g/(1-g) span(d)/2` and the rounding bound `u` of `bellman.rounding`, a lane
 stops when `w + u <= tol`, and returns the midpoint of its interval, so that `max_s |value - V*| <= tol`. (If episodes
@@ -13,6 +13,7 @@ end, constants are no null direction of the residual: `w = g/(1-g) max|d|` then,
 best value. Whatever the status, `lower` and `upper` are the returned value with `w + u` on either side.
 """
 
+import dataclasses
 import functools
 import operator
 
@@ -23,7 +24,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, implicit, linear, solvers
+from robustreg import _host, _tree, bellman, groups, implicit, linear, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Solution, Status
@@ -168,6 +169,14 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
         limit: cap on steps; the solver's own applies as well.
         h: start, `[S, *B]`.
     """
+
+    def run(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+        return dataclasses.replace(_iterate(problem, solver, tol, limit, h), memory=())
+
+    return groups.in_groups(run, problem, tol, h)
+
+
+def _iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
     batch, dtype = problem.batch, problem.dtype
     # A caller's jit may close over the MDP. Its arrays are then constants, which the compiler moves into the loop and
     # lays out anew at every turn: three times slower on a grid of 1,024 states.

@@ -61,6 +61,10 @@ class Transitions:
         """`[A, S, *B]` to `[S, *B]`; only on a bound kernel."""
         raise TypeError(f"{type(self).__name__} does not define _push")
 
+    def _pick(self, index: tuple[Array, ...]) -> "Transitions":
+        """Some lanes of a bound kernel, as one batch axis; `index` holds an array `[n]` per batch axis."""
+        raise TypeError(f"{type(self).__name__} does not define _pick")
+
     def _expect_tangent(self, change: "Transitions", v: Array) -> Array | None:
         """Change of `_expect(v)` with the kernel's own, `[A, S, *B]`; None if it does not change. Only when bound."""
         raise TypeError(f"{type(self).__name__} does not define _expect_tangent")
@@ -143,6 +147,10 @@ class Dense(Transitions):
     def bind(self, batch_ndim: int, dtype: Any) -> "Dense":
         p = self.probabilities.astype(dtype)
         return Dense(p.reshape((1,) * (batch_ndim - len(self.batch_shape)) + p.shape))
+
+    def _pick(self, index: tuple[Array, ...]) -> "Dense":
+        lanes_last = jnp.moveaxis(self.probabilities, (-3, -2, -1), (0, 1, 2))
+        return Dense(jnp.moveaxis(_tree.pick_lanes(lanes_last, index), -1, 0))
 
     def _widen(self) -> "Dense":
         return Dense(self.probabilities.reshape(*self.batch_shape, 1, *self.probabilities.shape[-3:]))
@@ -233,6 +241,9 @@ class BoundSuccessors(Transitions):
         """See `Transitions`."""
         return self.indices.shape[0]
 
+    def _pick(self, index: tuple[Array, ...]) -> "BoundSuccessors":
+        return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index))
+
     def _widen(self) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, self.probabilities[..., None])
 
@@ -322,6 +333,9 @@ class MatrixFree(Transitions):
         return jnp.result_type(*leaves) if leaves else None
 
     def bind(self, batch_ndim: int, dtype: Any) -> "MatrixFree":
+        return self
+
+    def _pick(self, index: tuple[Array, ...]) -> "MatrixFree":
         return self
 
     def _widen(self) -> "MatrixFree":

@@ -16,7 +16,7 @@ LAYERS = (
     ("regularisers", "transitions"),
     ("mdp", "gauge"),
     ("bellman", "sharding"),
-    ("linear",),
+    ("linear", "groups"),
     ("implicit", "solvers"),
     ("solution",),
     ("solve", "table"),
