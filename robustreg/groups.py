@@ -67,8 +67,14 @@ def _grouped(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
 def _by_hardness(problem: bellman.Lanes) -> Array:
     """Flat numbers of the lanes, `[n]`, the easy ones first."""
     reg: Any = problem.regulariser
-    keys = [jnp.max(reg.beta, axis=0)] + ([reg.alpha] if hasattr(reg, "alpha") else []) + [problem.discount]
-    return jnp.lexsort([jnp.broadcast_to(x, problem.batch).ravel() for x in keys])
+    keys = [reg.beta] + ([reg.alpha] if hasattr(reg, "alpha") else []) + [problem.discount]
+
+    def flat(x: Array) -> Array:
+        """Largest over what is not an axis of lanes, one number per lane."""
+        core = tuple(range(x.ndim - len(problem.batch)))
+        return jnp.broadcast_to(jnp.max(x, axis=core), problem.batch).ravel()
+
+    return jnp.lexsort([flat(x) for x in keys])
 
 
 def _pick(problem: bellman.Lanes, index: tuple[Array, ...]) -> bellman.Lanes:

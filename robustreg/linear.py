@@ -25,8 +25,6 @@ from robustreg import _tree, bellman
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
 _KRYLOV_STEPS, _ROUNDS = 1000, 8
-# Longest sum over states of one lane that is a chain of additions.
-_CHAIN = 4096
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
@@ -59,7 +57,7 @@ def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_st
     """
 
     def centre(x: Array) -> Array:
-        return x if chain.ends else x - (_sum(x) / x.shape[0])[None]
+        return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
 
     return bicgstab(lambda x: centre(chain.apply(x)), centre(b), size, reduction, max_steps)
 
@@ -138,7 +136,7 @@ def _refined(
     """
 
     def centre(x: Array) -> Array:
-        return x if chain.ends else x - (_sum(x) / x.shape[0])[None]
+        return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
 
     def balance(x: Array, r: Array) -> tuple[Array, Array]:
         share = (jnp.sum(r, axis=0) / jnp.sum(image, axis=0))[None]
@@ -186,12 +184,12 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
         a = rho / _dot(shadow, v)
         s = r - a[None] * v
         t = s - apply(s)
-        ts, tt = _dot(t, s), _dot(t, t)
+        ts, tt = _dots((t, s), (t, t))
         # An exact half step leaves s = 0 and t = 0: nothing more is to be taken off.
         w = jnp.where(tt > 0, ts / jnp.where(tt > 0, tt, 1), 0)
         x = x + a[None] * p + w[None] * s
         r = s - w[None] * t
-        new_rho, size = _dot(shadow, r), _dot(r, r)
+        new_rho, size = _dots((shadow, r), (r, r))
         p = r + (new_rho / rho * a / w)[None] * (p - w[None] * v)
         better = ~done & (size < best)
         best_x = jnp.where(better[None], x, best_x)
@@ -206,20 +204,20 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
     scale = jnp.where(scale > 0, scale, 1)
     b = b / scale[None]
     shadow = apply(b)
-    target, size = reduction**2 * _dot(b, b), _dot(shadow, shadow)
+    whole, size = _dots((b, b), (shadow, shadow))
+    target = reduction**2 * whole
     done = (size <= target) | ~jnp.isfinite(size)
     start = (b, shadow, shadow, size, size, b, done, jnp.asarray(0, jnp.int32))
     return scale[None] * lax.while_loop(unfinished, step, start)[5]
 
 
-def _sum(x: Array) -> Array:
-    """Sum over states, `[S, *B]` to `[*B]`.
-
-    With many lanes or few states, one chain of additions per lane: a single kernel, together with the product that is
-    summed. Else the compiler's tree of several kernels: wide for one lane, and its rounding hardly grows with S.
-    """
-    return _tree.total(x) if x.ndim > 1 or x.shape[0] <= _CHAIN else jnp.sum(x)
-
-
 def _dot(a: Array, b: Array) -> Array:
-    return _sum(a * b)
+    return jnp.sum(a * b, axis=0)
+
+
+def _dots(*pairs: tuple[Array, Array]) -> tuple[Array, ...]:
+    """Inner products by one reduction: the compiler makes three kernels of every separate one.
+
+    (`_tree.total` would take one, but where states are sharded no device can add up its kind over devices.)
+    """
+    return tuple(jnp.sum(jnp.stack([a * b for a, b in pairs]), axis=1))
