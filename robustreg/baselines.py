@@ -29,6 +29,8 @@ from robustreg.regularisers import KL, Regulariser, kl, log_of, maximise
 class Entropy(KL):
     """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure. Build it with `entropy`."""
 
+    has_reference = False
+
     def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
         counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior
         return KL._rearrange(dataclasses.replace(self, log_prior=counting), place, dtype, n_actions)

@@ -39,6 +39,8 @@ class Regulariser:
     state_scale: Array | None
     # Rounding of the conjugate in units of u (2 + log A)/beta.
     _roughness = 1.0
+    # Whether the cost is that of leaving a distribution, and 0 there.
+    has_reference = True
 
     def _value(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _value")
