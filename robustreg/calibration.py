@@ -45,9 +45,9 @@ def critical_beta(
             reductions over states `[*B, ..., A]` will do for a regulariser without parameters per state. An entry may
             be minus infinity (`worst_case` of a policy that omits the action): with alpha <= 0 beta is then infinite,
             with alpha > 0 it is the limit for an ever larger loss.
-        weights: None, or `[*B, ..., S]`, finite and not negative, broadcast against `dr` as in NumPy: the set aggregated over states,
-            `sum_s w Omega*(dr) <= 0`, for example with the visits of a policy (`occupancy(mdp, policy).sum(-1)`). What
-            is not finite in a state of weight 0 counts for nothing.
+        weights: None, or `[*B, ..., S]`, finite and not negative, broadcast against `dr` as in NumPy: the set
+            aggregated over states, `sum_s w Omega*(dr) <= 0`, for example with the visits of a policy
+            (`occupancy(mdp, policy).sum(-1)`). What is not finite in a state of weight 0 counts for nothing.
         per_state: with False (or weights) one beta for all states: without weights, the smallest of theirs.
 
     Returns:
@@ -69,7 +69,9 @@ def critical_beta(
             f"of the regulariser's batch axes {list(reg.batch_shape)}"
         )
     if weights is not None:
-        weights = jnp.asarray(_checked_weights(weights, x.shape), x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else float)
+        weights = jnp.asarray(
+            _checked_weights(weights, x.shape), x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else float
+        )
     return _critical_beta(reg, x, weights, per_state)
 
 

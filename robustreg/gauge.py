@@ -132,8 +132,8 @@ def _price(reg: Any, policy: Array) -> tuple[Array, Array]:
     return jnp.where(near, price, reg._value(policy)), near
 
 
-def _conjugate(reg: Any, x: Array) -> tuple[Array, Array]:
-    """`Omega*(x)` and its maximiser, to rounding of `x` also for a small beta."""
+def conjugate(reg: Any, x: Array) -> tuple[Array, Array]:
+    """`Omega*(x)` and its maximiser, to rounding of `x` also for a small beta, if the prior sums to 1."""
     value, policy = maximise(reg, x)
     price, near = _price(reg, policy)
     return jnp.where(near, weighted(policy, x) - price, value), policy
@@ -165,7 +165,7 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         t, done, count = state
-        value, policy = _conjugate(_at(reg, t), x)
+        value, policy = conjugate(_at(reg, t), x)
         move = _pool(weight, value) / _gain(weight, policy, x)
         # t descends, but not to 0: any other step is rounding at the root, or NaN.
         done = done | ~((move > 0) & (move < 1))
