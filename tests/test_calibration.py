@@ -357,7 +357,7 @@ def test_ranks_derivatives_and_errors():
     for coverage, k in ranks.items():
         expected = scores[k - 1] if k else 0.0
         assert float(rr.calibrate(reg, x, coverage)) == expected, coverage
-    batch = rr.calibrate(reg, x, list(ranks))
+    batch = rr.calibrate(reg, x, np.array(list(ranks)))
     np.testing.assert_array_equal(np.asarray(batch), [scores[k - 1] if k else 0 for k in ranks.values()])
     lanes = rr.calibrate(rr.kl(np.array([1.0, 5.0]), PRIOR), np.stack([x, 2 * x]), np.array([0.7, 0.8]))
     np.testing.assert_allclose(np.asarray(lanes), [scores[2], scores[1] / 2], rtol=1e-12)
@@ -387,7 +387,7 @@ def test_ranks_derivatives_and_errors():
     with pytest.raises(ValueError, match="batch axes"):
         rr.calibrate(rr.kl(np.ones(2), PRIOR), x, 0.9)
     with pytest.raises(ValueError, match="batch axes do not broadcast: coverage"):
-        rr.calibrate(rr.kl(np.ones(2), PRIOR), np.stack([x, x]), [0.9, 0.8, 0.7])
+        rr.calibrate(rr.kl(np.ones(2), PRIOR), np.stack([x, x]), np.array([0.9, 0.8, 0.7]))
     for weights, message in ((np.ones(2), "weights has shape"), (np.array([1, -1.0, 1]), "weights.s=1. is -1")):
         with pytest.raises(ValueError, match=message):
             rr.critical_beta(reg, x, weights=weights)

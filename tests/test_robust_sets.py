@@ -214,8 +214,8 @@ def test_radius_of_the_orthant():
     x = corner * rng.uniform(0.5, 2, corner.shape) * rng.choice([1, 1, 1, 1, 1, -1], corner.shape)
     t = np.asarray(each.radius(x))
     grid = np.linspace(0, 20, 20001)
-    fits = (grid[:, None, None] * x <= corner).all(-1)
-    last = np.where(fits.any(0), grid[fits.shape[0] - 1 - fits[::-1].argmax(0)], -np.inf)
+    fits = np.all(grid[:, None, None] * x <= corner, axis=-1)
+    last = np.where(fits.any(0), grid[len(grid) - 1 - np.argmax(fits[::-1], axis=0)], -np.inf)
     some = np.isfinite(last) & (last < 20)
     assert some.sum() > 20 and (last == -np.inf).sum() > 20
     assert (np.abs(t[some] - last[some]) <= 1e-3 + 1e-12).all()
