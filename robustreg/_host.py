@@ -4,7 +4,7 @@ A check names its first offender and the remedy. A tracer (inside `jax.jit`, `vm
 dtype but no value: shapes are checked always, values only where they exist.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +88,13 @@ def refuse(name: str, x: Any, bad: Any, axes: tuple[str, ...], rule: str) -> Non
     index = first(bad)
     if index is not None:
         raise ValueError(f"{place(name, index, axes)} is {show(x[index], 1.0)}; {rule}")
+
+
+def require(name: str, x: Any, good: Callable[[Any], Any], rule: str) -> None:
+    """Refuse the first number that is not `good`; no check on a tracer."""
+    values = number(name, x)
+    if not is_traced(values):
+        refuse(name, values, ~good(values), (), rule)
 
 
 def refuse_improper(name: str, x: Any, axes: tuple[str, ...]) -> None:

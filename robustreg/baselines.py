@@ -22,12 +22,14 @@ from jax.typing import ArrayLike
 
 from robustreg import _host, _tree
 from robustreg.divergences import eps, lam, weighted
-from robustreg.regularisers import KL, Regulariser, kl, log_of, maximise
+from robustreg.regularisers import KL, Regulariser, kl, maximise
 
 
 @_tree.dataclass
 class Entropy(KL):
     """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure. Build it with `entropy`."""
+
+    has_reference = False
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
         counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior
@@ -49,6 +51,12 @@ def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None) -> Entropy
     return Entropy(strength.beta, None, strength.state_scale)
 
 
+def _floating(x: ArrayLike) -> Array:
+    """An array; integers become floating."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+
+
 def norm_attack(policy: ArrayLike, radius: ArrayLike, order: ArrayLike = 2.0) -> Array:
     """The perturbation in a norm ball that lowers a fixed policy's return the most. It raises no reward.
 
@@ -60,9 +68,17 @@ def norm_attack(policy: ArrayLike, radius: ArrayLike, order: ArrayLike = 2.0) ->
 
     Returns:
         `dr = radius (p/||p||_d)^(d-1)`, `d = k/(k-1)`, `[*B, ..., A]`; not negative, 0 on actions never taken. At order
-        1 it is the whole radius on the likeliest action, shared evenly among ties.
+        1 it is the whole radius on the likeliest action, and on each of several that are equally likely a share of it.
+
+    Raises:
+        ValueError: a policy that is no distribution over actions, a negative radius, an order below 1.
     """
-    policy = jnp.asarray(policy)
+    policy = _floating(policy)
+    if policy.ndim == 0:
+        raise ValueError("expected a policy [*B, ..., A], got a scalar")
+    _host.check_policy(policy, policy.shape[-1:], "A")
+    _host.require("radius", radius, lambda x: (x >= 0) & (x < np.inf), "a radius is finite and not negative")
+    _host.require("order", order, lambda x: x >= 1, "the order of a norm is at least 1")
     order_, radius_ = (jnp.asarray(x, policy.dtype)[..., None] for x in (order, radius))
     shape = jnp.broadcast_shapes(policy.shape[:-1] + (1,), order_.shape, radius_.shape)
     p = jnp.broadcast_to(policy, shape[:-1] + policy.shape[-1:])
@@ -103,11 +119,19 @@ def random_attack(
         spread: another standard deviation, `[*B, ...]` in reward units; needed where the worst case is infinite.
 
     Returns:
-        `dr`, `[*B, ..., A]`, in reward units; 0 on masked actions.
+        `dr`, `[*B, ..., A]`, in reward units; 0 on masked actions. NaN where the worst case is infinite and no spread
+        given.
+
+    Raises:
+        TypeError: what is no regulariser; ValueError: another `match`, a negative spread.
     """
     _host.expect_type(reg, Regulariser, "second argument", "kl")
     if match not in ("cost", "effect"):
         raise ValueError(f'match is {match!r}; expected "cost" or "effect"')
+    if spread is not None:
+        _host.require(
+            "spread", spread, lambda x: (x >= 0) & (x < np.inf), "a standard deviation is finite and not negative"
+        )
     return _random_attack(key, reg, policy, spread, match)
 
 
@@ -165,11 +189,17 @@ def single_decision(utility: ArrayLike, beta: ArrayLike, prior: ArrayLike | None
 
     Returns:
         A `Decision`; smooth in beta, at 0 too.
+
+    Raises:
+        ValueError: a prior that does not sum to 1, an infinite beta.
     """
-    u = jnp.asarray(utility)
-    u = u if jnp.issubdtype(u.dtype, jnp.floating) else u.astype(float)
+    u = _floating(utility)
+    if u.ndim == 0:
+        raise ValueError("expected utilities [*B, A], got a scalar")
+    _host.require("beta", beta, np.isfinite, "beta is finite; utility.max() and .min() are the limits")
     n = u.shape[-1]
-    logs = jnp.full((n,), -float(np.log(n)), u.dtype) if prior is None else log_of(jnp.asarray(prior, u.dtype))
+    logs = kl(1.0, prior).log_prior
+    logs = jnp.full((n,), -np.log(n), u.dtype) if logs is None else logs.astype(u.dtype)
     b = jnp.asarray(beta, u.dtype)[..., None]
     shape = jnp.broadcast_shapes(u.shape, logs.shape, b.shape)
     return _single_decision(*(jnp.broadcast_to(x, shape) for x in (u, logs)), jnp.broadcast_to(b, shape[:-1] + (1,)))

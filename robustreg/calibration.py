@@ -6,13 +6,13 @@ the largest beta, hence the least regularised policy, that is still robust to a 
 
 Robust sets shrink as beta grows, so that "dr is in the set of beta" reads "beta is at most the critical beta of dr"
 (`gauge` computes it), and the question is one about a quantile. With N exchangeable samples and a new one, the k-th
-smallest of N critical betas is beaten by the new one with a frequency of at most k/(N+1), whatever the distribution
-[conformal prediction: Vovk, Gammerman, Shafer 2005]. So
+smallest of N critical betas lies above that of the new one with a frequency of at most k/(N+1), whatever the
+distribution [conformal prediction: Vovk, Gammerman, Shafer 2005]. So
 
     beta = the k-th smallest critical beta,      k = floor((N+1)(1 - coverage)),
 
-is exceeded by the critical beta of a fresh sample with a frequency of at least `coverage`, over draws of the N samples
-and the fresh one together; of exactly `1 - k/(N+1)` for continuous distributions. No beta is safe for k = 0.
+is at most the critical beta of a fresh sample with a frequency of at least `coverage`, over draws of the N samples and
+the fresh one together; of exactly `1 - k/(N+1)` where no two critical betas are equal. No beta is safe for k = 0.
 
 Two notions of "in the set". State by state: the deployed reward is in the robust set everywhere, and the guarantee
 holds for *every* policy, in particular for the one that solves the MDP with the calibrated beta. Aggregated over the
@@ -30,7 +30,6 @@ from jax.typing import ArrayLike
 
 from robustreg import _host, gauge
 from robustreg.adversary import occupancy
-from robustreg.baselines import Entropy
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 
@@ -42,9 +41,13 @@ def critical_beta(
 
     Args:
         reg: the regulariser; its own beta does not matter (but for its batch axes), its `state_scale` does.
-        perturbation: `dr`, `[*B, ..., S, A]`, subtracted from the reward; the regulariser's batch axes lead.
-        weights: None, or `[*B, ..., S]`, not negative: the set aggregated over states, `sum_s w Omega*(dr) <= 0`,
-            for example with the visits of a policy (`occupancy(mdp, policy).sum(-1)`).
+        perturbation: `dr`, `[*B, ..., S, A]`, subtracted from the reward; the regulariser's batch axes lead. Without
+            reductions over states `[*B, ..., A]` will do for a regulariser without parameters per state. An entry may
+            be minus infinity (`worst_case` of a policy that omits the action): with alpha <= 0 beta is then infinite,
+            with alpha > 0 it is the limit for an ever larger loss.
+        weights: None, or `[*B, ..., S]`, finite and not negative, broadcast against `dr` as in NumPy: the set
+            aggregated over states, `sum_s w Omega*(dr) <= 0`, for example with the visits of a policy
+            (`occupancy(mdp, policy).sum(-1)`). What is not finite in a state of weight 0 counts for nothing.
         per_state: with False (or weights) one beta for all states: without weights, the smallest of theirs.
 
     Returns:
@@ -56,22 +59,43 @@ def critical_beta(
     Raises:
         TypeError: for a regulariser without a prior that sums to 1 (`entropy`): its set does not hold 0, and grows
             and moves with beta.
+        ValueError: a negative weight; axes that do not broadcast; a reduction over states that are not there.
     """
-    _host.expect_type(reg, Regulariser, "first argument", "kl")
-    if isinstance(reg, Entropy):
-        raise TypeError("entropy has no critical beta: its robust sets do not hold 0 and are not nested; use kl")
-    return _critical_beta(reg, jnp.asarray(perturbation), weights, per_state)
+    gauge.expect_reference(reg, "first argument")
+    x = jnp.asarray(perturbation)
+    if (weights is not None or not per_state) and x.ndim < 2 + len(reg.batch_shape):
+        raise ValueError(
+            f"perturbation has shape {x.shape}; one beta for all states needs [*B, ..., S, A], with an axis for each "
+            f"of the regulariser's batch axes {list(reg.batch_shape)}"
+        )
+    if weights is not None:
+        weights = jnp.asarray(
+            _checked_weights(weights, x.shape), x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else float
+        )
+    return _critical_beta(reg, x, weights, per_state)
 
 
 @functools.partial(jax.jit, static_argnames="per_state")
-def _critical_beta(reg: Any, perturbation: Array, weights: ArrayLike | None, per_state: bool) -> Array:
-    bound, x = dataclasses.replace(reg, beta=jnp.ones_like(reg.beta))._public(perturbation)
+def _critical_beta(reg: Any, perturbation: Array, weights: Array | None, per_state: bool) -> Array:
+    x = perturbation
     if weights is not None:
-        weights = jnp.asarray(weights, x.dtype)
-        weights = weights.reshape((1,) * (x.ndim - 1 - weights.ndim) + weights.shape)
+        rows = jnp.broadcast_shapes(x.shape[:-1], weights.shape)
+        x, weights = jnp.broadcast_to(x, rows + x.shape[-1:]), jnp.broadcast_to(weights, rows)
+    bound, x = dataclasses.replace(reg, beta=jnp.ones_like(reg.beta))._public(x)
+    if weights is not None:
         return gauge.reach(bound, x, weights)[..., 0]
     each = gauge.reach(bound, x)
     return each if per_state else _smallest(each)
+
+
+def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> Any:
+    """Weights of the states of perturbations of a shape; values are checked where they exist."""
+    w = _host.number("weights", weights)
+    _host.expect_shape("weights", w.shape, shape[-2:-1], "S", "one per state")
+    _host.check_batches({"perturbation": shape[:-2], "weights": w.shape[:-1]})
+    if not _host.is_traced(w):
+        _host.refuse("weights", w, ~((w >= 0) & (w < jnp.inf)), ("s",), "weights are finite and not negative")
+    return w
 
 
 def _smallest(x: Array) -> Array:
@@ -92,34 +116,39 @@ def calibrate(
     Args:
         reg: the regulariser; its own beta does not matter.
         perturbations: N samples of learned reward - deployed reward, `[*B, N, S, A]`, exchangeable with what is to
-            come.
-        coverage: the frequency, `[*B]`, in (0, 1).
+            come; the regulariser's batch axes lead.
+        coverage: the frequency, `[*B]`, in (0, 1); its axes broadcast against the rest as in NumPy.
         mdp, policy: both or none. With them the sets are aggregated over the policy's visits, and it is this policy's
             guarantee that holds with the frequency. The policy must not depend on the samples.
 
     Returns:
         Beta, `[*B]`: the k-th smallest critical beta of the samples, `k = floor((N+1)(1 - coverage))`. A fresh
-        perturbation is in its robust set with frequency `1 - k/(N+1) >= coverage`, over samples and fresh one. 0 where
-        N is too small for the coverage (`N < coverage/(1 - coverage)`) or too many samples are in no set; infinite
-        where enough of them raise no fear at all. Differentiable almost everywhere: the quantile is one sample.
+        perturbation is in its robust set with frequency `1 - k/(N+1)` or more, over samples and fresh one. 0 where
+        N is too small for the coverage (`N < coverage/(1 - coverage)`) or k samples are in no set; infinite where fewer
+        than k leave it for any beta. Differentiable almost everywhere: the quantile is one sample.
 
     Raises:
+        TypeError: as `critical_beta`.
         ValueError: coverage out of range, one of mdp and policy without the other, perturbations of another shape.
     """
-    _host.expect_type(reg, Regulariser, "first argument", "kl")
+    gauge.expect_reference(reg, "first argument")
     if (mdp is None) != (policy is None):
         raise ValueError("give both mdp and policy (the guarantee of this policy), or neither (that of every policy)")
     x = jnp.asarray(perturbations)
-    if x.ndim < 3:
-        raise ValueError(f"perturbations have shape {x.shape}; expected [*B, N, S, A], N samples of one per state")
+    if x.ndim < 3 + len(reg.batch_shape) or 0 in x.shape:
+        raise ValueError(
+            f"perturbations have shape {x.shape}; expected [*B, N, S, A], N samples of one per state, with an axis for "
+            f"each of the regulariser's batch axes {list(reg.batch_shape)}"
+        )
     level = _host.number("coverage", coverage)
     if not _host.is_traced(level):
         _host.refuse("coverage", level, ~((level > 0) & (level < 1)), (), "a frequency between 0 and 1, without them")
     weights = None
     if mdp is not None and policy is not None:
-        _host.expect_shape("perturbations", x.shape, (mdp.n_states, mdp.n_actions), "N, S, A")
+        _host.expect_shape("perturbations", x.shape, (mdp.n_states, mdp.n_actions), "S, A")
         weights = jnp.sum(occupancy(mdp, policy), axis=-1)[..., None, :]
     scores = critical_beta(reg, x, weights=weights, per_state=False)
+    _host.check_batches({"coverage": level.shape, "perturbations": scores.shape[:-1]})
     return _quantile(scores, jnp.asarray(level, scores.dtype))
 
 
@@ -130,8 +159,9 @@ def _quantile(scores: Array, coverage: Array) -> Array:
     # 1 - 0.9 is a little less than 0.1: a whole number missed by rounding is that number.
     rank = (n + 1) * (1 - coverage)
     k = jnp.floor(rank + 8 * (n + 1) * float(jnp.finfo(scores.dtype).eps)).astype(jnp.int32)
+    batch = jnp.broadcast_shapes(k.shape, scores.shape[:-1])
+    k, scores = jnp.broadcast_to(k, batch), jnp.broadcast_to(scores, (*batch, n))
     ranked = jnp.sort(scores, axis=-1)
-    k = jnp.broadcast_to(k, ranked.shape[:-1])
     kth = jnp.take_along_axis(ranked, jnp.maximum(k - 1, 0)[..., None], axis=-1)[..., 0]
     broken = jnp.any(jnp.isnan(scores), axis=-1)
     return jnp.where(broken, jnp.nan, jnp.where(k > 0, kth, 0))

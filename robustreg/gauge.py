@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from robustreg import _host
 from robustreg.divergences import eps, log_ratio, weighted
 from robustreg.regularisers import Regulariser, maximise
 
@@ -74,12 +75,19 @@ def implicit_root(
     return root
 
 
+def expect_reference(reg: Any, position: str) -> None:
+    """Refuse what is no regulariser, and one whose robust sets do not hold 0."""
+    _host.expect_type(reg, Regulariser, position, "kl")
+    if not reg.has_reference:
+        raise TypeError(
+            f"the {position} has no reference policy (entropy): its robust sets do not hold 0 and are not nested in "
+            "beta, so that nothing can be scaled to their boundary; use kl"
+        )
+
+
 def _pool(weight: Array | None, x: Array) -> Array:
     """Sum over states (the last axis, kept) with weights, or every state by itself."""
-    if weight is None:
-        return x
-    # A state that nobody visits counts for nothing, whatever is there.
-    return jnp.sum(weight * jnp.where(weight == 0, 0, x), axis=-1, keepdims=True)
+    return x if weight is None else jnp.sum(weight * x, axis=-1, keepdims=True)
 
 
 def _at(reg: Any, t: Array) -> Any:
@@ -97,7 +105,7 @@ def _slope(reg: Regulariser, x: Array, weight: Array | None, t: Array) -> Array:
 
 
 def _gain(weight: Array | None, policy: Array, x: Array) -> Array:
-    return _pool(weight, jnp.sum(policy * x, axis=0))
+    return _pool(weight, weighted(policy, x))
 
 
 def order_of(reg: Any) -> Array:
@@ -124,16 +132,17 @@ def _price(reg: Any, policy: Array) -> tuple[Array, Array]:
     return jnp.where(near, price, reg._value(policy)), near
 
 
-def _conjugate(reg: Any, x: Array) -> tuple[Array, Array]:
-    """`Omega*(x)` and its maximiser, to rounding of `x` also for a small beta."""
+def conjugate(reg: Any, x: Array) -> tuple[Array, Array]:
+    """`Omega*(x)` and its maximiser, to rounding of `x` also for a small beta, if the prior sums to 1."""
     value, policy = maximise(reg, x)
     price, near = _price(reg, policy)
-    return jnp.where(near, jnp.sum(policy * x, axis=0) - price, value), policy
+    return jnp.where(near, weighted(policy, x) - price, value), policy
 
 
-def _first_ratio(reg: Regulariser, x: Array, weight: Array | None, top: Array, mean: Array) -> Array:
+def _first_ratio(reg: Regulariser, x: Array, weight: Array | None, top: Array) -> Array:
     """Price over gain of a policy between the prior and its restriction to the best actions, in the shape of t."""
     prior = jnp.exp(reg._prior)
+    mean = _pool(weight, weighted(prior, x))
     # By how much less than the maximum an action may give and count as one of the best: half of what all states gain.
     all_gain = _pool(weight, top)
     margin = 0.5 * all_gain / _pool(weight, jnp.ones_like(top))
@@ -148,11 +157,7 @@ def _first_ratio(reg: Regulariser, x: Array, weight: Array | None, top: Array, m
 
 
 def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
-    masked = jnp.isneginf(reg._prior)
-    # Minus infinity (an action nobody takes, see `worst_case`) stands for a loss beyond every other.
-    floor = -(float(jnp.finfo(x.dtype).max) ** 0.5)
-    x = jnp.where(masked, 0, jnp.maximum(x, floor))
-    best = jnp.max(jnp.where(masked, -jnp.inf, x), axis=0)
+    best = jnp.max(jnp.where(jnp.isneginf(reg._prior), -jnp.inf, x), axis=0)
     mean = _pool(weight, weighted(jnp.exp(reg._prior), x))
     top = _pool(weight, best)
     unlimited, none = top <= 0, (mean >= 0) & (top > 0)
@@ -160,13 +165,15 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         t, done, count = state
-        value, policy = _conjugate(_at(reg, t), x)
+        value, policy = conjugate(_at(reg, t), x)
         move = _pool(weight, value) / _gain(weight, policy, x)
         # t descends, but not to 0: any other step is rounding at the root, or NaN.
         done = done | ~((move > 0) & (move < 1))
         return jnp.where(done, t, t * (1 - move)), done | (move <= unit), count + 1
 
-    start = jnp.maximum(_first_ratio(reg, x, weight, best, mean), 0)
+    # Only where to start from: there minus infinity may be any loss beyond every other.
+    floor = jnp.maximum(x, -(float(jnp.finfo(x.dtype).max) ** 0.5))
+    start = jnp.maximum(_first_ratio(reg, floor, weight, best), 0)
     state = (start, unlimited | none | ~((start > 0) & jnp.isfinite(start)), jnp.asarray(0, jnp.int32))
     t = lax.while_loop(lambda state: ~jnp.all(state[1]) & (state[2] < _MAX_STEPS), step, state)[0]
     t = jnp.where(unlimited, jnp.inf, jnp.where(none, 0, t))
@@ -192,6 +199,17 @@ def reach(reg: Regulariser, x: Array, weight: Array | None = None) -> Array:
 
     Returns:
         `[...]`, from 0 to infinity; with weights `[..., 1]`. NaN where x holds NaN. Differentiable in everything.
+        For alpha <= 0 any policy pays an infinite price for never taking an action, so that an entry of minus infinity
+        makes the result infinite; for alpha > 0 it takes that action out of every policy, at its price.
     """
     x = jnp.where(jnp.isneginf(reg._prior), 0, x)
-    return _reach(reg, jnp.broadcast_to(x, x.shape[:1] + jnp.broadcast_shapes(x.shape[1:], reg.beta.shape)), weight)
+    x = jnp.broadcast_to(x, x.shape[:1] + jnp.broadcast_shapes(x.shape[1:], reg.beta.shape))
+    finite = jnp.all(jnp.isfinite(x), axis=0)
+    if weight is not None:
+        # What is not finite where nobody goes counts for nothing.
+        x = jnp.where(((weight == 0) & ~finite)[None], 0, x)
+    # Replaced by losses of 1, whose reach is infinite too and has a derivative.
+    free = jnp.any(jnp.isneginf(x), axis=0) & ~jnp.any(jnp.isnan(x) | jnp.isposinf(x), axis=0) & (order_of(reg) <= 0)
+    if weight is not None:
+        free = jnp.any(free, axis=-1, keepdims=True)
+    return _reach(reg, jnp.where(free[None], -1, x), weight)

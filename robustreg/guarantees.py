@@ -9,14 +9,15 @@ bonus) where dr is in the robust set on average over visits, which is all that t
 outside. Equality holds where dr is the policy's worst case plus any constant per state.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree
-from robustreg.adversary import evaluate, occupancy, slack
+from robustreg import _host, _tree, bellman, gauge
+from robustreg.adversary import evaluate, occupancy
 from robustreg.mdp import MDP
-from robustreg.regularisers import Regulariser
+from robustreg.regularisers import Regulariser, maximise
 
 
 @_tree.dataclass
@@ -26,7 +27,7 @@ class Guarantee:
     Attributes:
         guaranteed: regularised return, `[*B]`: no deployed reward in the robust set gives less.
         actual: return under the deployed reward, `[*B]`.
-        slack: how far inside the robust set the deployed reward lies, per state, `[*B, S]`; see `adversary.slack`.
+        slack: how far inside the robust set the change of reward lies, per state, `[*B, S]`; see `adversary.slack`.
         total_slack: the same summed over discounted visits, `[*B]`, in units of return.
     """
 
@@ -48,7 +49,7 @@ class Guarantee:
     @property
     def covered(self) -> Array:
         """Whether the deployed reward is in the policy's aggregated robust set, `[*B]`: to rounding."""
-        # A perturbation of 0 is on the boundary, where rounding decides.
+        # On the boundary rounding decides.
         unit = 64 * float(jnp.finfo(self.actual.dtype).eps)
         return self.total_slack >= -unit * (jnp.abs(self.guaranteed) + jnp.abs(self.actual))
 
@@ -62,21 +63,27 @@ def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike
         policy: `[*B, S, A]`, optimal or not.
         deployed: the reward that the policy meets, `[*B, S, A]`; None: the MDP's own.
 
+    Batch axes of all four broadcast as in NumPy.
+
     Returns:
         A `Guarantee`. `actual >= bound` always, to rounding; `actual >= guaranteed` where `covered`.
+
+    Raises:
+        TypeError: a first or second argument of another kind.
+        ValueError: a policy or reward of another shape, a policy that is no distribution over actions.
     """
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
     reward = mdp.reward if deployed is None else jnp.asarray(deployed, mdp.dtype)
     _host.expect_shape("deployed", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     n = max(mdp.reward.ndim, reward.ndim)
-    change = _pad(mdp.reward, n) - _pad(reward, n)
-    total = aggregated_slack(mdp, reg, policy, change)
+    room = _slack(mdp, reg, _pad(mdp.reward, n) - _pad(reward, n))
+    total = _over_visits(mdp, policy, room)
     guaranteed = _start(mdp, evaluate(mdp, policy, reg=reg))
     actual = _start(mdp, evaluate(mdp, policy, reward=reward))
     shape = jnp.broadcast_shapes(guaranteed.shape, actual.shape, total.shape)
     guaranteed, actual, total = (jnp.broadcast_to(x, shape) for x in (guaranteed, actual, total))
-    return Guarantee(guaranteed, actual, slack(reg, change), total)
+    return Guarantee(guaranteed, actual, room, total)
 
 
 def aggregated_slack(mdp: MDP, reg: Regulariser, policy: ArrayLike, perturbation: ArrayLike) -> Array:
@@ -85,19 +92,37 @@ def aggregated_slack(mdp: MDP, reg: Regulariser, policy: ArrayLike, perturbation
     Args:
         mdp, policy: whose discounted visits weigh the states; `policy` is `[*B, S, A]`.
         reg: the regulariser.
-        perturbation: `dr`, `[*B, S, A]`, subtracted from the reward.
+        perturbation: `dr`, `[*B, S, A]`, subtracted from the reward. Batch axes of all four broadcast as in NumPy.
 
     Returns:
         `-sum_s d(s) Omega*(dr(s, .))`, `[*B]`, in units of return. The set is where this is >= 0; it holds the robust
         set, and the policy's guarantee holds in all of it.
     """
+    _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
+    dr = jnp.asarray(perturbation, mdp.dtype)
+    _host.expect_shape("perturbation", dr.shape, (mdp.n_states, mdp.n_actions), "S, A")
+    return _over_visits(mdp, policy, _slack(mdp, reg, dr))
+
+
+@jax.jit
+def _slack(mdp: MDP, reg: Regulariser, dr: Array) -> Array:
+    """`-Omega*(dr)` per state, `[*B, S]`, to rounding of dr also for a small beta; batch axes as in `solve`."""
+    problem = bellman.lanes(mdp, reg, dr.shape[:-2])
+    x = _tree.lanes_last(dr, len(problem.batch), 2)
+    x = jnp.broadcast_to(x, x.shape[:2] + problem.batch)
+    conjugate = gauge.conjugate if reg.has_reference else maximise
+    return _tree.batch_first(-conjugate(problem.regulariser, x)[0], 1)
+
+
+def _over_visits(mdp: MDP, policy: ArrayLike, room: Array) -> Array:
+    """The sum over a policy's discounted visits, `[*B]`."""
     visits = jnp.sum(occupancy(mdp, policy), axis=-1)
-    room = slack(reg, perturbation)
     n = max(visits.ndim, room.ndim)
     visits, room = _pad(visits, n), _pad(room, n)
-    # What happens where nobody goes counts for nothing, be it infinite.
-    return jnp.sum(visits * jnp.where(visits == 0, 0, room), axis=-1)
+    # What is infinite where nobody goes counts for nothing.
+    silent = (visits == 0) & ~jnp.isfinite(room)
+    return jnp.sum(visits * jnp.where(silent, 0, room), axis=-1)
 
 
 def _start(mdp: MDP, value: Array) -> Array:

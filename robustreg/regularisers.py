@@ -37,8 +37,8 @@ class Regulariser:
     beta: Array
     log_prior: Array | None
     state_scale: Array | None
-    # Rounding of the conjugate in units of u (2 + log A)/beta.
-    _roughness = 1.0
+    _roughness = 1.0  # rounding of the conjugate in units of u (2 + log A)/beta
+    has_reference = True  # the cost is that of leaving a distribution, and 0 there
 
     def _value(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _value")
@@ -366,14 +366,13 @@ def _scale(x: ArrayLike | None) -> Array | None:
 def _log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | None:
     if prior is not None and log_prior is not None:
         raise ValueError("give prior or log_prior, not both")
-    if prior is None and log_prior is None:
-        return None
     if prior is not None:
         p = _array("prior", prior)
         _refuse("prior", p, lambda v: ~((v >= 0) & np.isfinite(v)), "must be non-negative and finite")
         logs = log_of(p)
+    elif log_prior is None:
+        return None
     else:
-        assert log_prior is not None
         logs = _array("log_prior", log_prior)
         _refuse("log_prior", logs, lambda v: np.isnan(v) | np.isposinf(v), "must be below infinity and not NaN")
     if logs.ndim == 0:

@@ -5,7 +5,7 @@ member takes from a policy, `max { <p, dr> : dr in the set }`. Four of them belo
 
     Orthant             dr <= worst_case(pi)           what is below the worst case of one policy
     UnnormalisedSet     (Omega over all p >= 0)*(dr) <= 0
-    RobustSet           Omega*(dr) <= 0                equivalently <p, dr> <= Omega(p) for every policy p
+    RobustSet           Omega*(dr) <= 0                that is <p, dr> <= Omega(p) for every policy p
     HalfSpace           <pi, dr> <= Omega(pi)          what that says of one policy
 
 The first and the second lie in the third, the third in the fourth, and all but the second touch where dr is the worst
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, gauge
+from robustreg import _host, _tree, adversary, gauge
 from robustreg.divergences import alpha_divergence, eps, lam, log_ratio, weighted
 from robustreg.regularisers import Regulariser, maximise
 
@@ -73,22 +73,23 @@ class RobustSet(PerturbationSet):
 
     def slack(self, perturbation: ArrayLike) -> Array:
         """`-Omega*(dr)`; see `adversary.slack`."""
-        return -self.regulariser.conjugate(perturbation)
+        return adversary.slack(self.regulariser, perturbation)
 
     def support(self, policy: ArrayLike) -> Array:
         """`Omega(p)`, attained at `worst_case`."""
-        return self.regulariser.value(policy)
+        return _price(self.regulariser, policy)
 
     def worst_case(self, policy: ArrayLike) -> Array:
         """The member that takes `support`, `[*B, ..., A]`; see `adversary.worst_case`."""
-        return self.regulariser.worst_case(policy)
+        return adversary.worst_case(self.regulariser, policy)
 
     def radius(self, direction: ArrayLike) -> Array:
         """Largest `t >= 0` with `t * direction` in the set, `[*B, ...]`.
 
         Infinite where no allowed action has a positive entry; 0 where the prior's mean is not negative (and some
-        entry positive): 0 is a boundary point at which the prior is the outward normal.
+        entry positive): 0 is a boundary point at which the prior is the outward normal. Not for `entropy`.
         """
+        gauge.expect_reference(self.regulariser, "first argument")
         return _kernel(_reach, self.regulariser, direction)
 
     def boundary(self, share: ArrayLike) -> Array:
@@ -103,7 +104,8 @@ class RobustSet(PerturbationSet):
             action that is never taken.
         """
         share = jnp.asarray(share, self.regulariser.beta.dtype)
-        return self.regulariser.worst_case(jnp.stack([share, 1 - share], axis=-1))
+        _host.require("share", share, lambda x: (x >= 0) & (x <= 1), "a probability lies between 0 and 1")
+        return adversary.worst_case(self.regulariser, jnp.stack([share, 1 - share], axis=-1))
 
     def sample(self, key: Array, shape: tuple[int, ...], spread: ArrayLike = 1.0, depth: ArrayLike = 0.0) -> Array:
         """Uniform members of a bounded part of the set, exactly and without rejection.
@@ -118,30 +120,43 @@ class RobustSet(PerturbationSet):
 
         Returns:
             Perturbations in reward units, of the given shape; 0 on masked actions.
+
+        Raises:
+            ValueError: a shape with which the regulariser does not broadcast; a negative spread or depth.
         """
+        _host.expect_type(self.regulariser, Regulariser, "first argument", "kl")
+        for name, x in (("spread", spread), ("depth", depth)):
+            _host.require(name, x, lambda x: (x >= 0) & (x < jnp.inf), "finite and not negative, in units of 1/beta")
         return _sample(self.regulariser, key, spread, depth, shape=tuple(shape))
 
 
 @_tree.dataclass
 class UnnormalisedSet(PerturbationSet):
-    """The set of the conjugate over all `p >= 0` instead of distributions: the robust set for KL, else smaller."""
+    """The set of the conjugate over all `p >= 0` instead of distributions: the robust set for KL, else smaller.
+
+    Its methods refuse `entropy`, which is no cost of leaving a distribution.
+    """
 
     regulariser: Regulariser
 
     def slack(self, perturbation: ArrayLike) -> Array:
         """How much may be added to every action within the set, `[*B, ...]`: the root of an increasing function."""
+        gauge.expect_reference(self.regulariser, "first argument")
         return _kernel(_shift, self.regulariser, perturbation)
 
     def support(self, policy: ArrayLike) -> Array:
         """`(1/beta) eps_h(lam_{alpha h}(D))`, at most `Omega(p)`; equal for KL."""
+        gauge.expect_reference(self.regulariser, "first argument")
         return _kernel(_unnormalised_support, self.regulariser, policy)
 
     def worst_case(self, policy: ArrayLike) -> Array:
         """The member that takes `support`, `[*B, ..., A]`: `(1/beta) log_alpha(Z^{-1/alpha} p/p0)`."""
+        gauge.expect_reference(self.regulariser, "first argument")
         return jnp.moveaxis(_kernel(_unnormalised_worst, self.regulariser, policy), 0, -1)
 
     def radius(self, direction: ArrayLike) -> Array:
         """Largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; 0 and infinite as for the robust set."""
+        gauge.expect_reference(self.regulariser, "first argument")
         return _kernel(_unnormalised_reach, self.regulariser, direction)
 
 
@@ -154,19 +169,19 @@ class HalfSpace(PerturbationSet):
 
     def slack(self, perturbation: ArrayLike) -> Array:
         """`Omega(pi) - <pi, dr>`."""
-        return self.regulariser.value(self.policy) - _mean(self.policy, perturbation)
+        return _price(self.regulariser, self.policy) - _mean(self.policy, perturbation)
 
     def support(self, policy: ArrayLike) -> Array:
         """`Omega(pi)` for `pi` itself, infinite for every other distribution (compared to rounding)."""
         own = jnp.asarray(self.policy)
         unit = 8 * float(jnp.finfo(own.dtype).eps)
         other = jnp.max(jnp.abs(jnp.asarray(policy, own.dtype) - own), axis=-1) > unit
-        price = self.regulariser.value(own)
+        price = _price(self.regulariser, own)
         return jnp.where(other, jnp.inf, price)
 
     def radius(self, direction: ArrayLike) -> Array:
         """`Omega(pi)/<pi, direction>`, infinite where the direction costs the policy nothing."""
-        price, gain = self.regulariser.value(self.policy), _mean(self.policy, direction)
+        price, gain = _price(self.regulariser, self.policy), _mean(self.policy, direction)
         return jnp.where(gain > 0, price / jnp.where(gain > 0, gain, 1), jnp.where(jnp.isnan(gain), gain, jnp.inf))
 
 
@@ -207,9 +222,15 @@ class Orthant(PerturbationSet):
 
     def _corner(self) -> tuple[Array, Array]:
         """The worst case and the actions that the prior allows."""
-        corner = self.regulariser.worst_case(self.policy)
+        corner = adversary.worst_case(self.regulariser, self.policy)
         allowed = jnp.moveaxis(_kernel(_allowed, self.regulariser, self.policy), 0, -1)
         return corner, allowed
+
+
+def _price(reg: Regulariser, policy: ArrayLike) -> Array:
+    """`Omega(p)`."""
+    _host.expect_type(reg, Regulariser, "first argument", "kl")
+    return reg.value(policy)
 
 
 def _mean(policy: ArrayLike, x: ArrayLike) -> Array:
@@ -222,7 +243,6 @@ def _mean(policy: ArrayLike, x: ArrayLike) -> Array:
 @functools.partial(jax.jit, static_argnames="kernel")
 def _kernel(kernel: Any, reg: Regulariser, x: ArrayLike) -> Array:
     """A function of a bound regulariser and an array with actions leading, on an array in the public layout."""
-    _host.expect_type(reg, Regulariser, "regulariser", "kl")
     bound, x = reg._public(x)
     return kernel(bound, x)
 

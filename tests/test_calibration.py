@@ -1,5 +1,7 @@
 """Critical and calibrated beta: inverses of slack, derivatives, corners, and frequencies on fresh samples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +78,7 @@ def test_critical_beta_inverts_slack(order):
 
 def test_kl_state_scale_and_reductions():
     """KL is alpha = 1; state_scale divides; one beta for all states is the smallest; own beta does not matter."""
-    x = perturbations(np.random.default_rng(1), 200)
+    x = perturbations(np.random.default_rng(1), 300)
     plain = np.asarray(rr.critical_beta(rr.kl(7.0, PRIOR), x))
     np.testing.assert_allclose(plain, np.asarray(rr.critical_beta(regulariser(1.0), x)), rtol=1e-9)
     scale = np.array([0.5, 2.0, 4.0])
@@ -95,8 +97,8 @@ def test_kl_state_scale_and_reductions():
 def test_aggregated_critical_beta(order):
     """Weighted over states: the weighted sum of conjugates is 0 there; unvisited states count for nothing."""
     rng = np.random.default_rng(2)
-    x = rng.normal(size=(400, STATES, ACTIONS)) - 0.3
-    weights = rng.exponential(size=(400, STATES))
+    x = rng.normal(size=(300, STATES, ACTIONS)) - 0.3
+    weights = rng.exponential(size=(300, STATES))
     weights[:50, 1] = 0.0
     beta = np.asarray(rr.critical_beta(regulariser(order), x, weights=weights))
     total = lambda f: (weights * f).sum(-1)  # noqa: E731  # three uses, two lines apart
@@ -107,76 +109,123 @@ def test_aggregated_critical_beta(order):
     assert root.mean() > 0.5
     conjugate = oracle.conjugate(order, np.where(root, beta, 1)[:, None], PRIOR, x)
     assert (np.abs(total(conjugate)) <= 1e-10 * weights.sum(-1) * (1 + 1 / np.where(root, beta, 1)))[root].all()
-    each = np.asarray(rr.critical_beta(regulariser(order), x[50:], per_state=False))
-    assert (beta[50:] >= each * (1 - 1e-9)).all() and (beta[50:] > 2 * each).any()
-    alone = np.asarray(rr.critical_beta(regulariser(order), x, weights=np.eye(STATES)[2]))
-    np.testing.assert_allclose(alone, np.asarray(rr.critical_beta(regulariser(order), x))[:, 2], rtol=1e-9)
+    each = np.asarray(rr.critical_beta(regulariser(order), x))
+    least = each[50:].min(-1)
+    assert (beta[50:] >= least * (1 - 1e-9)).all() and (beta[50:] > 2 * least).any()
+    alone = np.asarray(rr.critical_beta(regulariser(order), x, weights=np.tile(np.eye(STATES)[2], (300, 1))))
+    np.testing.assert_allclose(alone, each[:, 2], rtol=1e-9)
     poisoned = x.copy()
     poisoned[:50, 1] = np.nan
     np.testing.assert_array_equal(np.asarray(rr.critical_beta(regulariser(order), poisoned, weights=weights)), beta)
 
 
-@pytest.mark.parametrize("order", (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0))
-def test_derivatives(order):
-    """Every leaf against central differences, forward against reverse, and a second derivative."""
+def per_state(leaves):
+    """Logarithms of critical betas, a function of every leaf."""
+    order, logits, scale, _, x = leaves
+    log_prior = jax.nn.log_softmax(jnp.where(ALLOWED, logits, -jnp.inf))
+    return jnp.log(rr.critical_beta(rr.alpha(order, 1.0, log_prior=log_prior, state_scale=scale), x))
+
+
+def aggregated(leaves):
+    """The same, of all states together."""
+    order, logits, scale, weights, x = leaves
+    log_prior = jax.nn.log_softmax(jnp.where(ALLOWED, logits, -jnp.inf))
+    return jnp.log(rr.critical_beta(rr.alpha(order, 1.0, log_prior=log_prior, state_scale=scale), x, weights=weights))
+
+
+def moved(leaves, direction, step):
+    return tuple(v + step * d for v, d in zip(leaves, direction))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def pull(measure, leaves):
+    """A weighted sum of a measure and its gradient by reverse mode, in one program."""
+
+    def total(leaves):
+        y = measure(leaves)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    return jax.value_and_grad(total)(leaves)
+
+
+def a_point(order):
+    """Leaves at which every critical beta is a root well away from 0 and infinity, and a direction."""
     rng = np.random.default_rng(3)
-    x = rng.normal(size=(40, STATES, ACTIONS)) - 0.5
-    keep = np.asarray(rr.critical_beta(regulariser(order), x))
-    mean = (PRIOR * x).sum(-1)
-    keep = (np.isfinite(keep) & (mean < -0.05) & (np.where(ALLOWED, x, -np.inf).max(-1) > 0.05)).all(-1)
-    x = x[keep][:6]
-    assert len(x) == 6
-    weights = rng.exponential(size=STATES)
+    x = samples(rng, (6, STATES, ACTIONS), PRIOR)
+    leaves = (order, np.log(np.where(ALLOWED, PRIOR, 1)), np.array([0.5, 1.0, 2.0]), rng.exponential(size=STATES), x)
+    leaves = tuple(jnp.asarray(v) for v in leaves)
+    size_ = (1.0, 1.0, 1.0, 1.0, 0.1)
+    return leaves, tuple(jnp.asarray(s * rng.normal(size=np.shape(v))) for s, v in zip(size_, leaves))
 
-    def measure(leaves):
-        order, logits, scale, weights, x = leaves
-        log_prior = jax.nn.log_softmax(jnp.where(ALLOWED, logits, -jnp.inf))
-        reg = rr.alpha(order, 1.0, log_prior=log_prior, state_scale=scale)
-        return jnp.log(rr.critical_beta(reg, x)), jnp.log(rr.critical_beta(reg, x, weights=weights))
 
-    logits = np.log(np.where(ALLOWED, PRIOR, 1))
-    leaves = tuple(jnp.asarray(v) for v in (order, logits, np.array([0.5, 1.0, 2.0]), weights, x))
-    direction = tuple(jnp.asarray(rng.normal(size=np.shape(v))) for v in leaves)
+ROOTS = (per_state, pytest.param(aggregated, marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("measure", ROOTS)
+@pytest.mark.parametrize("order", (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0))
+def test_gradients(measure, order):
+    """Reverse mode against central differences, every leaf."""
+    leaves, direction = a_point(order)
+    gradient = pull(measure, leaves)[1]
     step = 1e-6
-    ahead, behind = (measure(tuple(v + s * d for v, d in zip(leaves, direction))) for s in (step, -step))
-    slope = jax.jvp(measure, (leaves,), (direction,))[1]
-    for a, b, s in zip(ahead, behind, slope):
-        np.testing.assert_allclose(s, (a - b) / (2 * step), rtol=1e-6, atol=1e-6)
-    pulled = jax.grad(lambda v: sum(jnp.sum(y) for y in measure(v)))(leaves)
-    paired = sum(jnp.sum(a * b) for a, b in zip(pulled, direction))
-    np.testing.assert_allclose(paired, sum(jnp.sum(s) for s in slope), rtol=1e-10)
-    if order in (0.5, 1.0):
-
-        def along(s):
-            return sum(jnp.sum(y) for y in measure(tuple(v + s * d for v, d in zip(leaves, direction))))
-
-        second = jax.grad(jax.grad(along))(0.0)
-        step = 1e-4
-        difference = (jax.grad(along)(step) - jax.grad(along)(-step)) / (2 * step)
-        np.testing.assert_allclose(second, difference, rtol=1e-5)
+    for i, (slope, along) in enumerate(zip(gradient, direction)):
+        one = tuple(d if i == j else jnp.zeros_like(d) for j, d in enumerate(direction))
+        ahead, behind = (pull(measure, moved(leaves, one, s))[0] for s in (step, -step))
+        np.testing.assert_allclose(jnp.sum(slope * along), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+    assert (np.asarray(gradient[4])[:, 2, 1] == 0).all(), "masked"
 
 
-def test_corners():
-    """Zero, ties, masks, infinite and single actions; derivatives there are 0; NaN in one lane is nobody else's."""
+@pytest.mark.slow
+@pytest.mark.parametrize("measure", (per_state, aggregated))
+def test_forward_mode(measure):
+    """The same pairing from either side."""
+    forward = jax.jit(lambda leaves, direction: jax.jvp(lambda v: pull(measure, v)[0], (leaves,), (direction,))[1])
+    for order in (-1.0, 0.5, 1.0, 2.0):
+        leaves, direction = a_point(order)
+        paired = sum(jnp.sum(a * b) for a, b in zip(pull(measure, leaves)[1], direction))
+        np.testing.assert_allclose(forward(leaves, direction), paired, rtol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", (0.5, 1.0))
+def test_second_derivatives(order):
+    """Reverse over reverse mode against central differences of the first derivative, in every leaf at once."""
+    leaves, direction = a_point(order)
+    slope = jax.jit(jax.grad(lambda s: pull(aggregated, moved(leaves, direction, s))[0]))
+    step = 1e-4
+    difference = (slope(step) - slope(-step)) / (2 * step)
+    assert np.isfinite(difference)
+    np.testing.assert_allclose(jax.grad(slope)(0.0), difference, rtol=1e-5)
+
+
+def corners():
+    """A batch of three regularisers, and zero, a tie, a mask, an underflow, and a root."""
     order = jnp.asarray([0.5, 1.0, 2.0])
     reg = rr.alpha(order, 1.0, PRIOR)
     x = np.array([[0, 0, 0, 0], [1, 1, 1, 1], [-1, 9, -2, 0], [0, 0, 0, 1e-30], [1, -1, 1, -1.5]])[:, None]
     x = np.broadcast_to(x[None], (3, 5, STATES, ACTIONS)).astype(float).copy()
+    return reg, x
+
+
+@pytest.mark.slow
+def test_derivatives_of_corners():
+    """Where there is no root they are 0."""
+    reg, x = corners()
+    slope = np.asarray(jax.grad(lambda y: jnp.sum(jnp.where(jnp.isfinite(v := rr.critical_beta(reg, y)), v, 0)))(x))
+    assert np.isfinite(slope).all() and (slope[:, [0, 1, 3]] == 0).all() and (slope[:, :, 2, 1] == 0).all()
+    assert (slope[:, 4, 1] != 0).all()
+
+
+def test_corners():
+    """Zero, ties, masks, infinite and single actions; NaN in one lane is nobody else's."""
+    reg, x = corners()
     beta = np.asarray(rr.critical_beta(reg, x))
     assert (beta[:, 0] == np.inf).all() and (beta[:, 1] == 0).all() and (beta[:, 3] == 0).all()
     np.testing.assert_array_equal(beta[:, 2] == np.inf, np.broadcast_to([False, False, True], (3, STATES)))
     assert np.isfinite(beta[:, 4]).all()
-    slope = np.asarray(jax.grad(lambda y: jnp.sum(jnp.where(jnp.isfinite(v := rr.critical_beta(reg, y)), v, 0)))(x))
-    assert np.isfinite(slope).all() and (slope[:, [0, 1, 3]] == 0).all() and (slope[:, :, 2, 1] == 0).all()
-    assert (slope[:, 4, 1] != 0).all()
     alone = rr.kl(1.0, np.eye(ACTIONS)[2])
     assert float(rr.critical_beta(alone, np.array([5.0, 5, -1, 5]))) == np.inf
     assert float(rr.critical_beta(alone, np.array([-5.0, -5, 1, -5]))) == 0
-    # An action that nobody takes: its worst case is minus infinity, and beta is the policy's own.
-    policy = np.array([0.5, 0.5, 0, 0])
-    for reg_, exact in ((rr.kl(3.0), 3.0), (rr.alpha(0.5, 3.0), 3.0)):
-        again = float(rr.critical_beta(reg_, rr.worst_case(reg_, policy)))
-        np.testing.assert_allclose(again, exact, rtol=1e-12)
     poisoned = x.copy()
     poisoned[1, 4, 0, 0], poisoned[2, 2, 2, 1] = np.nan, np.nan  # the second is masked: never looked at
     lost = np.array(rr.critical_beta(reg, poisoned))
@@ -188,6 +237,33 @@ def test_corners():
         rr.critical_beta(rr.entropy(1.0), x)
     with pytest.raises(TypeError, match="first argument"):
         rr.critical_beta(x, x)  # type: ignore[arg-type]  # the point of the test
+
+
+def test_losses_of_minus_infinity():
+    """Actions taken out of every policy at a finite price, or (alpha <= 0) at none; and the policy's own beta again."""
+    order = np.array([-1.0, 0.0, 0.01, 0.5, 1.0, 2.0, 3.0])
+    prior = np.array([1, 2, 4, 9]) / 16
+    x = np.array([[-np.inf, 1, -2, -0.5], [-np.inf, -np.inf, 1, -0.1], [-np.inf, -1, 0, -3], [-np.inf, np.nan, 1, -1]])
+    beta = jax.jit(lambda a, y: rr.critical_beta(rr.alpha(a, 1.0, prior), y[None]))
+    found = np.stack([np.asarray(beta(a, x))[0] for a in order])
+    assert (found[:2, :2] == np.inf).all() and (found[:, 2] == np.inf).all() and np.isnan(found[:, 3]).all()
+    at = found[2:, :2]
+    assert np.isfinite(at).all() and (at > 0).all()
+    # What is left is a policy over the other actions: the oracle's conjugate at a loss beyond every other.
+    large = np.where(np.isneginf(x[:2]), -1e300, x[:2])
+    rest = slice(1, None)  # at alpha = 0.01 even that loss is felt
+    level = oracle.conjugate(order[3:, None], at[rest], prior, large)
+    np.testing.assert_allclose(level, 0, atol=1e-12)
+    for order_, reg in ((1.0, rr.kl(3.0, prior)), (0.5, rr.alpha(0.5, 3.0, prior))):
+        worst = rr.worst_case(reg, np.array([0.5, 0.5, 0, 0]))
+        assert np.isneginf(worst[2:]).all()
+        np.testing.assert_allclose(float(beta(order_, np.tile(worst, (4, 1)))[0, 0]), 3.0, rtol=1e-12)
+    slope = np.asarray(jax.grad(lambda y: jnp.sum(jnp.log(beta(0.5, y)[0, :2])))(x))
+    assert np.isfinite(slope[:2]).all() and (slope[:2][np.isneginf(x[:2])] == 0).all() and (slope[0, 1:] != 0).all()
+    # In a state that nobody visits, it counts for nothing.
+    two = np.stack([x[0], np.where(np.isneginf(x[0]), -9.0, x[0])])
+    weighed = rr.critical_beta(rr.alpha(0.0, 1.0, prior), two, weights=np.array([0.0, 2.0]))
+    np.testing.assert_allclose(weighed, rr.critical_beta(rr.alpha(0.0, 1.0, prior), two)[1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("order", (-1.0, 0.0, 0.5, 1.0, 1 - 1e-6, 2.0, 3.0))
@@ -208,13 +284,21 @@ def test_float32(order):
 # ---------------------------------------------------------------------------------------------------------------
 # calibration
 
-LANES, SAMPLES, FRESH, COVERAGE = 600, 19, 200, 0.9
+LANES, SAMPLES, COVERAGE = 300, 19, 0.9
 
 
 def frequencies(beta, scores):
     """Share of fresh critical betas that reach the calibrated one, its mean over calibrations and standard error."""
     share = (scores >= np.asarray(beta)[:, None]).mean(-1)
     return share.mean(), share.std() / np.sqrt(len(share))
+
+
+def samples(rng, shape, prior):
+    """Perturbations with a proper critical beta each: means below 0, largest entries above."""
+    x = rng.normal(size=shape)
+    x = np.where(prior > 0, x - (prior * x).sum(-1, keepdims=True), -np.inf)
+    x = x - rng.uniform(0.05, 0.95, (*shape[:-1], 1)) * x.max(-1, keepdims=True)
+    return np.where(prior > 0, x, 0) * rng.exponential(size=(shape[0],) + (1,) * (len(shape) - 1))
 
 
 @pytest.mark.parametrize("order", (0.5, 1.0, 2.0))
@@ -225,18 +309,18 @@ def test_calibrated_frequency_on_fresh_samples(order):
     """
     rng = np.random.default_rng(5)
     reg = regulariser(order)
-    x = rng.normal(size=(LANES, SAMPLES + FRESH, STATES, ACTIONS)) * rng.exponential(size=(LANES, 1, 1, 1)) - 1.5
-    beta = rr.calibrate(rr.alpha(np.full(LANES, order), 1.0, PRIOR), x[:, :SAMPLES], COVERAGE)
-    assert beta.shape == (LANES,)
-    scores = np.asarray(rr.critical_beta(reg, x, per_state=False))
-    mean, error = frequencies(beta, scores[:, SAMPLES:])
-    assert error < 0.004 and abs(mean - COVERAGE) <= 4 * error
-    # The sets themselves: slack at the calibrated beta, by the definition of membership.
-    at = rr.alpha(np.full(LANES, order), beta, PRIOR)
-    inside = (np.asarray(rr.slack(at, x[:, SAMPLES:])) >= 0).all(-1)
-    assert abs(inside.mean() - mean) < 1e-4
-    plain = np.quantile(scores[:, :SAMPLES], 1 - COVERAGE, axis=-1)
-    naive, error = frequencies(plain, scores[:, SAMPLES:])
+    known, *fresh = np.split(samples(rng, (LANES, 4 * SAMPLES, STATES, ACTIONS), PRIOR), 4, axis=1)
+    beta = np.asarray(rr.calibrate(reg, known, COVERAGE))
+    assert beta.shape == (LANES,) and (beta > 0).all()
+    scores = np.concatenate([np.asarray(rr.critical_beta(reg, x, per_state=False)) for x in fresh], axis=-1)
+    mean, error = frequencies(beta, scores)
+    assert error < 0.006 and abs(mean - COVERAGE) <= 4 * error
+    # The sets themselves, by the definition of membership and the oracle.
+    some = fresh[0][:100]
+    inside = (oracle.conjugate(order, beta[:100, None, None], PRIOR, some) <= 0).all(-1)
+    assert (inside == (scores[:100, :SAMPLES] >= beta[:100, None])).mean() > 0.999
+    ranked = np.asarray(rr.critical_beta(reg, known, per_state=False))
+    naive, error = frequencies(np.quantile(ranked, 1 - COVERAGE, axis=-1), scores)
     assert COVERAGE - naive > 4 * error
 
 
@@ -245,21 +329,20 @@ def test_calibrated_guarantee_of_a_policy():
     rng = np.random.default_rng(6)
     case = garnet_case(2)
     m, reg = case.mdp(0.9), rr.kl(1.0, case.prior)
-    policy = np.asarray(rr.solve(m, rr.kl(3.0, case.prior)).policy)
-    x = 0.5 * rng.normal(size=(200, SAMPLES + 40, *case.reward.shape)) - 0.1
-    lanes = rr.kl(np.ones(200), case.prior)
-    beta = rr.calibrate(lanes, x[:, :SAMPLES], COVERAGE, mdp=m, policy=policy)
-    safe = rr.calibrate(lanes, x[:, :SAMPLES], COVERAGE)
-    assert (np.asarray(beta) > 1.5 * np.asarray(safe)).all()
-    visits = oracle.occupancy(case.P, case.initial, np.asarray(0.9), policy)
-    fresh, mu = x[:, SAMPLES:], visits
-    scores = np.asarray(rr.critical_beta(reg, fresh, weights=mu.sum(-1)))
+    policy = np.asarray(reg.argmax(3 * case.reward))
+    known, *fresh = np.split(samples(rng, (LANES, 4 * SAMPLES, *case.reward.shape), case.prior), 4, axis=1)
+    beta = np.asarray(rr.calibrate(reg, known, COVERAGE, mdp=m, policy=policy))
+    safe = np.asarray(rr.calibrate(reg, known, COVERAGE))
+    assert (safe > 0).all() and (beta > 1.5 * safe).all()
+    mu = oracle.occupancy(case.P, case.initial, np.asarray(0.9), policy)
+    visits = np.broadcast_to(mu.sum(-1), (LANES, SAMPLES, mu.shape[0]))
+    scores = np.concatenate([np.asarray(rr.critical_beta(reg, x, weights=visits)) for x in fresh], axis=-1)
     mean, error = frequencies(beta, scores)
     assert error < 0.006 and abs(mean - COVERAGE) <= 4 * error
     # The guarantee itself holds at least that often: the loss of return is at most the price of the policy.
-    price = (mu.sum(-1) * oracle.divergence(1.0, case.prior, policy)).sum() / np.asarray(beta)
-    loss = (mu * fresh).sum((-1, -2))
-    covered = scores >= np.asarray(beta)[:, None]
+    price = (mu.sum(-1) * oracle.divergence(1.0, case.prior, policy)).sum() / beta
+    loss = np.concatenate([(mu * x).sum((-1, -2)) for x in fresh], axis=-1)
+    covered = scores >= beta[:, None]
     assert (loss <= price[:, None] + 1e-9)[covered].all()
     assert (loss <= price[:, None]).mean() >= COVERAGE - 4 * error
 
@@ -274,14 +357,16 @@ def test_ranks_derivatives_and_errors():
     for coverage, k in ranks.items():
         expected = scores[k - 1] if k else 0.0
         assert float(rr.calibrate(reg, x, coverage)) == expected, coverage
-    batch = rr.calibrate(rr.kl(np.ones(7), PRIOR), np.broadcast_to(x, (7, *x.shape)), list(ranks))
-    np.testing.assert_allclose(np.asarray(batch), [scores[k - 1] if k else 0 for k in ranks.values()], rtol=1e-12)
+    batch = rr.calibrate(reg, x, np.array(list(ranks)))
+    np.testing.assert_array_equal(np.asarray(batch), [scores[k - 1] if k else 0 for k in ranks.values()])
+    lanes = rr.calibrate(rr.kl(np.array([1.0, 5.0]), PRIOR), np.stack([x, 2 * x]), np.array([0.7, 0.8]))
+    np.testing.assert_allclose(np.asarray(lanes), [scores[2], scores[1] / 2], rtol=1e-12)
 
     jitted = jax.jit(lambda y, c: rr.calibrate(reg, y, c))
     mid = next(k for k in range(1, 9) if 0 < scores[k] < np.inf) + 1
     coverage = 1 - mid / 10
     assert float(jitted(x, coverage)) == scores[mid - 1]
-    slope = np.asarray(jax.grad(lambda y: rr.calibrate(reg, y, coverage))(x))
+    slope = np.asarray(jax.jit(jax.grad(lambda y: rr.calibrate(reg, y, coverage)))(x))
     assert (np.abs(slope).sum((-1, -2)) > 0).sum() == 1 and (slope[:, 2, 1] == 0).all()
     direction = rng.normal(size=x.shape)
     step = 1e-6
@@ -299,6 +384,15 @@ def test_ranks_derivatives_and_errors():
         rr.calibrate(reg, x[0], 0.9)
     with pytest.raises(ValueError, match="both mdp and policy"):
         rr.calibrate(reg, x, 0.9, policy=PRIOR)
+    with pytest.raises(ValueError, match="batch axes"):
+        rr.calibrate(rr.kl(np.ones(2), PRIOR), x, 0.9)
+    with pytest.raises(ValueError, match="batch axes do not broadcast: coverage"):
+        rr.calibrate(rr.kl(np.ones(2), PRIOR), np.stack([x, x]), np.array([0.9, 0.8, 0.7]))
+    for weights, message in ((np.ones(2), "weights has shape"), (np.array([1, -1.0, 1]), "weights.s=1. is -1")):
+        with pytest.raises(ValueError, match=message):
+            rr.critical_beta(reg, x, weights=weights)
+    with pytest.raises(ValueError, match="one beta for all states"):
+        rr.critical_beta(rr.kl(np.ones(2)), x[0, :2], per_state=False)
     case = garnet_case()
     with pytest.raises(ValueError, match="perturbations has shape"):
         rr.calibrate(rr.kl(1.0), x, 0.9, mdp=case.mdp(0.9), policy=case.prior)
