@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import robustreg as rr
-from robustreg import adversary, config, figures, interop, processes, sweep_figures
+from robustreg import adversary, config, drawing, figures, interop, processes, sweep_figures
 from robustreg.store import join
 from robustreg.sweep import prepare
 
@@ -290,7 +290,7 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
 
 def _drawable() -> bool:
     """Whether there is matplotlib; says so where there is none."""
-    if not figures.available():
+    if not drawing.available():
         print('no pictures: pip install "robustreg[figures]"', file=sys.stderr)
         return False
     return True
