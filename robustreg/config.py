@@ -199,6 +199,7 @@ def load(path: str | Path) -> Job:
 
 
 def read(path: str | Path) -> dict[str, Any]:
+    """The tables of a file."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -261,9 +262,7 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     options = {"kind": "auto", **table.get("solver", {})}
     limits = {key: options.pop(key, None) for key in ("tol", "max_steps")}
     _check_limits(limits, f"{source}: [solver]")
-    problem = construct(PROBLEMS, table["problem"], f"{source}: [problem]")
-    if not isinstance(problem, Problem):
-        problem = Problem(problem, table["problem"]["kind"].replace("_", " "))
+    problem = problem_of(table["problem"], source)
     regulariser = construct(REGULARISERS, table["regulariser"], f"{source}: [regulariser]")
     solver = construct(SOLVERS, options, f"{source}: [solver]", extra=tuple(limits))
     if not batch and (problem.mdp.batch_shape or regulariser.batch_shape):
@@ -276,10 +275,24 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     return Job(problem, regulariser, solver, limits["tol"], limits["max_steps"], table)
 
 
+def problem_of(section: Mapping[str, Any], source: str) -> Problem:
+    """What a [problem] table describes."""
+    problem = construct(PROBLEMS, section, f"{source}: [problem]")
+    return problem if isinstance(problem, Problem) else Problem(problem, section["kind"].replace("_", " "))
+
+
 def construct(
-    registry: Mapping[str, Callable], section: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
+    registry: Mapping[str, Callable],
+    section: Mapping[str, Any],
+    where: str,
+    extra: tuple[str, ...] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Call the constructor that `kind` names with the other keys; `extra` are allowed keys used elsewhere."""
+    """Call the constructor that `kind` names with the other keys.
+
+    `extra` are allowed keys used elsewhere, `given` are arguments that do not come from the section.
+    """
+    given = given or {}
     arguments = dict(section)
     kind = arguments.pop("kind", None)
     if not isinstance(kind, str) or kind not in registry:
@@ -287,7 +300,8 @@ def construct(
         raise ConfigError(f"{where} {given}; allowed: {', '.join(sorted(registry))}")
     constructor = registry[kind]
     # The precision is the caller's choice for all tables together, not a property of the problem.
-    parameters = {n: p for n, p in inspect.signature(constructor).parameters.items() if n != "dtype"}
+    accepted = inspect.signature(constructor).parameters
+    parameters = {n: p for n, p in accepted.items() if n not in ("dtype", *given)}
     refuse_unknown(arguments, (*parameters, *extra), f"{where} kind {kind!r}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
     if missing:
@@ -295,7 +309,7 @@ def construct(
     try:
         for name, value in arguments.items():
             _check_scalar(name, value, parameters[name].annotation)
-        return constructor(**arguments)
+        return constructor(**arguments, **given)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where} kind {kind!r}: {error}") from error
 
@@ -309,6 +323,7 @@ def _check_scalar(name: str, value: Any, annotation: Any) -> None:
 
 
 def refuse_unknown(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    """Refuse the first key that is not allowed, listing those that are."""
     for key in given:
         if key not in allowed:
             listed = ", ".join(sorted(set(allowed))) or "no keys"
