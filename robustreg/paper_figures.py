@@ -20,7 +20,6 @@ from robustreg.drawing import (
     draw_arrows,
     dress,
     inhabited,
-    legend_of,
     new_figure,
 )
 from robustreg.paper import Numbers
@@ -56,9 +55,7 @@ def decision(numbers: Numbers, title: str = "") -> Any:
         level = float(numbers["value"][k])
         row[3].axhline(level, color=AMBER, linewidth=2.2, linestyle="--", label=f"indifferent at {level:.3g}")
         row[3].legend(frameon=False, loc="upper center")
-        row[0].annotate(
-            strength, (-0.34, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", size=12
-        )
+        row[0].set_ylabel(f"{strength}\n\nreward units")
     for axes, head in zip(panels[0], heads):
         axes.set_title(head)
     for axes in panels[-1]:
@@ -120,34 +117,64 @@ _ARROW = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.8, "shrinkA": 0, "sh
 
 
 def sequential(numbers: Numbers, title: str = "") -> Any:
-    """Rows: strengths. Columns: value, policy, and the worst case of each action on the grid."""
+    """A block of maps per strength, side by side: value, policy, and the worst case of each action on the grid."""
     rows, columns = (int(n) for n in numbers["grid"])
-    grid, marks = (rows, columns), _marks(numbers)
-    actions = [str(name) for name in numbers["actions"]]
-    across, cell = 2 + len(actions), 2.45 / max(columns, rows)
-    figure = new_figure(across * (cell * columns + 0.12) + 2.6, len(numbers["beta"]) * (cell * rows + 0.45) + 1.2)
-    panels = figure.subplots(len(numbers["beta"]), across, squeeze=False)
+    grid, marks, actions = (rows, columns), _marks(numbers), [str(name) for name in numbers["actions"]]
+    blocks, down = len(numbers["beta"]), 1 + -(-len(actions) // 2)
+    cell = 2.8 / max(columns, rows)
+    figure = new_figure(2 * blocks * (cell * columns + 0.15) + 1.4, down * (cell * rows + 0.4) + 1.3)
+    panels = figure.subplots(down, 2 * blocks, squeeze=False)
     values = [inhabited(x, grid, marks) for x in numbers["value"]]
-    taken = [[inhabited(x, grid, marks) for x in dr.T] for dr in numbers["perturbation"]]
-    low, high = np.nanmin(values), np.nanmax(values)
-    norm, note = diverging(np.stack(taken))
+    taken = np.stack([[inhabited(x, grid, marks) for x in dr.T] for dr in numbers["perturbation"]])
+    norm, note = diverging(taken)
+    limits = {"vmin": np.nanmin(values), "vmax": np.nanmax(values)}
     steps = np.array([_MOVES.get(name[:1], (0, 0)) for name in actions], float)
-    for k, (row, strength) in enumerate(zip(panels, _strengths(numbers))):
-        image = row[0].imshow(values[k], cmap=VALUES, vmin=low, vmax=high)
-        row[1].set(facecolor="#efeff4", aspect="equal")
-        draw_arrows(row[1], numbers["policy"][k], steps, grid, marks, facecolor=INK, edgecolor="none")
-        maps = [axes.imshow(x, cmap=DIFFERENCES, norm=norm) for axes, x in zip(row[2:], taken[k])]
-        for axes in row:
-            dress(axes, grid, marks, legend=False)
-        row[0].set_ylabel(f"{strength}\nguaranteed {float(numbers['objective'][k]):.2f}", size=11)
-    for axes, head in zip(panels[0], ("value V", "policy π", *(f"Δ of {name}" for name in actions))):
-        axes.set_title(head)
-    figure.colorbar(image, ax=list(panels[:, 0]), label="value (reward units)", location="left", aspect=30, pad=0.02)
+    for k, strength in enumerate(_strengths(numbers)):
+        worth, chosen = panels[0, 2 * k : 2 * k + 2]
+        worth.imshow(values[k], cmap=VALUES, **limits)
+        worth.set_title(f"{strength}\nvalue V")
+        chosen.set(facecolor="#efeff4", aspect="equal")
+        draw_arrows(chosen, numbers["policy"][k], steps, grid, marks, facecolor=INK, edgecolor="none")
+        chosen.set_title(f"guaranteed {float(numbers['objective'][k]):.2f}\npolicy π".replace("-", "−"))
+        maps = panels[1:, 2 * k : 2 * k + 2].ravel()
+        for axes, x, name in zip(maps, taken[k], actions):
+            axes.imshow(x, cmap=DIFFERENCES, norm=norm)
+            axes.set_title(f"worst case Δ of {name}")
+        for axes in (worth, chosen, *maps[: len(actions)]):
+            _mark_cells(axes, grid, marks)
+        for axes in maps[len(actions) :]:
+            axes.set_axis_off()
+    figure.colorbar(panels[0, 0].images[0], ax=list(panels[0]), label="value\n(reward units)", aspect=10, pad=0.01)
     label = f"worst case Δ (reward units{note})\nblue: given, red: taken"
-    colour_bar(figure, maps[0], list(panels[:, -1]), label, aspect=30, pad=0.02)
-    figure.supxlabel(f"{legend_of(marks)}      arrows: half a cell is probability 1", size=11)
+    colour_bar(figure, maps[0].images[0], list(panels[1:].ravel()), label, aspect=22, pad=0.01)
+    shown = [text for name, text in _SYMBOLS.items() if name in marks]
+    figure.supxlabel("     ".join([*shown, "arrows: half a cell is probability 1"]), size=11)
     figure.suptitle(_titled(title, _divergence(numbers["alpha"])))
     return figure
+
+
+_SYMBOLS = {
+    "start": "○ start",
+    "water": "□ water",
+    "goal": "★ goal",
+    "hole": "H hole",
+    "cliff": "C cliff",
+    "wall": "grey: wall",
+}
+
+
+def _mark_cells(axes: Any, grid: tuple[int, int], marks: Marks) -> None:
+    """Cell borders and marks that leave the middle of small cells free."""
+    from matplotlib.patches import Circle, Rectangle
+
+    dress(axes, grid, {name: states for name, states in marks.items() if name not in ("start", "water")}, legend=False)
+    for name in ("water", "start"):
+        for row, column in (divmod(int(state), grid[1]) for state in marks.get(name, ())):
+            shape = Rectangle((column - 0.45, row - 0.45), 0.9, 0.9) if name == "water" else Circle((column, row), 0.42)
+            shape.set(fill=False, edgecolor="#1f4e9e" if name == "water" else "white", linewidth=1.2, zorder=4)
+            axes.add_patch(shape)
+            if name == "start":
+                axes.add_patch(Circle((column, row), 0.36, fill=False, edgecolor=INK, linewidth=1.6, zorder=4))
 
 
 def consistency(numbers: Numbers, title: str = "") -> Any:
@@ -167,12 +194,13 @@ def consistency(numbers: Numbers, title: str = "") -> Any:
     left.set(xlabel="states, by value", ylabel="reward units", title="in every state: indifference")
     left.legend(frameon=False, loc="lower right")
     for n, (perturbed, nominal) in enumerate(zip(numbers["perturbed"], numbers["nominal"])):
-        colour, marker, _ = SERIES[0] if n % 2 == 0 else SERIES[1]
+        colour = SERIES[n % 2][0]
         kind = "the policy's actions" if n % 2 == 0 else "random actions"
         named = {"label": f"{kind}: perturbed"} if n < 2 else {}
-        right.plot(perturbed, color=colour, linewidth=2.4, marker=marker, markevery=5, ms=5, zorder=3, **named)
-        named = {"label": f"{kind}: as it is"} if n < 2 else {}
-        right.plot(nominal, color=colour, linewidth=1.0, linestyle=":", **named)
+        width, line = ((7.0, "-"), (2.4, "--"))[n % 2]
+        right.plot(perturbed, line, color=colour, linewidth=width, alpha=0.8, zorder=3 + n % 2, **named)
+        named = {"label": f"{kind}: undisturbed"} if n < 2 else {}
+        right.plot(nominal, color=colour, linewidth=1.2, linestyle=":", **named)
     worst = np.ptp(numbers["perturbed"], axis=1).max()
     right.set(xlabel="step t", ylabel="collected so far + γᵗ V(sₜ)  (reward units)")
     right.set_title(f"along every path: constant to {worst:.0e}")
@@ -215,23 +243,24 @@ def price(numbers: Numbers, title: str = "") -> Any:
 
 def attacks(numbers: Numbers, title: str = "") -> Any:
     """Left: return against the size of the attack. Right: against its cost, with both bounds."""
-    figure = new_figure(13.0, 5.4)
+    figure = new_figure(13.0, 6.0)
     left, right = figure.subplots(1, 2, sharey=True)
     guaranteed, undisturbed = float(numbers["guaranteed"]), float(numbers["undisturbed"])
     scale, styles = numbers["scale"], dict(zip(("worst", "ball", "noise"), SERIES[1:]))
     names = {
         "worst": "worst case of the robust set",
         "ball": f"same norm (order {float(numbers['order']):g}), rewards only lowered",
-        "noise": "uniform noise of the same cost",
+        "noise": f"uniform noise of the same cost (range of {numbers['noise_return'].shape[-1]})",
     }
     for name, (colour, marker, line) in styles.items():
         earned, cost = (numbers[f"{name}_{what}"].reshape(len(scale), -1) for what in ("return", "cost"))
         every: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4, "linestyle": line}
-        many = earned.shape[1] > 1
-        width, alpha = (0.8, 0.35) if many else (2.4, 1.0)
-        left.plot(scale, earned, linewidth=width, alpha=alpha, **every)
-        right.plot(cost, earned, linewidth=width, alpha=alpha, **every)
-        left.plot([], [], linewidth=2.4, label=names[name], **every)
+        if name == "noise":
+            left.fill_between(scale, earned.min(1), earned.max(1), color=colour, alpha=0.35, lw=0, label=names[name])
+            right.plot(cost, earned, "-", color=colour, linewidth=0.8, alpha=0.6)
+            continue
+        left.plot(scale, earned, linewidth=2.4, label=names[name], **every)
+        right.plot(cost, earned, linewidth=2.4, **every)
     reach = numbers["worst_cost"]
     ends = np.array([min(reach.min(), numbers["shifted_cost"].min()), 1.15 * reach.max()])
     right.plot(ends, guaranteed - ends, "-", color=INK, linewidth=2, label="bound: guaranteed − cost [Fenchel–Young]")
@@ -243,7 +272,7 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
     span = undisturbed - lowest
     for axes in (left, right):
         axes.axhline(guaranteed, color=BLUE, linewidth=2, linestyle=(0, (6, 2)))
-        axes.set_ylim(lowest - 0.1 * span, undisturbed + 0.75 * span)
+        axes.set_ylim(lowest - 0.1 * span, undisturbed + 0.5 * span)
         axes.grid(color="#eeeeee", linewidth=0.6)
         _plain(axes)
     right.set_xlim(*ends)
@@ -254,13 +283,12 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
     left.annotate(
         "guaranteed", (scale[-1], guaranteed), xytext=(0, 4), textcoords="offset points", ha="right", color=BLUE
     )
-    left.annotate("undisturbed", (scale[0], undisturbed), xytext=(10, 6), textcoords="offset points", color=INK)
+    right.annotate("undisturbed", (0, undisturbed), xytext=(8, 0), textcoords="offset points", va="bottom")
     left.set(xlabel="size of the attack (1: worst case on the boundary)", ylabel="return (reward units)")
     right.set(xlabel="cost of the attack, Σ d Ω*(Δ)  (reward units; positive: outside the set)")
     left.set_title("outside the set the guarantee fails …")
-    right.set_title("… but no attack takes more than it costs")
-    left.legend(frameon=False, loc="upper right")
-    right.legend(frameon=False, loc="upper right")
+    right.set_title("… but by no more than the attack costs")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(_titled(title, f"{_divergence(numbers['alpha'])}, β = {float(numbers['beta']):g}"))
     return figure
 
@@ -268,7 +296,10 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
 def _strengths(numbers: Numbers) -> list[str]:
     """What to call the rows: the smallest beta is the strongest regulariser."""
     betas = numbers["beta"]
-    words = {2: ("strong", "weak"), 3: ("high", "medium", "low")}.get(len(betas), ("",) * len(betas))
+    words = {
+        2: ("strong regulariser", "weak regulariser"),
+        3: ("high strength", "medium strength", "low strength"),
+    }.get(len(betas), ("",) * len(betas))
     ranks = np.argsort(np.argsort(betas))
     return [f"{words[i]} (β = {b:g})".strip() if words[i] else f"β = {b:g}" for i, b in zip(ranks, betas)]
 
