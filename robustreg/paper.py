@@ -21,14 +21,15 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from robustreg import problems, regularisers
-from robustreg.adversary import nominal_optimum, occupancy, slack, worst_case
+from robustreg import regularisers
+from robustreg.adversary import nominal_optimum, slack, worst_case
 from robustreg.baselines import norm_attack, random_attack
-from robustreg.calibration import critical_beta
 from robustreg.config import Problem
 from robustreg.guarantees import guarantee
 from robustreg.mdp import MDP
+from robustreg.regularisers import Regulariser
 from robustreg.robust_sets import RobustSet
 from robustreg.solution import SolveError, Status
 from robustreg.solve import solve
@@ -52,18 +53,18 @@ def decision(
         `reward [A]`, `beta [K]`, `alpha`, `value [K]`, and `policy`, `perturbation`, `perturbed` (what is left of the
         reward) `[K, A]`.
     """
-    m = problems.bandit(reward)
-    reg = regularisers.alpha(alpha, _axis("beta", beta), prior)
-    sol = solve(m, reg).raise_if_failed()
-    perturbation = sol.perturbation[:, 0]
+    reg = _regulariser(alpha, _axis("beta", beta), prior)
+    r = jnp.asarray(_axis("reward", reward), reg.beta.dtype)
+    value = reg.conjugate(r)
+    perturbation = r[None] - value[:, None]
     return _arrays(
-        reward=m.reward[0],
+        reward=r,
         beta=reg.beta,
-        alpha=reg.alpha,
-        value=sol.value[:, 0],
-        policy=sol.policy[:, 0],
+        alpha=alpha,
+        value=value,
+        policy=reg.argmax(r),
         perturbation=perturbation,
-        perturbed=m.reward - perturbation,
+        perturbed=r[None] - perturbation,
     )
 
 
@@ -90,27 +91,26 @@ def feasible_sets(
         of the worst case: `worst` (the reward that it leaves) and `policy` and `normal` (gradient of the conjugate
         at the perturbation) `[M, K, 2]`, `value` and `slack` `[M, K]`.
     """
-    if len(reward) != 2:
-        raise ValueError(f"reward is {reward!r}; expected the rewards of two actions")
-    m = problems.bandit(reward)
     reg = regularisers.alpha(_axis("alpha", alpha)[:, None], _axis("beta", beta), prior)
-    sol = solve(m, reg).raise_if_failed()
-    dr = sol.perturbation[..., 0, :]
+    r = jnp.asarray(_axis("reward", reward), reg.beta.dtype)
+    if r.size != 2:
+        raise ValueError(f"reward is {reward!r}; expected the rewards of two actions")
+    value = reg.conjugate(r)
+    dr = r[None, None] - value[..., None]
     # From one vertex of the simplex to the other, evenly in log-odds: the far ends of the boundary are there.
-    odds = np.linspace(-1, 1, points) * -np.log(np.finfo(m.dtype).eps)
-    share = jnp.asarray(1 / (1 + np.exp(-odds)), m.dtype)[None, None]
-    edge = RobustSet(reg).boundary(share)
+    odds = np.linspace(-1, 1, points) * -np.log(np.finfo(r.dtype).eps)
+    share = jnp.asarray(1 / (1 + np.exp(-odds)), r.dtype)[None, None]
     return _arrays(
-        reward=m.reward[0],
+        reward=r,
         window=window,
         beta=reg.beta,
         alpha=reg.alpha[:, 0],
         prior=[0.5, 0.5] if prior is None else prior,
-        boundary=m.reward[None, None] - edge,
-        worst=m.reward[None] - dr,
-        policy=sol.policy[..., 0, :],
+        boundary=r[None, None, None] - RobustSet(reg).boundary(share),
+        worst=r[None, None] - dr,
+        policy=reg.argmax(r),
         normal=jax.grad(lambda x: -jnp.sum(slack(reg, x)))(dr),
-        value=sol.value[..., 0],
+        value=value,
         slack=slack(reg, dr),
     )
 
@@ -128,11 +128,11 @@ def sequential(problem: Problem, beta: Sequence[float], alpha: float = 1.0) -> N
         drawing: `grid` (rows, columns), `marks [S]` (names of remarkable cells), `actions [A]` (names).
     """
     m = problem.mdp
-    reg = regularisers.alpha(alpha, _axis("beta", beta))
+    reg = _regulariser(alpha, _axis("beta", beta))
     sol = solve(m, reg).raise_if_failed()
     return _arrays(
         beta=reg.beta,
-        alpha=reg.alpha,
+        alpha=alpha,
         objective=sol.objective,
         value=sol.value,
         policy=sol.policy,
@@ -165,7 +165,7 @@ def consistency(
         `states [N, T+1]`, `taken [N, T]` (actions), and the running totals `perturbed` and `nominal` `[N, T+1]`.
     """
     m = problem.mdp
-    reg = regularisers.alpha(alpha, beta)
+    reg = _regulariser(alpha, beta)
     sol = solve(m, reg).raise_if_failed()
     value, policy, q, dr = (np.asarray(x) for x in (sol.value, sol.policy, sol.q, sol.perturbation))
     states, taken = _trajectories(m, policy, trajectories, steps, seed)
@@ -174,7 +174,7 @@ def consistency(
     nominal = np.asarray(m.reward)[here, taken] + surprise
     return _arrays(
         beta=reg.beta,
-        alpha=reg.alpha,
+        alpha=alpha,
         value=value,
         policy=policy,
         perturbed_q=q - dr,
@@ -239,11 +239,10 @@ def attacks(
     Returns:
         `beta`, `alpha`, `order`, `scale [n]`, `guaranteed`, `undisturbed`; of the attacks "worst", "ball", "shifted"
         `[n]` and "noise" `[n, N]`: `worst_return` and so on, and `worst_cost` and so on, `sum_s d Omega*(dr)` over
-        discounted visits d: positive outside the aggregated robust set; and `worst_critical`, `ball_critical` and
-        `noise_critical [N]`, the scales at which they leave it.
+        discounted visits d: positive outside the aggregated robust set.
     """
     m = problem.mdp
-    reg = regularisers.alpha(alpha, beta)
+    reg = _regulariser(alpha, beta)
     sol = solve(m, reg).raise_if_failed()
     worst, cost = sol.perturbation[None], reg.value(sol.policy)[None, :, None]
     size = jnp.asarray(np.linalg.norm(np.asarray(worst), ord=order, axis=-1), m.dtype)
@@ -255,20 +254,15 @@ def attacks(
     dr = jnp.concatenate([t * 0 * worst[None], t * worst[None], t * ball[None], shifted, t * noise[None]], axis=1)
     met = guarantee(m, reg, sol.policy, m.reward[None, None] - dr)
     named = {"worst": 1, "ball": 2, "shifted": 3, "noise": slice(4, None)}
-    unit = jnp.concatenate([worst, ball, noise])
-    leaves = critical_beta(reg, unit, weights=jnp.sum(occupancy(m, sol.policy), axis=-1)) / reg.beta
     return _arrays(
         beta=reg.beta,
-        alpha=reg.alpha,
+        alpha=alpha,
         order=order,
         scale=t[:, 0, 0, 0],
         guaranteed=met.guaranteed[0, 0],
         undisturbed=met.actual[0, 0],
         **{f"{name}_return": met.actual[:, which] for name, which in named.items()},
         **{f"{name}_cost": -met.total_slack[:, which] for name, which in named.items()},
-        worst_critical=leaves[0],
-        ball_critical=leaves[1],
-        noise_critical=leaves[2:],
     )
 
 
@@ -308,6 +302,11 @@ def _drawing(problem: Problem) -> dict[str, np.ndarray]:
     for name, states in problem.marks.items():
         names[list(states)] = name
     return {"grid": np.array(m.grid), "marks": names, "actions": np.array(problem.actions)}
+
+
+def _regulariser(alpha: float, beta: ArrayLike, prior: ArrayLike | None = None) -> Regulariser:
+    """KL at alpha = 1, which has a closed form."""
+    return regularisers.kl(beta, prior) if alpha == 1 else regularisers.alpha(alpha, beta, prior)
 
 
 def _axis(name: str, values: Sequence[float]) -> np.ndarray:

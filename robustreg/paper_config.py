@@ -57,6 +57,8 @@ class Picture:
         if not available():
             return paths
         figure = self.draw(self.numbers, self.title)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # arranged once, for both files
         for kind, about in (("png", {}), ("pdf", {"CreationDate": None})):  # the same bits every time
             paths.append(out / f"{self.name}.{kind}")
             write_whole(paths[-1], lambda file, k=kind, a=about: figure.savefig(file, format=k, metadata=a))
