@@ -286,13 +286,13 @@ def construct(
     section: Mapping[str, Any],
     where: str,
     extra: tuple[str, ...] = (),
-    given: Mapping[str, Any] | None = None,
+    supplied: Mapping[str, Any] | None = None,
 ) -> Any:
     """Call the constructor that `kind` names with the other keys.
 
-    `extra` are allowed keys used elsewhere, `given` are arguments that do not come from the section.
+    `extra` are allowed keys used elsewhere, `supplied` are arguments that do not come from the section.
     """
-    given = given or {}
+    supplied = supplied or {}
     arguments = dict(section)
     kind = arguments.pop("kind", None)
     if not isinstance(kind, str) or kind not in registry:
@@ -301,7 +301,7 @@ def construct(
     constructor = registry[kind]
     # The precision is the caller's choice for all tables together, not a property of the problem.
     accepted = inspect.signature(constructor).parameters
-    parameters = {n: p for n, p in accepted.items() if n not in ("dtype", *given)}
+    parameters = {n: p for n, p in accepted.items() if n not in ("dtype", *supplied)}
     refuse_unknown(arguments, (*parameters, *extra), f"{where} kind {kind!r}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
     if missing:
@@ -309,7 +309,7 @@ def construct(
     try:
         for name, value in arguments.items():
             _check_scalar(name, value, parameters[name].annotation)
-        return constructor(**arguments, **given)
+        return constructor(**arguments, **supplied)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where} kind {kind!r}: {error}") from error
 

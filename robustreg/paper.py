@@ -91,7 +91,7 @@ def feasible_sets(
         of the worst case: `worst` (the reward that it leaves) and `policy` and `normal` (gradient of the conjugate
         at the perturbation) `[M, K, 2]`, `value` and `slack` `[M, K]`.
     """
-    reg = regularisers.alpha(_axis("alpha", alpha)[:, None], _axis("beta", beta), prior)
+    reg = regularisers.alpha(_axis("alpha", alpha)[:, None], _axis("beta", beta), _prior(prior))
     r = jnp.asarray(_axis("reward", reward), reg.beta.dtype)
     if r.size != 2:
         raise ValueError(f"reward is {reward!r}; expected the rewards of two actions")
@@ -304,9 +304,14 @@ def _drawing(problem: Problem) -> dict[str, np.ndarray]:
     return {"grid": np.array(m.grid), "marks": names, "actions": np.array(problem.actions)}
 
 
-def _regulariser(alpha: float, beta: ArrayLike, prior: ArrayLike | None = None) -> Regulariser:
+def _regulariser(alpha: float, beta: ArrayLike, prior: Sequence[float] | None = None) -> Regulariser:
     """KL at alpha = 1, which has a closed form."""
-    return regularisers.kl(beta, prior) if alpha == 1 else regularisers.alpha(alpha, beta, prior)
+    p0 = _prior(prior)
+    return regularisers.kl(beta, p0) if alpha == 1 else regularisers.alpha(alpha, beta, p0)
+
+
+def _prior(prior: Sequence[float] | None) -> np.ndarray | None:
+    return None if prior is None else _axis("prior", prior)
 
 
 def _axis(name: str, values: Sequence[float]) -> np.ndarray:

@@ -107,7 +107,7 @@ def load(path: str | Path, small: bool = False) -> Picture:
     if not isinstance(title, str):
         raise config.ConfigError(f"{where} title is {title!r}; expected text")
     arguments = {key: _ranged(x, f"{where} {key}") for key, x in arguments.items()}
-    picture = config.construct(KINDS, arguments, where, given=_problem(arguments.get("kind"), table, str(path)))
+    picture = config.construct(KINDS, arguments, where, supplied=_problem(arguments.get("kind"), table, str(path)))
     return dataclasses.replace(picture, name=Path(path).stem, title=title)
 
 
