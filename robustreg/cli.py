@@ -1,8 +1,9 @@
-"""The command line: `robustreg solve CONFIG`, `robustreg sweep CONFIG`, `robustreg merge` and `robustreg info`.
+"""The command line: `robustreg solve`, `certify`, `sweep`, `merge`, `figure` and `info`.
 
 It reads a configuration, calls the library, prints and writes what comes back; it has no method of its own.
 
-Exit codes: 0 done, 1 the solve or its certificate failed (or another process), 2 a bad configuration or command line.
+Exit codes: 0 done, 1 the solve, its certificate or the claim failed (or another process), 2 a bad configuration,
+file or command line.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 import robustreg as rr
-from robustreg import adversary, config, figures, interop, processes, sweep_figures
+from robustreg import adversary, claims, config, drawing, figures, interop, paper_config, processes, sweep_figures
 from robustreg.store import join
 from robustreg.sweep import prepare
 
@@ -77,6 +78,21 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the whole")
     merge.add_argument("--precision", choices=PRECISIONS, default="float64", help="as the parts were made with")
     merge.set_defaults(command=_merge)
+    figure = commands.add_parser("figure", help="draw a figure of the paper from its configuration")
+    figure.add_argument("config", metavar="CONFIG", help="a TOML file with a [figure] table; configs/paper/ holds them")
+    figure.add_argument("--out", metavar="DIR", type=Path, default=Path("."), help="write NAME.png, .pdf and .npz here")
+    figure.add_argument(
+        "--small", action="store_true", help="with the replacements of its [small] tables: a quick look"
+    )
+    figure.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
+    figure.set_defaults(command=_figure)
+    certify = commands.add_parser("certify", help="check what a policy is guaranteed, under a deployed reward too")
+    certify.add_argument("source", metavar="CONFIG|RESULT", help="a TOML file, or the result.npz of `robustreg solve`")
+    certify.add_argument("--policy", metavar="FILE", type=Path, help="another policy: an .npz with an array `policy`")
+    certify.add_argument("--deployed", metavar="FILE", type=Path, help="the reward it meets: an .npz with a `reward`")
+    certify.add_argument("--out", metavar="DIR", type=Path, help="write certificate.npz here")
+    certify.add_argument("--precision", choices=PRECISIONS, help="default: that of RESULT, float64 for CONFIG")
+    certify.set_defaults(command=_certify)
     info = commands.add_parser("info", help="print versions, devices and precisions")
     info.set_defaults(command=_info)
     return parser
@@ -199,6 +215,30 @@ def _show(table: rr.Table, out: Path, title: str) -> int:
     return 1 if failed or missing else 0
 
 
+def _figure(options: argparse.Namespace) -> int:
+    jax.config.update("jax_enable_x64", options.precision == "float64")
+    _prepare(options.out)
+    _drawable()
+    for path in paper_config.load(options.config, options.small).write(options.out):
+        print(f"wrote {path}")
+    return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    """Print what holds; the exit code is the verdict."""
+    precision = options.precision or claims.precision_of(options.source)
+    jax.config.update("jax_enable_x64", precision == "float64")
+    if options.out is not None:
+        _prepare(options.out)
+    claim = claims.examine(claims.load(options.source, options.policy, options.deployed))
+    print(_table(claim.rows))
+    if options.out is not None:
+        print(f"wrote {claim.write(options.out / 'certificate.npz', {'versions': versions()})}")
+    if not claim.holds:
+        print(f"robustreg: {claim.rows['verdict']}", file=sys.stderr)
+    return 0 if claim.holds else 1
+
+
 def _prepare(out: Path) -> None:
     """Make the folder for results before any work is done for it."""
     try:
@@ -290,7 +330,7 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
 
 def _drawable() -> bool:
     """Whether there is matplotlib; says so where there is none."""
-    if not figures.available():
+    if not drawing.available():
         print('no pictures: pip install "robustreg[figures]"', file=sys.stderr)
         return False
     return True

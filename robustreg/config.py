@@ -195,10 +195,11 @@ def load(path: str | Path) -> Job:
     Raises:
         ConfigError: the file cannot be read, or something in it is not allowed.
     """
-    return build(_read(path), str(path))
+    return build(read(path), str(path))
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
+    """The tables of a file."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -211,7 +212,7 @@ def load_sweep(path: str | Path) -> SweepJob:
     Raises:
         ConfigError: the file cannot be read, or something in it is not allowed.
     """
-    table, where = _read(path), f"{path}: [sweep]"
+    table, where = read(path), f"{path}: [sweep]"
     section = table.pop("sweep", None)
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: no [sweep] table")
@@ -224,10 +225,10 @@ def load_sweep(path: str | Path) -> SweepJob:
     listed = options.get("outputs", [])
     if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
         raise ConfigError(f"{where} outputs is {listed!r}; expected a list of names")
-    return SweepJob(job, {name: _values(x, f"{where} {name}") for name, x in section.items()}, options)
+    return SweepJob(job, {name: values(x, f"{where} {name}") for name, x in section.items()}, options)
 
 
-def _values(x: Any, where: str) -> np.ndarray:
+def values(x: Any, where: str) -> np.ndarray:
     """Grid values: a list, or a range."""
     if isinstance(x, list):
         try:
@@ -236,7 +237,7 @@ def _values(x: Any, where: str) -> np.ndarray:
             raise ConfigError(f"{where} is {x!r}; expected numbers, equally many in every row") from error
     if not isinstance(x, dict):
         raise ConfigError(f"{where} is {x!r}; expected a list, or a table with from, to, count and spacing")
-    _refuse_unknown(x, ("from", "to", "count", "spacing"), where)
+    refuse_unknown(x, ("from", "to", "count", "spacing"), where)
     spacing, (low, high, count) = x.get("spacing"), (x.get(key) for key in ("from", "to", "count"))
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or not isinstance(count, int):
         raise ConfigError(f"{where} needs numbers from and to, and a whole number count")
@@ -251,7 +252,7 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     Raises:
         ConfigError: something in the tables is not allowed.
     """
-    _refuse_unknown(table, ("problem", "regulariser", "solver"), source)
+    refuse_unknown(table, ("problem", "regulariser", "solver"), source)
     for name in ("problem", "regulariser"):
         if name not in table:
             raise ConfigError(f"{source}: no [{name}] table")
@@ -261,11 +262,9 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     options = {"kind": "auto", **table.get("solver", {})}
     limits = {key: options.pop(key, None) for key in ("tol", "max_steps")}
     _check_limits(limits, f"{source}: [solver]")
-    problem = _construct(PROBLEMS, table["problem"], f"{source}: [problem]")
-    if not isinstance(problem, Problem):
-        problem = Problem(problem, table["problem"]["kind"].replace("_", " "))
-    regulariser = _construct(REGULARISERS, table["regulariser"], f"{source}: [regulariser]")
-    solver = _construct(SOLVERS, options, f"{source}: [solver]", extra=tuple(limits))
+    problem = problem_of(table["problem"], source)
+    regulariser = construct(REGULARISERS, table["regulariser"], f"{source}: [regulariser]")
+    solver = construct(SOLVERS, options, f"{source}: [solver]", extra=tuple(limits))
     if not batch and (problem.mdp.batch_shape or regulariser.batch_shape):
         raise ConfigError(f"{source}: describes a batch of problems; `solve` takes one: give scalars")
     m = problem.mdp
@@ -276,10 +275,24 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     return Job(problem, regulariser, solver, limits["tol"], limits["max_steps"], table)
 
 
-def _construct(
-    registry: Mapping[str, Callable], section: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
+def problem_of(section: Mapping[str, Any], source: str) -> Problem:
+    """What a [problem] table describes."""
+    problem = construct(PROBLEMS, section, f"{source}: [problem]")
+    return problem if isinstance(problem, Problem) else Problem(problem, section["kind"].replace("_", " "))
+
+
+def construct(
+    registry: Mapping[str, Callable],
+    section: Mapping[str, Any],
+    where: str,
+    extra: tuple[str, ...] = (),
+    supplied: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Call the constructor that `kind` names with the other keys; `extra` are allowed keys used elsewhere."""
+    """Call the constructor that `kind` names with the other keys.
+
+    `extra` are allowed keys used elsewhere, `supplied` are arguments that do not come from the section.
+    """
+    supplied = supplied or {}
     arguments = dict(section)
     kind = arguments.pop("kind", None)
     if not isinstance(kind, str) or kind not in registry:
@@ -287,15 +300,16 @@ def _construct(
         raise ConfigError(f"{where} {given}; allowed: {', '.join(sorted(registry))}")
     constructor = registry[kind]
     # The precision is the caller's choice for all tables together, not a property of the problem.
-    parameters = {n: p for n, p in inspect.signature(constructor).parameters.items() if n != "dtype"}
-    _refuse_unknown(arguments, (*parameters, *extra), f"{where} kind {kind!r}")
+    accepted = inspect.signature(constructor).parameters
+    parameters = {n: p for n, p in accepted.items() if n not in ("dtype", *supplied)}
+    refuse_unknown(arguments, (*parameters, *extra), f"{where} kind {kind!r}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
     if missing:
         raise ConfigError(f"{where} kind {kind!r} needs {', '.join(missing)}")
     try:
         for name, value in arguments.items():
             _check_scalar(name, value, parameters[name].annotation)
-        return constructor(**arguments)
+        return constructor(**arguments, **supplied)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where} kind {kind!r}: {error}") from error
 
@@ -308,7 +322,8 @@ def _check_scalar(name: str, value: Any, annotation: Any) -> None:
         raise ValueError(f"{name} is {value!r}; expected {wanted}")
 
 
-def _refuse_unknown(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+def refuse_unknown(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    """Refuse the first key that is not allowed, listing those that are."""
     for key in given:
         if key not in allowed:
             listed = ", ".join(sorted(set(allowed))) or "no keys"

@@ -8,52 +8,35 @@ adversary takes, so that the agent is paid `reward - perturbation`: red is taken
 to it. Both colour maps (cividis; red to blue) can be read with every common form of colour blindness.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
 
+from robustreg.drawing import (
+    DIFFERENCES,
+    INK,
+    UNMARKED,
+    VALUES,
+    Grid,
+    Marks,
+    colour_bar,
+    diverging,
+    draw_arrows,
+    dress,
+    heading,
+    inhabited,
+    legend_of,
+    new_figure,
+    write_numbers,
+)
 from robustreg.mdp import MDP
 from robustreg.solution import Solution
 
-Marks = Mapping[str, Sequence[int]]
-Grid = tuple[int, int]
-
-VALUES, DIFFERENCES, INK = "cividis", "RdBu_r", "#1a1a1a"
-# Marked cells: a letter, its colour, and the fill of cells that nobody acts in (None: an ordinary cell).
-STYLES = {
-    "start": ("S", "black", None),
-    "goal": ("★", "#b8860b", "white"),
-    "hole": ("H", "white", "#404040"),
-    "cliff": ("C", "white", "#404040"),
-    "wall": ("", "white", "#9e9e9e"),
-    "water": ("≈", "#1f4e9e", None),
-}
-UNMARKED: Marks = {}
 # Names of actions that say where they lead, as (right, down).
 COMPASS = {"→ right": (1, 0), "← left": (-1, 0), "↓ down": (0, 1), "↑ up": (0, -1), "stay": (0, 0)}
-# An arrow from the origin to (1, 0). Scaled as a whole: a short one keeps its shape.
-_ARROW = np.array([[0, 0.07], [0.55, 0.07], [0.55, 0.24], [1, 0], [0.55, -0.24], [0.55, -0.07], [0, -0.07]])
-
-
-def available() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        new_figure(1.0, 1.0)
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of that size in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('figures need matplotlib: pip install "robustreg[figures]"') from error
-    return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
 def write(
@@ -144,13 +127,13 @@ def value_map(value: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = U
         marks: remarkable cells by name; see `STYLES`.
     """
     figure, axes = _map(grid)
-    shown = _inhabited(value, grid, marks)
+    shown = inhabited(value, grid, marks)
     image = axes.imshow(shown, cmap=VALUES)
     share = 0.046 * grid[0] / max(grid)  # as tall as the map: wide maps need a smaller part of it
     figure.colorbar(image, ax=axes, label="value (reward units)", fraction=share, pad=0.02)
     if shown.size <= 144:
-        _numbers(axes, shown, image)
-    _dress(axes, grid, marks)
+        write_numbers(axes, shown, image)
+    dress(axes, grid, marks)
     axes.set_title(heading(title, "regularised value"))
     return figure
 
@@ -165,18 +148,10 @@ def policy_map(policy: ArrayLike, steps: ArrayLike, grid: Grid, *, title: str = 
         title: name of the problem.
         marks: remarkable cells by name; see `STYLES`.
     """
-    from matplotlib.collections import PolyCollection
-
     figure, axes = _map(grid)
     axes.set(facecolor="#efeff4", aspect="equal")
-    probability = np.asarray(policy, dtype=float)
-    acting = np.isfinite(_inhabited(np.zeros(len(probability)), grid, marks)).ravel()
-    row, column = np.divmod(np.flatnonzero(acting), grid[1])
-    for p, (right, down) in zip(probability[acting].T, np.asarray(steps)):
-        arrow = 0.48 * _ARROW @ np.array([[right, down], [-down, right]])
-        arrows = np.stack([column, row], -1)[:, None, :] + p[:, None, None] * arrow
-        axes.add_collection(PolyCollection(list(arrows[p >= 0.01]), facecolor=INK, edgecolor="none", zorder=3))
-    _dress(axes, grid, marks)
+    draw_arrows(axes, np.asarray(policy), steps, grid, marks, facecolor=INK, edgecolor="none")
+    dress(axes, grid, marks)
     axes.set_title(heading(title, "policy: arrow length is probability, half a cell is 1"))
     return figure
 
@@ -205,18 +180,18 @@ def perturbation_maps(
     cell = min(0.45, 5.0 / max(grid))
     figure = new_figure(across * (cell * grid[1] + 0.2) + 1.3, down * (cell * grid[0] + 0.35) + 0.6)
     panels = figure.subplots(down, across, squeeze=False).ravel()
-    maps = [_inhabited(x, grid, marks) for x in taken.T]
-    norm, note = _diverging(np.stack(maps))
+    maps = [inhabited(x, grid, marks) for x in taken.T]
+    norm, note = diverging(np.stack(maps))
     for axes, shown, name in zip(panels, maps, _names(actions, n_actions)):
         axes.imshow(shown, cmap=DIFFERENCES, norm=norm)
-        _dress(axes, grid, marks, legend=False)
+        dress(axes, grid, marks, legend=False)
         axes.set_title(name)
     for axes in panels[n_actions:]:
         axes.set_axis_off()
     if marks:
-        figure.supxlabel(_legend(marks), size=10)
+        figure.supxlabel(legend_of(marks), size=10)
     label = f"perturbation (reward units{note})\nblue: given, red: taken"
-    _colorbar(figure, panels[0].images[0], list(panels), label, aspect=30, pad=0.02)
+    colour_bar(figure, panels[0].images[0], list(panels), label, aspect=30, pad=0.02)
     figure.suptitle(heading(title, "what the worst-case adversary takes", ": "))
     return figure
 
@@ -282,7 +257,7 @@ def heat_map(
     """
     order = np.lexsort((np.asarray(value), np.asarray(policy).argmax(-1)))
     probability, taken = np.asarray(policy)[order].T, np.asarray(perturbation)[order].T
-    norm, note = _diverging(taken)
+    norm, note = diverging(taken)
     figure = new_figure(11.0, 6.5)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.0, 1.4, 1.4))
     top.plot(np.asarray(value)[order], color=INK, linewidth=1.5)
@@ -292,16 +267,12 @@ def heat_map(
     image = middle.imshow(probability, cmap="Purples", vmin=0.0, vmax=1.0, **shared)
     figure.colorbar(image, ax=middle, label="policy\n(probability)", pad=0.01)
     image = bottom.imshow(taken, cmap=DIFFERENCES, norm=norm, **shared)
-    _colorbar(figure, image, bottom, f"perturbation\n(reward units{note})", pad=0.01)
+    colour_bar(figure, image, bottom, f"perturbation\n(reward units{note})", pad=0.01)
     for axes in (middle, bottom):
         axes.set_yticks(range(len(taken)), _names(actions, len(taken)))
     bottom.set_xlabel("states, by likeliest action, then by value")
     figure.suptitle(heading(title, "value, policy and worst case (red: taken, blue: given)", ": "))
     return figure
-
-
-def heading(title: str, subject: str, between: str = "\n") -> str:
-    return f"{title}{between}{subject}" if title else subject
 
 
 def _names(actions: Sequence[str], n_actions: int) -> Sequence[str]:
@@ -313,83 +284,3 @@ def _map(grid: Grid) -> tuple[Any, Any]:
     cell = min(0.72, 9.0 / max(grid))
     figure = new_figure(cell * grid[1] + 1.4, cell * grid[0] + 1.3)
     return figure, figure.subplots()
-
-
-def _inhabited(x: ArrayLike, grid: Grid, marks: Marks) -> np.ndarray:
-    """The cells `[rows, columns]` of `x [S]`, NaN where marked cells are filled: nobody acts there."""
-    cells = np.array(x, dtype=float)
-    if cells.shape != (grid[0] * grid[1],):
-        raise ValueError(f"a {grid[0]} x {grid[1]} grid has one number per cell, got shape {cells.shape}")
-    for name, states in marks.items():
-        if STYLES[name][2] is not None:
-            cells[list(states)] = np.nan
-    return cells.reshape(grid)
-
-
-def _diverging(x: np.ndarray) -> tuple[Any, str]:
-    """A colour scale with zero in its middle; logarithmic over two decades if few entries dwarf the rest."""
-    from matplotlib.colors import Normalize, SymLogNorm
-
-    sizes = np.abs(x[np.isfinite(x)])
-    largest = sizes.max(initial=0.0) or 1.0
-    if largest <= 20.0 * np.median(sizes):
-        return Normalize(-largest, largest), ""
-    return SymLogNorm(linthresh=largest / 100, vmin=-largest, vmax=largest), ", log scale"
-
-
-def _colorbar(figure: Any, image: Any, axes: Any, label: str, **where: Any) -> None:
-    """A colour bar whose ticks stay apart around the zero of a logarithmic scale."""
-    bar = figure.colorbar(image, ax=axes, label=label, **where)
-    if hasattr(image.norm, "linthresh"):
-        powers = 10.0 ** np.arange(-30, 30)
-        shown = powers[(powers > image.norm.linthresh) & (powers <= image.norm.vmax)]
-        ticks = [*-shown[::-1], 0.0, *shown]
-        bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-        bar.minorticks_off()
-
-
-def _numbers(axes: Any, shown: np.ndarray, image: Any) -> None:
-    """Write the value into each cell, light on dark and dark on light."""
-    largest = np.nanmax(np.abs(shown))
-    digits = 2 if largest < 10 else 1 if largest < 100 else 0
-    for (row, column), number in np.ndenumerate(shown):
-        if np.isfinite(number):
-            colour = "white" if image.norm(number) < 0.5 else "black"
-            axes.text(column, row, f"{number:.{digits}f}", ha="center", va="center", color=colour, size=8)
-
-
-def _dress(axes: Any, grid: Grid, marks: Marks, *, legend: bool = True) -> None:
-    """Cell borders, marked cells, and what the marks mean."""
-    rows, columns = grid
-    for name, states in marks.items():
-        for state in states:
-            _mark(axes, name, *divmod(int(state), columns))
-    axes.set(xticks=[], yticks=[], xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    axes.set_xticks(np.arange(0.5, columns - 1), minor=True)
-    axes.set_yticks(np.arange(0.5, rows - 1), minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.8, zorder=3)
-    axes.tick_params(which="both", length=0)
-    if legend and marks:
-        axes.set_xlabel(_legend(marks))
-
-
-def _legend(marks: Marks) -> str:
-    """What the marks mean, in a line."""
-    return "   ".join(f"{STYLES[name][0] or 'grey:'} {name}" for name in marks)
-
-
-def _mark(axes: Any, name: str, row: int, column: int) -> None:
-    """One marked cell: filled, its letter in the middle; or an ordinary cell, the letter in a corner."""
-    from matplotlib.patches import Rectangle
-
-    letter, colour, fill = STYLES[name]
-    style: dict[str, Any] = {"color": colour, "ha": "center", "va": "center", "weight": "bold", "zorder": 4}
-    if fill is not None:
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="none", zorder=2))
-        axes.text(column, row, letter, size=11, **style)
-        return
-    if name == "water":
-        frame = Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=colour, zorder=2)
-        axes.add_patch(frame)
-    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-    axes.text(column - 0.36, row - 0.34, letter, size=7, bbox=box, **style)

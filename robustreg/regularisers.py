@@ -122,7 +122,8 @@ class Regulariser:
         bound = self._rearrange(place, x.dtype, x.shape[-1])
         x = jnp.moveaxis(x, -1, 0)
         try:
-            shape = jnp.broadcast_shapes(x.shape[1:], bound.beta.shape, bound.log_prior.shape[1:])
+            order = getattr(bound, "alpha", bound.beta)
+            shape = jnp.broadcast_shapes(x.shape[1:], bound.beta.shape, order.shape, bound.log_prior.shape[1:])
         except ValueError:
             own = f"beta (with state_scale) {bound.beta.shape}, prior {bound.log_prior.shape[1:]}"
             raise ValueError(

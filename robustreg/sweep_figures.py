@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from robustreg.figures import INK, heading, new_figure
+from robustreg.drawing import INK, heading, new_figure
 from robustreg.solution import Status
 from robustreg.table import Table
 

@@ -207,3 +207,16 @@ def test_an_ambiguous_reward_is_refused():
     P = np.full((3, 3, 3), 1 / 4) + np.eye(3) / 4
     with pytest.raises(ValueError, match="reward"):
         rr.mdp(dense(P), np.zeros((3, 3, 3)), 0.9)
+
+
+def test_alphas_and_betas_on_axes_of_their_own():
+    """Values without batch axes meet every alpha with every beta."""
+    alphas, betas, q = np.array([0.5, 1.0, 2.0]), np.array([0.1, 1.0]), np.array([1.1, 0.8, -0.3])
+    reg = rr.alpha(alphas[:, None], betas)
+    for method in (reg.conjugate, reg.argmax, reg.value, reg.worst_case):
+        x = q if method in (reg.conjugate, reg.argmax) else np.array([0.5, 0.3, 0.2])
+        found = np.asarray(method(x))
+        for i, alpha in enumerate(alphas):
+            for k, beta in enumerate(betas):
+                one = getattr(rr.alpha(alpha, beta), method.__name__)(x)
+                np.testing.assert_allclose(found[i, k], one, rtol=1e-13, atol=1e-15)

@@ -11,7 +11,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 import robustreg as rr
-from robustreg import figures
+from robustreg import drawing, figures
 
 CELLS = ("S.~.", "..#.", "...G")
 GRID = (3, 4)
@@ -167,9 +167,9 @@ def test_a_wrong_size_is_refused():
 
 
 def test_matplotlib_is_optional(monkeypatch, solved):
-    assert figures.available()
+    assert drawing.available()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not figures.available()
+    assert not drawing.available()
     with pytest.raises(ModuleNotFoundError, match=r"robustreg\[figures\]"):
         figures.value_map(solved.value, GRID)
 

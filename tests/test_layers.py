@@ -24,12 +24,15 @@ LAYERS = (
     ("guarantees", "calibration", "robust_sets", "plan"),
     ("sweep",),
     ("processes",),
+    ("drawing",),
     ("config", "figures"),
-    ("sweep_figures",),
+    ("paper", "sweep_figures"),
+    ("paper_figures", "claims"),
+    ("paper_config",),
     ("cli",),
     ("__main__",),
 )
-TOP = ("figures", "sweep_figures", "cli", "__main__")
+TOP = ("cli", "__main__")
 LAYER = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "__init__")
 
