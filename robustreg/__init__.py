@@ -11,7 +11,9 @@
 
 from robustreg import adversary, problems
 from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
+from robustreg.budgets import Box, Features, SharedBudget, StatesOnly
 from robustreg.certificates import Certificate, certify
+from robustreg.game import Game, solve_game
 from robustreg.interop import from_gymnasium, load, save
 from robustreg.mdp import MDP, mdp
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
@@ -30,14 +32,19 @@ __all__ = [
     "MDP",
     "Alpha",
     "Anderson",
+    "Box",
     "Certificate",
     "Dense",
+    "Features",
+    "Game",
     "MatrixFree",
     "ModifiedPolicyIteration",
     "Newton",
     "Regulariser",
+    "SharedBudget",
     "Solution",
     "SolveError",
+    "StatesOnly",
     "Status",
     "Successors",
     "SweepError",
@@ -58,6 +65,7 @@ __all__ = [
     "save",
     "slack",
     "solve",
+    "solve_game",
     "sweep",
     "worst_case",
 ]

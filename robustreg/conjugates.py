@@ -153,6 +153,9 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
     best_prior = jax.scipy.special.logsumexp(at_best, axis=0)
+    # A caller's jit may compute q once for the maximum and once more, rounded differently, for the gap: none is 0 then.
+    least_prior = jnp.min(jnp.where(jnp.isneginf(log_prior), jnp.inf, log_prior), axis=0)
+    best_prior = jnp.where(jnp.isneginf(best_prior), least_prior, best_prior)
     high = jnp.broadcast_to(jnp.maximum(-best_prior, 0), gap.shape[1:])
     low = jnp.zeros_like(high)
 
