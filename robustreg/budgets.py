@@ -55,10 +55,12 @@ class Adversary:
         _coupled: whether states share a constraint. The best answer then jumps, play circles around the saddle point
             on its way in, and the means of what was played are tried beside the last.
         _responses: adversary's steps per step of the agent, by default.
+        _free: whether `ascent` takes parameters that are not retracted: once a round is then enough.
     """
 
     _coupled = False
     _responses = 10
+    _free = False
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -96,6 +98,8 @@ class Adversary:
 @_tree.dataclass
 class Whole(Adversary):
     """The whole robust set of the regulariser; its parameters are `beta dr`, projected to `beta (x - Omega*(x))`."""
+
+    _free = True
 
     def retract(self, problem: bellman.Lanes, params: Array) -> Array:
         """On the boundary of R, along the direction that moves all actions alike."""
@@ -138,6 +142,8 @@ class Box(Whole):
     """
 
     bound: Any
+
+    _free = False
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -310,13 +316,13 @@ class Features(Adversary):
     def perturbation(self, problem: bellman.Lanes, params: Array) -> Array:
         """`features @ w` less what its hardest state exceeds."""
         x, excess, _ = self._combined(problem, params)
-        return x - jnp.max(excess, axis=0)
+        return x - jnp.max(excess, axis=0)[None, None]
 
     def _bearing(self, problem: bellman.Lanes, params: Array, visits: Array, count: Array) -> tuple[Array, Array]:
         """Multipliers `[S, *B]` that sum to the visits, and the normals."""
         _, excess, normal = self._combined(problem, params)
-        share = jax.nn.softmax((excess - jnp.max(excess, axis=0)) / self._temperature(problem, count)[None], axis=0)
-        return share * jnp.sum(visits, axis=0), normal
+        share = jax.nn.softmax((excess - jnp.max(excess, axis=0)[None]) / self._temperature(problem, count)[None], axis=0)
+        return share * jnp.sum(visits, axis=0)[None], normal
 
     def _temperature(self, problem: bellman.Lanes, count: Array) -> Array:
         beta = jnp.max(problem.regulariser.beta, axis=0)
@@ -332,7 +338,7 @@ class Features(Adversary):
         mean = jnp.sum(self.features * normal[None], axis=1)
         spread = self.features - mean[:, None]
         within = self._gram(multiplier[None] * normal * problem.regulariser.beta[None], spread)
-        centre = jnp.sum(mean * multiplier[None], axis=1) / total
+        centre = jnp.sum(mean * multiplier[None], axis=1) / total[None]
         across = mean - centre[:, None]
         weight = multiplier / self._temperature(problem, count)[None]
         between = jnp.sum(across[:, None] * across[None] * weight[None, None], axis=2)
@@ -366,7 +372,7 @@ class Features(Adversary):
             falling = change < 0
             room = jnp.min(jnp.where(falling, mu / jnp.where(falling, -change, 1), jnp.inf), axis=(0, 1))
             step = jnp.minimum(room, 1)
-            totals += [self._support(problem, mu + (part * step) * change) for part in (0.25, 0.5, 0.75, 1.0)]
+            totals += [self._support(problem, mu + (part * step)[None, None] * change) for part in (0.25, 0.5, 0.75, 1.0)]
         return jnp.zeros_like(visits), jnp.min(jnp.stack(totals), axis=0)
 
     @staticmethod
@@ -438,7 +444,7 @@ class SharedBudget(Adversary):
 
     def perturbation(self, problem: bellman.Lanes, params: dict[str, Array]) -> Array:
         """A member of R, and each state's share of the budget on all its actions alike."""
-        extra = self.budget * jnp.exp(params["share"]) / self.weights
+        extra = self.budget[None] * jnp.exp(params["share"]) / self.weights
         dr = Whole().perturbation(problem, params["within"]) + extra[None]
         return jnp.where(is_masked(problem), 0, dr)
 
@@ -449,11 +455,11 @@ class SharedBudget(Adversary):
         worth = visits / self.weights
         share = jnp.exp(params["share"])
         mean = jnp.sum(share * worth, axis=0)
-        force = jnp.max(problem.regulariser.beta * self.budget / self.weights, axis=0)
+        force = jnp.max(problem.regulariser.beta * self.budget[None] / self.weights, axis=0)
         step = 1 / (1 + force)
         return {
             "within": Whole().ascent(problem, params["within"], policy, visits, count),
-            "share": step * (worth - mean[None]) / jnp.max(worth, axis=0),
+            "share": step[None] * (worth - mean[None]) / jnp.max(worth, axis=0)[None],
         }
 
     def price(

@@ -368,7 +368,8 @@ def _moved_agent(board: _Board, position: _Position, direction: Array) -> tuple[
 def _moved_adversary(board: _Board, params: Any, memory: Any, direction: Any) -> tuple[Any, Any]:
     update = _per_lane(board.problem, board.rules.response.update)
     change, memory = update(jax.tree.map(jnp.negative, direction), memory, params)
-    return board.adversary.retract(board.problem, optax.apply_updates(params, change)), memory
+    params = optax.apply_updates(params, change)
+    return params if board.adversary._free else board.adversary.retract(board.problem, params), memory
 
 
 def _answers(board: _Board, position: _Position, policy: Array, params: Any) -> tuple[Any, Any]:
@@ -380,7 +381,8 @@ def _answers(board: _Board, position: _Position, policy: Array, params: Any) -> 
         direction = board.adversary.ascent(board.problem, state[0], policy, visits, position.steps)
         return _moved_adversary(board, *state, direction)
 
-    return lax.fori_loop(0, board.rules.responses, answer, (params, position.memories[1]))
+    params, memory = lax.fori_loop(0, board.rules.responses, answer, (params, position.memories[1]))
+    return board.adversary.retract(board.problem, params), memory
 
 
 def _round(board: _Board, position: _Position) -> _Position:
@@ -407,9 +409,9 @@ def _averaged(board: _Board, position: _Position) -> tuple[Array, ...]:
     dr = board.adversary.perturbation(board.problem, position.params)
     flow, mass, total = position.means
     return (
-        flow + weight * visits[None] * policy,
-        mass + weight * visits,
-        total + weight * dr,
+        flow + (weight[None] * visits)[None] * policy,
+        mass + weight[None] * visits,
+        total + weight[None, None] * dr,
     )
 
 
@@ -427,7 +429,7 @@ def _record(board: _Board, tol: Array, index: Array | int, position: _Position, 
         count = position.steps.astype(problem.dtype)
         weight = jnp.where(count > 0, 0.5 * count * (count + 1), 1)
         mean = jnp.where((mass > 0)[None], flow / jnp.where(mass > 0, mass, 1)[None], policy)
-        candidates.append((mean, jnp.where(count > 0, total / weight, dr)))
+        candidates.append((mean, jnp.where((count > 0)[None, None], total / weight[None, None], dr)))
     new, sound = books, jnp.ones(problem.batch, bool)
     for policy, dr in candidates:
         primal, dual = _primal(board, position.params, policy), _dual(board, dr)
@@ -435,9 +437,9 @@ def _record(board: _Board, tol: Array, index: Array | int, position: _Position, 
         sound = sound & jnp.isfinite(primal) & jnp.isfinite(dual)
         new = dataclasses.replace(
             new,
-            policy=jnp.where(higher, policy, new.policy),
+            policy=jnp.where(higher[None, None], policy, new.policy),
             primal=jnp.where(higher, primal, new.primal),
-            perturbation=jnp.where(lower, dr, new.perturbation),
+            perturbation=jnp.where(lower[None, None], dr, new.perturbation),
             dual=jnp.where(lower, dual, new.dual),
         )
     reached = _relative(new.primal, new.dual) <= tol
