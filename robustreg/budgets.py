@@ -321,7 +321,9 @@ class Features(Adversary):
     def _bearing(self, problem: bellman.Lanes, params: Array, visits: Array, count: Array) -> tuple[Array, Array]:
         """Multipliers `[S, *B]` that sum to the visits, and the normals."""
         _, excess, normal = self._combined(problem, params)
-        share = jax.nn.softmax((excess - jnp.max(excess, axis=0)[None]) / self._temperature(problem, count)[None], axis=0)
+        share = jax.nn.softmax(
+            (excess - jnp.max(excess, axis=0)[None]) / self._temperature(problem, count)[None], axis=0
+        )
         return share * jnp.sum(visits, axis=0)[None], normal
 
     def _temperature(self, problem: bellman.Lanes, count: Array) -> Array:
@@ -372,7 +374,9 @@ class Features(Adversary):
             falling = change < 0
             room = jnp.min(jnp.where(falling, mu / jnp.where(falling, -change, 1), jnp.inf), axis=(0, 1))
             step = jnp.minimum(room, 1)
-            totals += [self._support(problem, mu + (part * step)[None, None] * change) for part in (0.25, 0.5, 0.75, 1.0)]
+            totals += [
+                self._support(problem, mu + (part * step)[None, None] * change) for part in (0.25, 0.5, 0.75, 1.0)
+            ]
         return jnp.zeros_like(visits), jnp.min(jnp.stack(totals), axis=0)
 
     @staticmethod

@@ -48,7 +48,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, adversary as nature, bellman, linear
+from robustreg import _host, _tree, bellman, linear
+from robustreg import adversary as nature
 from robustreg.budgets import Adversary, Whole, is_masked, shape
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
