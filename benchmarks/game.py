@@ -2,8 +2,8 @@
 
     python benchmarks/game.py [--tol 1e-4] [--garnets 64] [--json FILE]
 
-Each problem under alpha in {.5, 1, 2} and beta in {.5, 5, 50}, discount .99, nine lanes (or nine times the Garnets) in one
-batch, with the defaults of `robustreg.solve_game`. `gap` is the largest (dual - primal)/|V*| of the lanes, V* from
+Each problem under alpha in {.5, 1, 2} and beta in {.5, 5, 50}, discount .99, nine lanes (or nine times the Garnets)
+in one batch, with the defaults of `robustreg.solve_game`. `gap` is the largest (dual - primal)/|V*| of the lanes, V* from
 `robustreg.solve`; `first` is the first call in this process with compilation, `warm` the second.
 
 Typical printout (2 shared CPU cores, float64, JAX 0.10.2):

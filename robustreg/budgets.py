@@ -8,7 +8,7 @@ Bellman equation. Restricted or pooled, most have neither, and the game is playe
 |---|---|---|
 | `Whole` | R | itself, `Omega` |
 | `Box(bound)` | R with `\|dr\| <= bound` | a split of the policy, one number per state |
-| `StatesOnly()` | R with `dr(s, a) = u(s)` | 0: `Omega*(u 1) = u`, so that R leaves `u <= 0` and nothing is to be gained |
+| `StatesOnly()` | R with `dr(s, a) = u(s)` | 0: `Omega*(u 1) = u`, R leaves `u <= 0`: nothing is gained |
 | `Features(phi)` | R with `dr = phi @ w` | a split of the occupancy that the features cannot tell from it |
 | `SharedBudget(budget, weights)` | `sum_s weights_s max(Omega*(dr_s), 0) <= budget` | itself |
 
@@ -19,8 +19,7 @@ parameters and closes at the adversary's best answer. It is weak duality: R is c
 function is finite for every occupancy `u >= 0` (a policy or not) and equal to `sum_s |u_s| Omega(u_s/|u_s|)`; a sum of
 two sets has the sum of two support functions, an intersection the smallest such sum over splits `mu = u + v`.
 
-**Metric.** Directions are per visit of a state and in units in which a step of 1 is Newton's: with `p = grad Omega*(dr)`,
-the policy that `dr` is worst for, and the curvature `w = p0^{alpha-1} m^{2-alpha}` at `m = max(pi, p)`, an entry of
+**Metric.** Directions are per visit of a state, in units in which a step of 1 is Newton's: with `p = grad Omega*(dr)`, policy that `dr` is worst for, and the curvature `w = p0^{alpha-1} m^{2-alpha}` at `m = max(pi, p)`, an entry of
 `beta dr` moves by `(pi - p)/w`. For KL that is at most 1, and `log(pi/p)` near the best answer.
 """
 
@@ -292,8 +291,8 @@ class Features(Adversary):
             w = np.linalg.lstsq(phi, np.ones(len(phi)), rcond=None)[0]
             if np.abs(phi @ w - 1).max() > 1e-4:
                 raise ValueError(
-                    f"no combination of Features.features (lane {lane}) is a constant, and 0 may be all that the robust "
-                    "set leaves: append one, np.concatenate([features, np.ones((S, A, 1))], -1)"
+                    f"no combination of Features.features (lane {lane}) is a constant, and 0 may be all that "
+                    "the robust set leaves: append one, np.concatenate([features, np.ones((S, A, 1))], -1)"
                 )
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Features":
@@ -357,8 +356,8 @@ class Features(Adversary):
     def price(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """R's support function at an occupancy `u >= 0` that the features cannot tell from mu.
 
-        `<mu, phi w> = <u, phi w>` for every w, and no member of R takes more than that from u. Of the normals' occupancy
-        only the part is taken that changes nothing that the features see, and as much of it as leaves u >= 0.
+        `<mu, phi w> = <u, phi w>` for every w, and no member of R takes more than that from u. Of the normals'
+        occupancy only the part is taken that changes nothing that the features see, and as much of it as leaves u >= 0.
         """
         count = jnp.full(problem.batch, 1_000_000)
         candidates = [jnp.zeros_like(policy)]
