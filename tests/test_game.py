@@ -179,7 +179,7 @@ def test_restricted_adversaries_against_a_convex_program(kind, seed):
         "features": (rr.Features(features), features),
         "budget": (rr.SharedBudget(0.4, weights), (0.4, weights)),
     }[kind]
-    game = rr.solve_game(m, reg, adversary=adversary, steps=300 if kind == "box" else 2000, record=50)
+    game = rr.solve_game(m, reg, adversary=adversary, steps=1000 if kind == "box" else 2000, record=50)
     truth = np.array([reference(P, reward, initial, prior, beta, g, kind, extra) for beta in betas])
     assert np.isfinite(truth).all()
     assert (np.asarray(game.primals) <= truth[:, None] + 1e-6).all()
@@ -197,7 +197,7 @@ def test_restricted_adversaries_against_a_convex_program(kind, seed):
         assert np.abs(dr).max() <= 0.3 + 1e-12
     if kind == "features":
         plain = initial @ oracle.optimal_value(P, reward, g, prior > 0)
-        assert (truth < plain - 1e-2).all() and truth[0] < truth[1] - 1e-2
+        assert (truth < plain - 5e-4).all() and truth[0] < truth[1] - 1e-3
         phi = features.reshape(6, 3)
         w = np.linalg.lstsq(phi, dr.reshape(2, 6).T, rcond=None)[0]
         np.testing.assert_allclose(phi @ w, dr.reshape(2, 6).T, atol=1e-9)
