@@ -3,12 +3,14 @@
     python benchmarks/game.py [--tol 1e-4] [--garnets 64] [--json FILE]
 
 Each problem under alpha in {.5, 1, 2} and beta in {.5, 5, 50}, discount .99, nine lanes (or nine times the Garnets)
-in one batch, with the defaults of `robustreg.solve_game`. `gap` is the largest (dual - primal)/|V*| of the lanes, V* from
-`robustreg.solve`; `first` is the first call in this process with compilation, `warm` the second.
+in one batch, with the defaults of `robustreg.solve_game`. `gap` is the largest (dual - primal)/|V*| of the lanes,
+V* from `robustreg.solve`; `first` is the first call in this process with compilation, `warm` the second.
 
-Typical printout (2 shared CPU cores, float64, JAX 0.10.2):
+First line of a printout (2 shared and busy CPU cores, float64, JAX 0.10.2):
 
-TYPICAL
+    commit 05adf7e, device cpu, jax 0.10.2
+      problem          lanes  converged  steps  most      gap  first s   warm s
+      FrozenLake 8x8       9          9      5    10    6e-06    41.91     0.18
 """
 
 import argparse

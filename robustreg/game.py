@@ -13,9 +13,9 @@ that they meet where `solve` says is strong duality, observed. Sets without clos
 **Moves.** A step of the *agent* is a natural-gradient step: logits rise by the advantage `beta (q - <pi, q>)` of the
 plain, unregularised q under `r - dr`, for the policy and the perturbation that are being played; in every state,
 however rarely visited. Its policy is the logits' image under a link: "matched", the regulariser's own (`grad Omega*`,
-softmax for KL, sparsemax for alpha = 2), or "softmax" with the prior as weights, which is the same for KL only. The link serves to
-write policies down; there is no maximum over q anywhere. q comes from a critic that follows the play: one linear solve
-for what the last value misses. The *adversary* climbs `<mu, dr>` within its set, by several cheap steps (no linear
+softmax for KL, sparsemax for alpha = 2), or "softmax" with the prior as weights, which is the same for KL only. The
+link serves to write policies down; there is no maximum over q anywhere. q comes from a critic that follows the play: one
+linear solve for what the last value misses. The *adversary* climbs `<mu, dr>` within its set, by several cheap steps (no linear
 solve) for each of the agent's.
 
 **Bounds.** Every `record` rounds, for the policy pi and the perturbation dr being played,
@@ -32,7 +32,7 @@ iteration: play ends superlinearly. Before, logits move by up to 5 a round: abou
 alpha in {.5, 1, 2} and beta in {.5, 5, 50}: see `benchmarks/game.py`. Where states share a constraint (`Features`,
 `SharedBudget`), answers jump and play circles inward: there the means over rounds (weights proportional to the round;
 policies weighted by their visits, so that it is occupancies that are averaged) are tried beside the last, and the gap
-falls about like 1/rounds.
+falls slowly: with `Features`, to 1e-2 or 1e-3 of the rewards after 2,000 rounds.
 """
 
 import dataclasses
