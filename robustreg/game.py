@@ -14,9 +14,9 @@ that they meet where `solve` says is strong duality, observed. Sets without clos
 plain, unregularised q under `r - dr`, for the policy and the perturbation that are being played; in every state,
 however rarely visited. Its policy is the logits' image under a link: "matched", the regulariser's own (`grad Omega*`,
 softmax for KL, sparsemax for alpha = 2), or "softmax" with the prior as weights, which is the same for KL only. The
-link serves to write policies down; there is no maximum over q anywhere. q comes from a critic that follows the play: one
-linear solve for what the last value misses. The *adversary* climbs `<mu, dr>` within its set, by several cheap steps (no linear
-solve) for each of the agent's.
+link serves to write policies down; there is no maximum over q anywhere. q comes from a critic that follows the play:
+one linear solve for what the last value misses. The *adversary* climbs `<mu, dr>` within its set, by several cheap
+steps (no linear solve) for each of the agent's.
 
 **Bounds.** Every `record` rounds, for the policy pi and the perturbation dr being played,
 
