@@ -109,8 +109,8 @@ def test_batches_freeze_and_lost_lanes():
     one = jax.tree.map(lambda x: x[3], (reg.alpha, reg.beta))
     single = dataclasses.replace(reg, alpha=one[0], beta=one[1])
     alone = rr.solve_game(m, single, tol=1e-6, record=1)
-    assert int(alone.steps[0]) == int(game.steps[0, 3])
-    np.testing.assert_allclose(alone.policy[0], game.policy[0, 3], atol=1e-9)
+    assert int(alone.steps[0, 0]) == int(game.steps[0, 3])
+    np.testing.assert_allclose(alone.policy[0, 0], game.policy[0, 3], atol=1e-9)
     with pytest.raises(rr.SolveError, match="MAX_STEPS"):
         rr.solve_game(m, reg, tol=1e-12, steps=1).raise_if_failed()
 
