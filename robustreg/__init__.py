@@ -9,14 +9,20 @@
 `robustreg.bellman` states the mathematics in a page.
 """
 
-from robustreg import adversary, problems
+from robustreg import adversary, baselines, problems
 from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
+from robustreg.baselines import Entropy, entropy
 from robustreg.budgets import Box, Features, SharedBudget, StatesOnly
+from robustreg.calibration import calibrate, critical_beta
 from robustreg.certificates import Certificate, certify
 from robustreg.game import Game, solve_game
+from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium, load, save
+
 from robustreg.mdp import MDP, mdp
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
+from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
+from robustreg.sharding import shard
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
@@ -35,12 +41,17 @@ __all__ = [
     "Box",
     "Certificate",
     "Dense",
+    "Entropy",
     "Features",
     "Game",
+    "Guarantee",
+    "HalfSpace",
     "MatrixFree",
     "ModifiedPolicyIteration",
     "Newton",
+    "Orthant",
     "Regulariser",
+    "RobustSet",
     "SharedBudget",
     "Solution",
     "SolveError",
@@ -50,12 +61,19 @@ __all__ = [
     "SweepError",
     "Table",
     "Transitions",
+    "UnnormalisedSet",
     "ValueIteration",
     "adversary",
+    "aggregated_slack",
     "alpha",
+    "baselines",
+    "calibrate",
     "certify",
+    "critical_beta",
+    "entropy",
     "evaluate",
     "from_gymnasium",
+    "guarantee",
     "kl",
     "load",
     "mdp",
@@ -63,6 +81,7 @@ __all__ = [
     "occupancy",
     "problems",
     "save",
+    "shard",
     "slack",
     "solve",
     "solve_game",

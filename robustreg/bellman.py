@@ -23,6 +23,8 @@ along every trajectory the discounted exit rates add up to exactly 1, so that it
 `rounding` bounds both, from the size of every summand of the backup.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -139,7 +141,7 @@ def backup(problem: Lanes, h: Array, c: Array) -> tuple[Array, Array, Array]:
 def cost(problem: Lanes, th: Array, q: Array) -> Array:
     """`max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
     masked = jnp.isneginf(problem.regulariser._prior)
-    return jnp.max(jnp.max(jnp.where(masked, -jnp.inf, q), axis=0) - th, axis=0)
+    return jnp.max(_tree.largest(jnp.where(masked, -jnp.inf, q)) - th, axis=0)
 
 
 def sound(problem: Lanes) -> Array:
@@ -165,9 +167,9 @@ class Chain:
     leave: Array
     ends: bool = _tree.static()
 
-    def apply(self, x: Array) -> Array:
-        """`K x`, `[S, *B]`."""
-        return self.discount[None] * jnp.sum(self.policy * self.transitions._expect(x), axis=0)
+    def apply(self, x: Array, add: Callable[[Array], Array] = _tree.total) -> Array:
+        """`K x`, `[S, *B]`. `add` sums over actions; to transpose this function, give one that has a transpose."""
+        return self.discount[None] * add(self.policy * self.transitions._expect(x))
 
     def transpose(self, y: Array) -> Array:
         """`K^T y`, `[S, *B]`."""
@@ -185,7 +187,7 @@ class Chain:
 
 def chain(problem: Lanes, policy: Array) -> Chain:
     """The chain of a policy `[A, S, *B]`."""
-    leave = jnp.sum(policy * problem.leave, axis=0) if problem.ends else problem.leave[0]
+    leave = _tree.total(policy * problem.leave) if problem.ends else problem.leave[0]
     leave = jnp.broadcast_to(leave, policy.shape[1:])
     return Chain(problem.transitions, policy, problem.discount, leave, problem.ends)
 
@@ -195,11 +197,12 @@ def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
 
     The test for finite entries is explicit: reductions by max over axis 0 have been seen to lose NaN (JAX 0.10, CPU).
     """
-    low, high = jnp.min(d, axis=0), jnp.max(d, axis=0)
+    # One reduction for all three: the compiler makes three kernels of every separate one.
+    low, high, broken = jnp.max(jnp.stack([-d, d, jnp.where(jnp.isfinite(d), 0, jnp.inf)]), axis=1)
+    low = -low
     if ends:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    broken = ~jnp.all(jnp.isfinite(d), axis=0)
-    return jnp.where(broken, jnp.nan, low), jnp.where(broken, jnp.nan, high)
+    return jnp.where(broken > 0, jnp.nan, low), jnp.where(broken > 0, jnp.nan, high)
 
 
 def value_bounds(problem: Lanes, h: Array, c: Array, th: Array, cost: Array) -> tuple[Array, Array]:

@@ -2,16 +2,17 @@
 
 It reads a configuration, calls the library, prints and writes what comes back; it has no method of its own.
 
-Exit codes: 0 done, 1 the solve or its certificate failed, 2 a bad configuration or command line.
+Exit codes: 0 done, 1 the solve or its certificate failed (or another process), 2 a bad configuration or command line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ import jax
 import numpy as np
 
 import robustreg as rr
-from robustreg import adversary, config, figures, interop
+from robustreg import adversary, config, figures, interop, processes, sweep_figures
 from robustreg.store import join
+from robustreg.sweep import prepare
 
 PACKAGES = ("robustreg", "jax", "jaxlib", "numpy", "optax", "chex", "gymnasium", "matplotlib", "scipy")
 DEVICES = ("cpu", "gpu", "tpu")
 PRECISIONS = ("float32", "float64")
+_LOST_HELP = "silence after which a process is lost, which ends the others (default: 100)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,9 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("config", metavar="CONFIG", help="a TOML file with a [sweep] table")
     sweep.add_argument("--out", metavar="DIR", type=Path, required=True, help="stream results here, then table.csv")
     sweep.add_argument("--resume", action="store_true", help="go on with what DIR already holds")
-    sweep.add_argument("--shard", metavar="I/N", type=_part, default=(0, 1), help="only part I (from 0) of N")
+    sweep.add_argument("--shard", metavar="I/N", type=_part, help="only part I (from 0) of N")
     sweep.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
     sweep.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
+    several = sweep.add_argument_group("several processes", "start the same command in each, on one host or many")
+    several.add_argument("--distributed", action="store_true", help="share the work; DIR must be the same for all")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (JAX finds it on clusters)")
+    several.add_argument("--num-processes", metavar="N", type=int, help="how many (JAX finds it on clusters)")
+    several.add_argument("--process-id", metavar="I", type=int, help="which, from 0 (JAX finds it on clusters)")
+    several.add_argument("--lost-after", metavar="SECONDS", type=float, default=100.0, help=_LOST_HELP)
     sweep.set_defaults(command=_sweep)
     merge = commands.add_parser("merge", help="join the parts of a sweep that ran with --shard")
     merge.add_argument("config", metavar="CONFIG", help="the configuration of the sweep")
@@ -115,36 +124,72 @@ def _part(text: str) -> tuple[int, int]:
 
 def _sweep(options: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    with jax.default_device(_device(options.device)):
-        run = config.load_sweep(options.config)
-        try:
-            table = _run_sweep(run, options.out, resume=options.resume, shard=options.shard, progress=True)
-        except ValueError as error:
-            raise config.ConfigError(f"{options.config}: {error}") from error
-    return _show(table, options.out)
+    if options.distributed:
+        return _sweep_together(options)
+    if (options.coordinator, options.num_processes, options.process_id) != (None, None, None):
+        raise config.ConfigError("--coordinator, --num-processes and --process-id go with --distributed")
+    with jax.default_device(_device(options.device)), _named(options.config):
+        job = config.load_sweep(options.config)
+        arguments, how = _sweep_arguments(job)
+        part = options.shard or (0, 1)
+        table = rr.sweep(*arguments, **how, out=options.out, resume=options.resume, shard=part, progress=True)
+    return _show(table, options.out, job.job.problem.title)
+
+
+def _sweep_together(options: argparse.Namespace) -> int:
+    """One of several processes; process 0 has the table, and says so."""
+    if options.shard is not None:
+        raise config.ConfigError("--shard and --distributed exclude each other: each process takes its own part")
+    where = (options.coordinator, options.num_processes, options.process_id)
+    with _named("--distributed"), processes.gather(options.out, *where, options.lost_after) as group:
+        with jax.default_device(_device(options.device)), _named(options.config):
+            job = config.load_sweep(options.config)
+            arguments, how = _sweep_arguments(job)
+            run = prepare(*arguments, **how)
+            table = processes.sweep(group, run, options.out, options.resume, progress=group.index == 0)
+        if table is not None:
+            code = _show(table, options.out, job.job.problem.title)
+            group.say("done")
+            return code
+        group.wait(("done",))
+    print(f"process {group.index} of {group.count} is done; process 0 has the table")
+    return 0
+
+
+@contextlib.contextmanager
+def _named(source: Any) -> Iterator[None]:
+    """Name what an error of values is about."""
+    try:
+        yield
+    except config.ConfigError:
+        raise
+    except ValueError as error:
+        raise config.ConfigError(f"{source}: {error}") from error
 
 
 def _merge(options: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    run = config.load_sweep(options.config)
-    try:
+    job = config.load_sweep(options.config)
+    arguments, how = _sweep_arguments(job)
+    with _named("merge"):
         join(options.parts, options.out)
-        table = _run_sweep(run, options.out, resume=True, shard=None)
-    except ValueError as error:
-        raise config.ConfigError(str(error)) from error
-    return _show(table, options.out)
+        table = rr.sweep(*arguments, **how, out=options.out, resume=True, shard=None)
+    return _show(table, options.out, job.job.problem.title)
 
 
-def _run_sweep(run: config.SweepJob, out: Path, **how: Any) -> rr.Table:
+def _sweep_arguments(run: config.SweepJob) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `sweep` is given, by position and by name."""
     job = run.job
     limits = {"solver": job.solver, "tol": job.tol, "max_steps": job.max_steps}
-    return rr.sweep(job.problem.mdp, job.regulariser, run.grid, out=out, **limits, **run.options, **how)
+    return (job.problem.mdp, job.regulariser, run.grid), {**limits, **run.options}
 
 
-def _show(table: rr.Table, out: Path) -> int:
-    """Print a table, write it as CSV, and say by exit code whether all cells are there and converged."""
+def _show(table: rr.Table, out: Path, title: str) -> int:
+    """Print a table, write it as CSV and pictures, and say by exit code whether all cells are there and converged."""
     print(table)
     print(f"wrote {table.to_csv(out / 'table.csv')}")
+    for path in sweep_figures.write(out, table, title) if _drawable() else ():
+        print(f"wrote {path}")
     missing = int((~table.computed).sum())
     if missing:
         print(f"robustreg: {missing} of {len(table)} cells are not there yet", file=sys.stderr)
@@ -168,7 +213,7 @@ def _device(kind: str | None) -> Any:
     if kind is None:
         return None
     try:
-        return jax.devices(kind)[0]
+        return jax.local_devices(backend=kind)[0]
     except RuntimeError as error:
         found = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise config.ConfigError(f"--device {kind}: JAX has none here; it found: {found}") from error
@@ -233,8 +278,7 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     path, problem = out / "result.npz", run.job.problem
     about = {"config": run.job.table, "dtype": rows["precision"], "versions": versions(), "table": dict(rows)}
     interop.save(path, run.solution, about)
-    if not figures.available():
-        print('no pictures: pip install "robustreg[figures]"', file=sys.stderr)
+    if not _drawable():
         return [path]
     if not np.isfinite(run.solution.value).all():
         return [path]  # nothing to draw; the status says why
@@ -242,6 +286,14 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     kind = numbers.pop("regulariser")
     title = f"{problem.title}, {kind}({', '.join(f'{name}={value}' for name, value in numbers.items())})"
     return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions)]
+
+
+def _drawable() -> bool:
+    """Whether there is matplotlib; says so where there is none."""
+    if not figures.available():
+        print('no pictures: pip install "robustreg[figures]"', file=sys.stderr)
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

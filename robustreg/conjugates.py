@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from robustreg import _tree
 from robustreg.divergences import (
     alpha_divergence,
     alpha_divergence_at,
@@ -60,13 +61,13 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]
         `(1/beta) log sum p0 exp(beta q)`, `[...]`, and `p0 exp(beta (q - that))`, `[A, ...]`.
     """
     masked = jnp.isneginf(log_prior)
-    best = jnp.max(jnp.where(masked, -jnp.inf, q), axis=0)
+    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
     gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
     exponent = log_prior - gap
-    top = jnp.max(exponent, axis=0)
+    top = _tree.largest(exponent)
     weight = jnp.exp(exponent - top[None])
-    total = jnp.sum(weight, axis=0)
+    total = _tree.total(weight)
     return best + (top + jnp.log(total)) / beta, weight / total[None]
 
 
@@ -77,7 +78,7 @@ def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tu
     lower bound on the conjugate whatever the policy.
     """
     masked = jnp.isneginf(log_prior)
-    best = jnp.max(jnp.where(masked, -jnp.inf, q), axis=0)
+    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
     gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
     policy, ratio = _normalise(gap, log_prior, alpha - 1)
     divergence = alpha_divergence_at(policy, log_prior, alpha, ratio)
@@ -114,12 +115,12 @@ def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
     # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
     # of the support then leaves a value error of 3e-8.
     curvature = _curvature(raw, rho)
-    missing = (1 - jnp.sum(raw, axis=0)) / jnp.sum(curvature, axis=0)
+    missing = (1 - _tree.total(raw)) / _tree.total(curvature)
     policy = jnp.maximum(raw + missing[None] * curvature, 0)
-    policy = policy / jnp.sum(policy, axis=0, keepdims=True)
+    policy = policy / _tree.total(policy)[None]
     moved = (policy > 0) & (raw > 0)
     correction = jnp.log(jnp.where(moved, policy, 1)) - jnp.log(jnp.where(moved, raw, 1))
-    unresolved = ~(jnp.abs(jnp.log(jnp.sum(raw, axis=0))) <= jnp.finfo(gap.dtype).eps ** 0.6)[None]
+    unresolved = ~(jnp.abs(jnp.log(_tree.total(raw))) <= jnp.finfo(gap.dtype).eps ** 0.6)[None]
 
     def bridge() -> tuple[Array, Array]:
         mixed = _between(low, high, gap, log_prior, h)
@@ -135,10 +136,10 @@ def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array) ->
     For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
     """
     below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
-    missing, jump = 1 - jnp.sum(below, axis=0), jnp.sum(above - below, axis=0)
+    missing, jump = 1 - _tree.total(below), _tree.total(above - below)
     share = jnp.clip(missing / jnp.where(jump > 0, jump, 1), 0, 1)
     mixed = below + share[None] * (above - below)
-    return mixed / jnp.sum(mixed, axis=0, keepdims=True)
+    return mixed / _tree.total(mixed)[None]
 
 
 def _curvature(policy: Array, rho: Array) -> Array:
@@ -153,17 +154,18 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
     best_prior = jax.scipy.special.logsumexp(at_best, axis=0)
-    # A caller's jit may compute q once for the maximum and once more, rounded differently, for the gap: none is 0 then.
-    least_prior = jnp.min(jnp.where(jnp.isneginf(log_prior), jnp.inf, log_prior), axis=0)
-    best_prior = jnp.where(jnp.isneginf(best_prior), least_prior, best_prior)
+    # Compiled into what made q, its maximum and the gaps can come from two evaluations of q that round differently
+    # (one with a fused multiply-add). No gap is then exactly 0: any prior bounds that of the best from below.
+    least = jnp.min(jnp.where(jnp.isneginf(log_prior), 0, log_prior), axis=0)
+    best_prior = jnp.where(jnp.isneginf(best_prior), least, best_prior)
     high = jnp.broadcast_to(jnp.maximum(-best_prior, 0), gap.shape[1:])
     low = jnp.zeros_like(high)
 
     def measure(level: Array) -> tuple[Array, Array]:
         ratio, rho = _ratios(level, gap, h)
         policy = jnp.exp(log_prior + ratio)
-        total = jnp.sum(policy, axis=0)
-        return jnp.log(total), jnp.sum(_curvature(policy, rho), axis=0) / total
+        total = _tree.total(policy)
+        return jnp.log(total), _tree.total(_curvature(policy, rho)) / total
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         level, low, high, last, done, count = state
@@ -207,7 +209,7 @@ def conjugate_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array
     dq, dbeta, dlog_prior, dalpha = change
     total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha) / beta
     if dq is not None:
-        total = total + weighted(policy, dq)
+        total = total + weighted(policy, dq, _tree.plain_sum)
     if dbeta is not None:
         total = total + alpha_divergence(policy, log_prior, alpha) * dbeta / beta**2
     return total

@@ -21,6 +21,7 @@ slope is infinite (alpha <= 1), it counts as 0: no policy that a regulariser cho
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +68,30 @@ def eps_slope(x: Array, h: Array) -> Array:
     return x**2 * jnp.where(near, series, (far * jnp.exp(far) - jnp.expm1(far)) / far**2)
 
 
+@jax.custom_jvp
 def lam(x: Array, h: Array) -> Array:
-    """`log(1 + h x)/h`, continuous at `h = 0` where it is `x`; minus infinity at or below `h x = -1` for `h > 0`."""
+    """`log(1 + h x)/h`, continuous at `h = 0` where it is `x`; minus infinity at or below `h x = -1` for `h > 0`.
+
+    Where it is infinite, its derivatives count as 0.
+    """
     small, safe = _nonzero(h)
     return jnp.where(small, x, jnp.log1p(jnp.maximum(safe * x, -1)) / safe)
+
+
+def _lam_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, h), (dx, dh) = primals, (_tree.given(t) for t in tangents)
+    out = lam(x, h)
+    infinite = jnp.isinf(out)
+    inside = jnp.where(infinite, 0, out)
+    total = jnp.zeros_like(out)
+    if dx is not None:
+        total = total + dx
+    if dh is not None:
+        total = total - eps_slope(inside, h) * dh  # of x = eps_h(lam)
+    return out, jnp.where(infinite, 0, jnp.exp(-h * inside) * total)
+
+
+lam.defjvp(_lam_jvp, symbolic_zeros=True)
 
 
 def _nonzero(h: Array) -> tuple[Array, Array]:
@@ -91,9 +112,9 @@ def log_ratio(policy: Array, log_prior: Array) -> Array:
     return jnp.where(both, inside, jnp.where(policy > 0, jnp.inf, jnp.where(masked, 0, -jnp.inf)))
 
 
-def weighted(weight: Array, x: Array) -> Array:
-    """`sum_a weight x` in which weight 0 silences an infinite `x`."""
-    return jnp.sum(weight * jnp.where(weight == 0, 0, x), axis=0)
+def weighted(weight: Array, x: Array, add: Callable[[Array], Array] = _tree.total) -> Array:
+    """`sum_a weight x` in which weight 0 silences an infinite `x`; `add` is `_tree.plain_sum` for tangents."""
+    return add(weight * jnp.where(weight == 0, 0, x))
 
 
 @jax.custom_jvp

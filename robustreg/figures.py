@@ -41,13 +41,13 @@ _ARROW = np.array([[0, 0.07], [0.55, 0.07], [0.55, 0.24], [1, 0], [0.55, -0.24],
 def available() -> bool:
     """Whether matplotlib is installed."""
     try:
-        _figure(1.0, 1.0)
+        new_figure(1.0, 1.0)
     except ModuleNotFoundError:
         return False
     return True
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """An empty figure of that size in inches."""
     try:
         from matplotlib.figure import Figure
@@ -151,7 +151,7 @@ def value_map(value: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = U
     if shown.size <= 144:
         _numbers(axes, shown, image)
     _dress(axes, grid, marks)
-    axes.set_title(_heading(title, "regularised value"))
+    axes.set_title(heading(title, "regularised value"))
     return figure
 
 
@@ -177,7 +177,7 @@ def policy_map(policy: ArrayLike, steps: ArrayLike, grid: Grid, *, title: str = 
         arrows = np.stack([column, row], -1)[:, None, :] + p[:, None, None] * arrow
         axes.add_collection(PolyCollection(list(arrows[p >= 0.01]), facecolor=INK, edgecolor="none", zorder=3))
     _dress(axes, grid, marks)
-    axes.set_title(_heading(title, "policy: arrow length is probability, half a cell is 1"))
+    axes.set_title(heading(title, "policy: arrow length is probability, half a cell is 1"))
     return figure
 
 
@@ -203,7 +203,7 @@ def perturbation_maps(
     across = 2 if n_actions == 4 else min(n_actions, 3)
     down = -(-n_actions // across)
     cell = min(0.45, 5.0 / max(grid))
-    figure = _figure(across * (cell * grid[1] + 0.2) + 1.3, down * (cell * grid[0] + 0.35) + 0.6)
+    figure = new_figure(across * (cell * grid[1] + 0.2) + 1.3, down * (cell * grid[0] + 0.35) + 0.6)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     maps = [_inhabited(x, grid, marks) for x in taken.T]
     norm, note = _diverging(np.stack(maps))
@@ -217,7 +217,7 @@ def perturbation_maps(
         figure.supxlabel(_legend(marks), size=10)
     label = f"perturbation (reward units{note})\nblue: given, red: taken"
     _colorbar(figure, panels[0].images[0], list(panels), label, aspect=30, pad=0.02)
-    figure.suptitle(_heading(title, "what the worst-case adversary takes", ": "))
+    figure.suptitle(heading(title, "what the worst-case adversary takes", ": "))
     return figure
 
 
@@ -240,7 +240,7 @@ def decision_bars(
         ("perturbation Δ", taken, np.where(taken > 0, "#b2182b", "#2166ac"), "reward units"),
         ("Q − Δ: indifferent", worth - taken, "#5a5a5a", "reward units"),
     )
-    figure = _figure(12.0, 3.4)
+    figure = new_figure(12.0, 3.4)
     all_axes = figure.subplots(1, 4)
     for axes, (name, height, colour, unit) in zip(all_axes, panels):
         axes.bar(np.arange(worth.size), height, color=colour, width=0.7)
@@ -283,7 +283,7 @@ def heat_map(
     order = np.lexsort((np.asarray(value), np.asarray(policy).argmax(-1)))
     probability, taken = np.asarray(policy)[order].T, np.asarray(perturbation)[order].T
     norm, note = _diverging(taken)
-    figure = _figure(11.0, 6.5)
+    figure = new_figure(11.0, 6.5)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.0, 1.4, 1.4))
     top.plot(np.asarray(value)[order], color=INK, linewidth=1.5)
     top.set_ylabel("value\n(reward units)")
@@ -296,11 +296,11 @@ def heat_map(
     for axes in (middle, bottom):
         axes.set_yticks(range(len(taken)), _names(actions, len(taken)))
     bottom.set_xlabel("states, by likeliest action, then by value")
-    figure.suptitle(_heading(title, "value, policy and worst case (red: taken, blue: given)", ": "))
+    figure.suptitle(heading(title, "value, policy and worst case (red: taken, blue: given)", ": "))
     return figure
 
 
-def _heading(title: str, subject: str, between: str = "\n") -> str:
+def heading(title: str, subject: str, between: str = "\n") -> str:
     return f"{title}{between}{subject}" if title else subject
 
 
@@ -311,7 +311,7 @@ def _names(actions: Sequence[str], n_actions: int) -> Sequence[str]:
 def _map(grid: Grid) -> tuple[Any, Any]:
     """A figure with one map of that many cells, and room for a title and a legend."""
     cell = min(0.72, 9.0 / max(grid))
-    figure = _figure(cell * grid[1] + 1.4, cell * grid[0] + 1.3)
+    figure = new_figure(cell * grid[1] + 1.4, cell * grid[0] + 1.3)
     return figure, figure.subplots()
 
 

@@ -42,7 +42,7 @@ def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
     return jnp.moveaxis(x, -1, 0)
 
 
-def krylov(chain: bellman.Chain, b: Array, reduction: Array, max_steps: int) -> Array:
+def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int) -> Array:
     """`(I - K)^{-1} b`, up to a constant if no episode ends, to a residual of `reduction` times that of x = 0.
 
     Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and never
@@ -51,6 +51,7 @@ def krylov(chain: bellman.Chain, b: Array, reduction: Array, max_steps: int) -> 
     Args:
         chain: the operator.
         b: `[S, *B]`.
+        size: `max |b|` or so, `[*B]`.
         reduction: `[*B]`, in the 2-norm.
         max_steps: cap on steps, of two products each.
     """
@@ -58,7 +59,7 @@ def krylov(chain: bellman.Chain, b: Array, reduction: Array, max_steps: int) -> 
     def centre(x: Array) -> Array:
         return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
 
-    return bicgstab(lambda x: centre(chain.apply(x)), centre(b), reduction, max_steps)
+    return bicgstab(lambda x: centre(chain.apply(x)), centre(b), size, reduction, max_steps)
 
 
 @_tree.options
@@ -81,7 +82,7 @@ def solve(chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, 
     """
 
     def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
-        return x[0] - chain.apply(x[0]), *x[1:]
+        return x[0] - chain.apply(x[0], _tree.plain_sum), *x[1:]
 
     def forward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
         return _forward(chain, right[0], accuracy, method), *right[1:]
@@ -147,7 +148,8 @@ def _refined(
     def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, r, active, count = state
         reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
-        step = bicgstab(lambda v: centre(apply(v)), centre(r), jnp.where(active, reduction, 1), _KRYLOV_STEPS)
+        reduction = jnp.where(active, reduction, 1)
+        step = bicgstab(lambda v: centre(apply(v)), centre(r), size(r), reduction, _KRYLOV_STEPS)
         new, new_r = x + step, b - ((x + step) - apply(x + step))
         new, new_r = balance(new, new_r)
         better = active & (size(new_r) < size(r))
@@ -162,12 +164,13 @@ def _refined(
     return x, r
 
 
-def bicgstab(apply: Operator, b: Array, reduction: Array, max_steps: int) -> Array:
+def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int) -> Array:
     """Solve `(I - K) x = b` for each lane, where `apply(x) = K x`.
 
     Args:
         apply: the operator K on `[S, *B]`, each lane by itself.
         b: `[S, *B]`.
+        scale: a norm of b, `[*B]`: squares of the residual must neither overflow nor vanish, whatever the unit of b.
         reduction: `[*B]`, the 2-norm of the residual to reach, relative to that of b.
         max_steps: cap on steps, of two products each.
 
@@ -198,13 +201,11 @@ def bicgstab(apply: Operator, b: Array, reduction: Array, max_steps: int) -> Arr
     def unfinished(state: tuple[Array, ...]) -> Array:
         return ~jnp.all(state[6]) & (state[7] < max_steps)
 
-    # Squares of the norm must neither overflow nor vanish, whatever the unit of the rewards.
-    scale = jnp.max(jnp.abs(b), axis=0)
     scale = jnp.where(scale > 0, scale, 1)
     b = b / scale[None]
-    target = reduction**2 * _dot(b, b)
     shadow = apply(b)
-    size = _dot(shadow, shadow)
+    whole, size = _dots((b, b), (shadow, shadow))
+    target = reduction**2 * whole
     done = (size <= target) | ~jnp.isfinite(size)
     start = (b, shadow, shadow, size, size, b, done, jnp.asarray(0, jnp.int32))
     return scale[None] * lax.while_loop(unfinished, step, start)[5]

@@ -189,7 +189,7 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
 def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
     """One backup, one look at the certificate, one proposal."""
     th, policy, q = bellman.backup(problem, state.h, state.c)
-    d, shift, width = _centre(problem, th - state.h)
+    d, shift, largest, width = _centre(problem, th - state.h)
     c = state.c + shift
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
     # The shift is a quotient and a sum; c itself is in the rounding bound already.
@@ -205,6 +205,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
         h=state.h,
         c=c,
         residual=d,
+        size=largest,
         chain=bellman.chain(problem, policy),
         half_width=width,
         goal=goal,
@@ -246,8 +247,8 @@ def _verdict(
     return jnp.where(jnp.isfinite(width + noise), status, broken).astype(jnp.int32)
 
 
-def _centre(problem: bellman.Lanes, d: Array) -> tuple[Array, Array, Array]:
-    """Residual, shift of the offset and half-width of the error of `T V = h + d + offset`.
+def _centre(problem: bellman.Lanes, d: Array) -> tuple[Array, Array, Array, Array]:
+    """Residual, shift of the offset, `max |residual|` and half-width of the error of `T V = h + d + offset`.
 
     If no episode ends, moving V by m/(1-g) with m the midrange of d leaves the policy alone and centres d: the
     offset takes it in full, and `T V` is then the midpoint of the certified interval.
@@ -256,10 +257,10 @@ def _centre(problem: bellman.Lanes, d: Array) -> tuple[Array, Array, Array]:
     # The half-width itself is a difference, a quotient and two products.
     ratio = (1 + 4 * float(jnp.finfo(problem.dtype).eps)) * problem.discount / problem.complement
     if problem.ends:
-        width = ratio * jnp.maximum(-low, high)
-        return d, jnp.zeros_like(width), width
-    middle = 0.5 * (low + high)
-    return d - middle[None], middle / problem.complement, ratio * 0.5 * (high - low)
+        largest = jnp.maximum(-low, high)
+        return d, jnp.zeros_like(largest), largest, ratio * largest
+    middle, largest = 0.5 * (low + high), 0.5 * (high - low)
+    return d - middle[None], middle / problem.complement, largest, ratio * largest
 
 
 def _recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:

@@ -31,6 +31,7 @@ class Step:
     Attributes:
         h, c: `[S, *B]`, `[*B]`.
         residual: `d = T V - V`, `[S, *B]`.
+        size: `max |d|`, `[*B]`.
         chain: derivative of T at V.
         half_width: certified half-width of the error that `d` allows, `[*B]`, in reward units.
         goal: the half-width at which the lane will stop, `[*B]`.
@@ -40,6 +41,7 @@ class Step:
     h: Array
     c: Array
     residual: Array
+    size: Array
     chain: bellman.Chain
     half_width: Array
     goal: Array
@@ -142,7 +144,10 @@ class Newton:
         # The linear residual becomes the next residual of the equation, up to the change of policy: no use in making
         # it smaller than what the lane may stop on.
         reduction = jnp.maximum(forcing, 0.25 * step.goal / step.half_width)
-        return linear.krylov(step.chain, step.residual, reduction, self.inner_steps), (forcing, step.half_width)
+        return linear.krylov(step.chain, step.residual, step.size, reduction, self.inner_steps), (
+            forcing,
+            step.half_width,
+        )
 
 
 @_tree.options

@@ -57,13 +57,14 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(name for name in one if other.get(name) != one[name])
 
 
-def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool) -> Store:
+def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool, alone: bool = True) -> Store:
     """The folder of a sweep, new or resumed; refuses one that holds another sweep.
 
     Args:
         out: the folder, made if it is not there.
         digest: everything that results depend on, JSON values by name.
         resume: whether it may hold results of this sweep already.
+        alone: whether nobody else writes to it: what a killed process left half written is then removed.
     """
     folder = Path(out)
     manifest = folder / MANIFEST
@@ -84,7 +85,7 @@ def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool) ->
         versions = {"jax": jax.__version__, "numpy": np.__version__}
         text = json.dumps({"sweep": digest, "versions": versions}, indent=1)
         _write(manifest, lambda file: file.write(text.encode()))
-    for left in folder.glob(".chunk-*.partial"):
+    for left in folder.glob(".chunk-*.partial") if alone else ():
         left.unlink(missing_ok=True)
     return Store(folder)
 

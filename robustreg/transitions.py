@@ -241,7 +241,8 @@ class BoundSuccessors(Transitions):
 
         def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
             index, probability = slot
-            return total + probability * v.at[index].get(mode="promise_in_bounds"), None
+            picked = v.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+            return total + probability * picked, None
 
         return lax.scan(add, jnp.zeros(shape, v.dtype), (self.indices, self.probabilities), unroll=_UNROLL)[0]
 
@@ -250,7 +251,8 @@ class BoundSuccessors(Transitions):
 
         def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
             index, probability = slot
-            return total.at[index].add(probability * mu, mode="promise_in_bounds"), None
+            update = total.at[index].add
+            return update(probability * mu, mode="promise_in_bounds", wrap_negative_indices=False), None
 
         return lax.scan(
             add, jnp.zeros((self.n_states, *lanes), mu.dtype), (self.indices, self.probabilities), unroll=_UNROLL

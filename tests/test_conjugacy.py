@@ -356,3 +356,12 @@ def test_projection_by_sort_is_the_nearest_point():
     p = oracle.project_simplex(x)
     other = rng.dirichlet(np.ones(4), 200)
     assert (np.einsum("na,nka->nk", x - p, other[None] - p[:, None]) <= 1e-14).all()
+
+
+def test_no_action_is_lost_to_fusion():
+    """Compiled together with what makes its argument, a conjugate is still finite and what it is alone."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(1000, 4)), rng.normal(size=(1000, 1))
+    reg = rr.alpha(0.5, 2.5)
+    fused = jax.jit(lambda a, b: reg.conjugate(a * b))(a, b)
+    np.testing.assert_allclose(np.asarray(fused), np.asarray(reg.conjugate(a * b)), atol=1e-14)

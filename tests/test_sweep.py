@@ -103,7 +103,7 @@ def test_a_cell_that_fails_says_so_and_disturbs_no_other():
     failing = rr.sweep(M, rr.kl(1.0), grid, zipped=True, tol=1e-8, chunk=4, max_steps=1)
     assert set(failing["status"]) == {int(rr.Status.MAX_STEPS)}
     assert np.isfinite(clean["objective"]).all()
-    with pytest.raises(ValueError, match=r"reward\[i=3, i=0, i=0\] is nan"):
+    with pytest.raises(ValueError, match=r"reward\[lane=3, s=0, a=0\] is nan; rewards must be finite"):
         rr.sweep(M, rr.kl(1.0), {"reward": np.where(np.arange(8)[:, None, None] == 3, np.nan, rewards)})
 
 
@@ -144,8 +144,15 @@ def test_tables_select_print_and_export(tmp_path):
         ({"grid": {"beta": []}}, "the grid is empty"),
         ({"grid": {"gamma": [0.9]}}, "unknown leaf 'gamma' in the grid; there are: discount"),
         ({"grid": {"alpha": [0.9]}}, "unknown leaf 'alpha'"),
-        ({"grid": {"beta": [1.0, -1.0]}}, r"beta\[i=1\] is -1; out of range"),
-        ({"grid": {"discount": [1.0]}}, r"discount\[i=0\] is 1; out of range"),
+        ({"grid": {"beta": [1.0, -1.0]}}, r"beta\[1\] is -1.0: beta must be positive and finite"),
+        ({"grid": {"state_scale": np.eye(2, 6)}}, r"state_scale\[0, 1\] is 0.0: state_scale must be positive"),
+        ({"grid": {"discount": [0.5, 1.0]}}, r"discount\[lane=1\] is 1; it must lie in \[0, 1\)"),
+        ({"grid": {"prior": [[0.5, 0.5], [0.5, 0.4]]}}, r"prior\[1\] sums to 0.9 over actions, not 1"),
+        ({"grid": {"prior": [[1.5, -0.5]]}}, r"prior\[0, 1\] is -0.5: prior must be non-negative"),
+        ({"grid": {"initial": np.eye(3, 6) * 0.9}}, r"initial\[lane=0\] sums to 0.9, not 1"),
+        ({"grid": {"initial": np.ones((2, 5)) / 5}}, r"initial has shape \(2, 5\); expected \[\*B, S\] = \[\*B, 6\]"),
+        ({"grid": {"reward": np.ones((2, 2, 6))}}, r"reward has shape \(2, 2, 6\)"),
+        ({"grid": {"alpha": [np.inf]}, "reg": rr.alpha(1.0, 1.0)}, r"alpha\[0\] is inf: alpha must be finite"),
         ({"grid": {"beta": [[1.0]]}}, r"beta has shape \(1, 1\)"),
         ({"grid": {"beta": [1.0], "discount": [0.5, 0.9]}, "zipped": True}, "equally long, got {'beta': 1, 'disc"),
         ({"outputs": ("speed",)}, "unknown output 'speed'; there are: objective"),
@@ -303,6 +310,7 @@ def test_command_line(capsys, tmp_path):
         and f"wrote {tmp_path / 'a' / 'table.csv'}" in out
     )
     assert "40/40 cells" in err and "failed" not in err
+    assert f"wrote {tmp_path / 'a' / 'returns.png'}" in out and (tmp_path / "a" / "returns.png").stat().st_size > 5000
     assert len((tmp_path / "a" / "table.csv").read_text().splitlines()) == 41
     code, _, err = command(capsys, "sweep", path, "--out", tmp_path / "a")
     assert code == 2 and "resume" in err

@@ -1,0 +1,191 @@
+r"""What the robust set of a regulariser is compared with: no reference, attacks that only take, noise, one decision.
+
+* `entropy`: the negative entropy without a reference, `Omega(p) = (1/beta) sum p log p`. Its robust set is
+  `{ sum exp(beta dr) <= 1 }`, and the worst case `(1/beta) log p <= 0` *raises* every reward; with a uniform prior
+  everything moves by `log(A)/beta` and both signs appear [Eysenbach and Levine 2022].
+* `norm_attack`: an adversary who only lowers rewards, within a norm ball per state. The worst one on a fixed policy
+  follows from the dual norm, `max { <p, dr> : ||dr||_k <= radius } = radius ||p||_{k/(k-1)}`, and is never negative.
+* `random_attack`: noise that costs its adversary what the worst case costs, or takes as much.
+* `single_decision`: the game of Ortega and Lee for both signs of beta.
+* `nominal_optimum` (in `adversary`): no regulariser at all.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from robustreg import _host, _tree
+from robustreg.divergences import eps, lam, weighted
+from robustreg.regularisers import KL, Regulariser, kl, log_of, maximise
+
+
+@_tree.dataclass
+class Entropy(KL):
+    """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure. Build it with `entropy`."""
+
+    def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
+        counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior
+        return KL._rearrange(dataclasses.replace(self, log_prior=counting), place, dtype, n_actions)
+
+
+def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None) -> Entropy:
+    """Entropy regulariser without a reference policy, `Omega(p) = -H(p)/beta`.
+
+    Args:
+        beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
+        state_scale: `[*B, S]`, multiplies beta per state.
+
+    Returns:
+        A regulariser for `solve`, `worst_case`, `slack` and the rest. Policies are those of `kl` with a uniform prior,
+        values are larger by `log(A)/(beta (1-g))`, and the "worst case" of a policy raises every reward.
+    """
+    strength = kl(beta, state_scale=state_scale)
+    return Entropy(strength.beta, None, strength.state_scale)
+
+
+def norm_attack(policy: ArrayLike, radius: ArrayLike, order: ArrayLike = 2.0) -> Array:
+    """The perturbation in a norm ball that lowers a fixed policy's return the most. It raises no reward.
+
+    Args:
+        policy: `[*B, ..., A]`, normalised over its last axis.
+        radius: of the ball in every state, in reward units; broadcastable to `[*B, ...]`. The ball of the same price
+            as a regulariser has `radius = reg.value(policy)/||policy||`, in the dual norm.
+        order: `k >= 1` of the norm `||dr||_k`, infinity included; broadcastable to `[*B, ...]`.
+
+    Returns:
+        `dr = radius (p/||p||_d)^(d-1)`, `d = k/(k-1)`, `[*B, ..., A]`; not negative, 0 on actions never taken. At order
+        1 it is the whole radius on the likeliest action, shared evenly among ties.
+    """
+    policy = jnp.asarray(policy)
+    order_, radius_ = (jnp.asarray(x, policy.dtype)[..., None] for x in (order, radius))
+    shape = jnp.broadcast_shapes(policy.shape[:-1] + (1,), order_.shape, radius_.shape)
+    p = jnp.broadcast_to(policy, shape[:-1] + policy.shape[-1:])
+    k, radius_ = (jnp.broadcast_to(x, shape) for x in (order_, radius_))
+    taken = p > 0
+    logs = jnp.where(taken, jnp.log(jnp.where(taken, p, 1)), -jnp.inf)
+    below = jnp.where(taken, logs - jnp.max(logs, axis=-1, keepdims=True), 0)
+    first = k == 1
+    # p^(d-1) = p^{1/(k-1)} relative to its largest entry, and the k-th power of that.
+    exponent = jnp.where(first, 0, 1 / jnp.where(first, 1, k - 1))
+    power = jnp.where(first, 0, jnp.where(jnp.isinf(k), 1, k * exponent))
+    shape_of = jnp.where(first, jnp.where(below == 0, 1, 0), jnp.exp(exponent * below))
+    shape_of = jnp.where(taken, shape_of, 0)
+    total = jnp.sum(jnp.where(first | ~taken, shape_of, jnp.exp(power * below)), axis=-1, keepdims=True)
+    size = jnp.where(jnp.isinf(k), 1, jnp.exp(jnp.log(total) / jnp.where(jnp.isinf(k), 1, k)))
+    return radius_ * shape_of / size
+
+
+def random_attack(
+    key: Array,
+    reg: Regulariser,
+    policy: ArrayLike,
+    match: Literal["cost", "effect"] = "cost",
+    spread: ArrayLike | None = None,
+) -> Array:
+    """Uniform noise with the budget of the worst case.
+
+    Noise is uniform on [-1, 1] per action, scaled so that its standard deviation over the prior is that of the
+    worst case, then shifted by the same amount in every action.
+
+    Args:
+        key: a random key.
+        reg: the regulariser.
+        policy: `[*B, ..., A]`, whose worst case is matched.
+        match: "cost": the shift puts the noise on the boundary of the robust set, where the worst case is (the same
+            `Omega*(dr) = 0`): it takes less from the policy. "effect": the shift makes it take as much as the worst
+            case, `<p, dr> = Omega(p)`: it costs more, and is outside the set.
+        spread: another standard deviation, `[*B, ...]` in reward units; needed where the worst case is infinite.
+
+    Returns:
+        `dr`, `[*B, ..., A]`, in reward units; 0 on masked actions.
+    """
+    _host.expect_type(reg, Regulariser, "second argument", "kl")
+    if match not in ("cost", "effect"):
+        raise ValueError(f'match is {match!r}; expected "cost" or "effect"')
+    return _random_attack(key, reg, policy, spread, match)
+
+
+@functools.partial(jax.jit, static_argnames="match")
+def _random_attack(key: Array, reg: Regulariser, policy: ArrayLike, spread: ArrayLike | None, match: str) -> Array:
+    bound, p = reg._public(policy)
+    masked = jnp.broadcast_to(jnp.isneginf(bound._prior), p.shape)
+    prior = jax.nn.softmax(jnp.broadcast_to(bound._prior, p.shape), axis=0)
+    noise = jax.random.uniform(key, p.shape, p.dtype, -1, 1)
+    wanted = _deviation(prior, bound._worst_case(p)) if spread is None else jnp.asarray(spread, p.dtype)
+    own = _deviation(prior, noise)
+    noise = noise * (wanted / jnp.where(own > 0, own, 1))[None]
+    if match == "cost":
+        noise = noise - maximise(bound, noise)[0][None]
+    else:
+        noise = noise + (bound._value(p) - weighted(p, noise))[None]
+    return jnp.moveaxis(jnp.where(masked, 0, noise), 0, -1)
+
+
+def _deviation(prior: Array, x: Array) -> Array:
+    """Standard deviation over the prior, `[...]`, of `x [A, ...]`."""
+    x = jnp.where(prior == 0, 0, x)
+    square = jnp.sum(prior * (x - jnp.sum(prior * x, axis=0, keepdims=True)) ** 2, axis=0)
+    flat = square == 0
+    return jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, square)))
+
+
+@_tree.dataclass
+class Decision:
+    """The game of one decision. With `value` the certainty equivalent, `utility - cost = value` for every action.
+
+    Attributes:
+        policy: `p0 exp(beta U)`, normalised, `[*B, A]`: the agent's for beta > 0, what a pessimist expects below 0.
+        cost: the adversary's, `(1/beta) log(p/p0)`, `[*B, A]`, in units of utility.
+        value: `(1/beta) log sum p0 exp(beta U)`, `[*B]`.
+    """
+
+    policy: Array
+    cost: Array
+    value: Array
+
+
+def single_decision(utility: ArrayLike, beta: ArrayLike, prior: ArrayLike | None = None) -> Decision:
+    """A single decision against an imagined adversary [Ortega and Lee 2014, thm 1], for beta of both signs.
+
+        F  =  ext_p min_C { <p, U - C> + (1/beta) (sum p0 exp(beta C) - 1) }
+
+    in which ext is a maximum for beta > 0 (the free energy of a bounded agent, seeking: F from the mean of U at 0 to
+    its maximum) and a minimum, with a maximum inside, for beta < 0 (averse: F down to the minimum of U).
+
+    Args:
+        utility: U, `[*B, A]`; ignored where the prior is 0.
+        beta: any real number, `[*B]`, in 1/utility units; 0 is the prior and its mean.
+        prior: p0, `[A]` or `[*B, A]`; None is uniform.
+
+    Returns:
+        A `Decision`; smooth in beta, at 0 too.
+    """
+    u = jnp.asarray(utility)
+    u = u if jnp.issubdtype(u.dtype, jnp.floating) else u.astype(float)
+    n = u.shape[-1]
+    logs = jnp.full((n,), -float(np.log(n)), u.dtype) if prior is None else log_of(jnp.asarray(prior, u.dtype))
+    b = jnp.asarray(beta, u.dtype)[..., None]
+    shape = jnp.broadcast_shapes(u.shape, logs.shape, b.shape)
+    return _single_decision(*(jnp.broadcast_to(x, shape) for x in (u, logs)), jnp.broadcast_to(b, shape[:-1] + (1,)))
+
+
+@jax.jit
+def _single_decision(u: Array, logs: Array, b: Array) -> Decision:
+    masked = jnp.isneginf(logs)
+    prior = jnp.exp(logs)
+    u = jnp.where(masked, 0, u)
+    mean = jnp.sum(prior * u, axis=-1, keepdims=True)
+    d = jnp.where(masked, 0, u - mean)
+    near = jnp.abs(b) * jnp.max(jnp.abs(d), axis=-1, keepdims=True) <= 1
+    small, large = jnp.where(near, b, 0), jnp.where(near, 1, b)
+    close = lam(jnp.sum(prior * eps(d, small), axis=-1, keepdims=True), small)
+    far = jax.scipy.special.logsumexp(logs + large * d, axis=-1, keepdims=True) / large
+    value = mean + jnp.where(near, close, far)
+    policy = jax.nn.softmax(logs + b * d, axis=-1)
+    return Decision(policy, jnp.where(masked, 0, u - value), value[..., 0])

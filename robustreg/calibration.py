@@ -1,0 +1,137 @@
+r"""Choosing beta: the weakest regulariser whose robust set holds the perturbations to fear.
+
+A reward learned from preferences differs from the one that is deployed. Given samples of the difference
+`dr = learned - deployed` (from an ensemble of reward models, from held-out labels, from past deployments), one wants
+the largest beta, hence the least regularised policy, that is still robust to a new one with a chosen frequency.
+
+Robust sets shrink as beta grows, so that "dr is in the set of beta" reads "beta is at most the critical beta of dr"
+(`gauge` computes it), and the question is one about a quantile. With N exchangeable samples and a new one, the k-th
+smallest of N critical betas is beaten by the new one with a frequency of at most k/(N+1), whatever the distribution
+[conformal prediction: Vovk, Gammerman, Shafer 2005]. So
+
+    beta = the k-th smallest critical beta,      k = floor((N+1)(1 - coverage)),
+
+is exceeded by the critical beta of a fresh sample with a frequency of at least `coverage`, over draws of the N samples
+and the fresh one together; of exactly `1 - k/(N+1)` for continuous distributions. No beta is safe for k = 0.
+
+Two notions of "in the set". State by state: the deployed reward is in the robust set everywhere, and the guarantee
+holds for *every* policy, in particular for the one that solves the MDP with the calibrated beta. Aggregated over the
+visits of a given policy: less is asked, beta is larger, and the guarantee is for that policy.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from robustreg import _host, gauge
+from robustreg.adversary import occupancy
+from robustreg.baselines import Entropy
+from robustreg.mdp import MDP
+from robustreg.regularisers import Regulariser
+
+
+def critical_beta(
+    reg: Regulariser, perturbation: ArrayLike, *, weights: ArrayLike | None = None, per_state: bool = True
+) -> Array:
+    """Largest beta, hence weakest regulariser, whose robust set holds a perturbation.
+
+    Args:
+        reg: the regulariser; its own beta does not matter (but for its batch axes), its `state_scale` does.
+        perturbation: `dr`, `[*B, ..., S, A]`, subtracted from the reward; the regulariser's batch axes lead.
+        weights: None, or `[*B, ..., S]`, not negative: the set aggregated over states, `sum_s w Omega*(dr) <= 0`,
+            for example with the visits of a policy (`occupancy(mdp, policy).sum(-1)`).
+        per_state: with False (or weights) one beta for all states: without weights, the smallest of theirs.
+
+    Returns:
+        `[*B, ..., S]` or `[*B, ...]`, in 1/reward units. Infinite where no allowed action has a positive entry; 0
+        where the prior's mean is not negative (and some entry is positive): then no beta will do. In between
+        `slack` at this beta is 0 to rounding of `|dr| + 1/beta`, and the derivative is that of the implicit function
+        theorem; at 0 and infinity it is 0. Relative to the prior's mean of dr, beta is as precise as that mean.
+
+    Raises:
+        TypeError: for a regulariser without a prior that sums to 1 (`entropy`): its set does not hold 0, and grows
+            and moves with beta.
+    """
+    _host.expect_type(reg, Regulariser, "first argument", "kl")
+    if isinstance(reg, Entropy):
+        raise TypeError("entropy has no critical beta: its robust sets do not hold 0 and are not nested; use kl")
+    return _critical_beta(reg, jnp.asarray(perturbation), weights, per_state)
+
+
+@functools.partial(jax.jit, static_argnames="per_state")
+def _critical_beta(reg: Any, perturbation: Array, weights: ArrayLike | None, per_state: bool) -> Array:
+    bound, x = dataclasses.replace(reg, beta=jnp.ones_like(reg.beta))._public(perturbation)
+    if weights is not None:
+        weights = jnp.asarray(weights, x.dtype)
+        weights = weights.reshape((1,) * (x.ndim - 1 - weights.ndim) + weights.shape)
+        return gauge.reach(bound, x, weights)[..., 0]
+    each = gauge.reach(bound, x)
+    return each if per_state else _smallest(each)
+
+
+def _smallest(x: Array) -> Array:
+    """Minimum over the last axis; NaN if any entry is (reductions have been seen to lose it)."""
+    return jnp.where(jnp.any(jnp.isnan(x), axis=-1), jnp.nan, jnp.min(x, axis=-1))
+
+
+def calibrate(
+    reg: Regulariser,
+    perturbations: ArrayLike,
+    coverage: ArrayLike,
+    *,
+    mdp: MDP | None = None,
+    policy: ArrayLike | None = None,
+) -> Array:
+    """Beta whose robust set holds a fresh perturbation with a chosen frequency.
+
+    Args:
+        reg: the regulariser; its own beta does not matter.
+        perturbations: N samples of learned reward - deployed reward, `[*B, N, S, A]`, exchangeable with what is to
+            come.
+        coverage: the frequency, `[*B]`, in (0, 1).
+        mdp, policy: both or none. With them the sets are aggregated over the policy's visits, and it is this policy's
+            guarantee that holds with the frequency. The policy must not depend on the samples.
+
+    Returns:
+        Beta, `[*B]`: the k-th smallest critical beta of the samples, `k = floor((N+1)(1 - coverage))`. A fresh
+        perturbation is in its robust set with frequency `1 - k/(N+1) >= coverage`, over samples and fresh one. 0 where
+        N is too small for the coverage (`N < coverage/(1 - coverage)`) or too many samples are in no set; infinite
+        where enough of them raise no fear at all. Differentiable almost everywhere: the quantile is one sample.
+
+    Raises:
+        ValueError: coverage out of range, one of mdp and policy without the other, perturbations of another shape.
+    """
+    _host.expect_type(reg, Regulariser, "first argument", "kl")
+    if (mdp is None) != (policy is None):
+        raise ValueError("give both mdp and policy (the guarantee of this policy), or neither (that of every policy)")
+    x = jnp.asarray(perturbations)
+    if x.ndim < 3:
+        raise ValueError(f"perturbations have shape {x.shape}; expected [*B, N, S, A], N samples of one per state")
+    level = _host.number("coverage", coverage)
+    if not _host.is_traced(level):
+        _host.refuse("coverage", level, ~((level > 0) & (level < 1)), (), "a frequency between 0 and 1, without them")
+    weights = None
+    if mdp is not None and policy is not None:
+        _host.expect_shape("perturbations", x.shape, (mdp.n_states, mdp.n_actions), "N, S, A")
+        weights = jnp.sum(occupancy(mdp, policy), axis=-1)[..., None, :]
+    scores = critical_beta(reg, x, weights=weights, per_state=False)
+    return _quantile(scores, jnp.asarray(level, scores.dtype))
+
+
+@jax.jit
+def _quantile(scores: Array, coverage: Array) -> Array:
+    """The k-th smallest of N scores (last axis), `k = floor((N+1)(1 - coverage))`; 0 for k = 0."""
+    n = scores.shape[-1]
+    # 1 - 0.9 is a little less than 0.1: a whole number missed by rounding is that number.
+    rank = (n + 1) * (1 - coverage)
+    k = jnp.floor(rank + 8 * (n + 1) * float(jnp.finfo(scores.dtype).eps)).astype(jnp.int32)
+    ranked = jnp.sort(scores, axis=-1)
+    k = jnp.broadcast_to(k, ranked.shape[:-1])
+    kth = jnp.take_along_axis(ranked, jnp.maximum(k - 1, 0)[..., None], axis=-1)[..., 0]
+    broken = jnp.any(jnp.isnan(scores), axis=-1)
+    return jnp.where(broken, jnp.nan, jnp.where(k > 0, kth, 0))

@@ -1,0 +1,207 @@
+"""The plan of a sweep: cells, the order in which they are solved, and the problem that a chunk of them stands for.
+
+A cell is one combination of grid values and one lane of the kernels. Cells are ordered by how hard they are (discount,
+then alpha, then beta), so that lanes solved together take about as many steps as each other and nobody waits long for
+the slowest. Together are as many lanes as work fastest (cache-sized on a CPU); a chunk is a row of such batches.
+Neither grows with the sweep, nor does the memory, and neither depends on how many devices or processes share the work:
+every cell is computed in the same company wherever it is computed.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robustreg import _host
+from robustreg import regularisers as regs
+from robustreg.mdp import MDP
+from robustreg.mdp import mdp as make_mdp
+from robustreg.regularisers import Regulariser
+from robustreg.transitions import Successors
+
+MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
+# Batches of a chunk at most; and chunks at least, if there are batches enough, for cores and devices to share.
+_BATCHES, _CHUNKS = 16, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Cells in the order in which they are solved, and the arrays that they pick from."""
+
+    mdp: MDP
+    reg: Regulariser
+    values: Mapping[str, np.ndarray]
+    coordinates: Mapping[str, np.ndarray]
+    outputs: tuple[str, ...]
+    zipped: bool
+    shape: tuple[int, ...]
+    order: np.ndarray
+    width: int
+    batches: int
+
+    @property
+    def chunk(self) -> int:
+        """Cells of a chunk."""
+        return self.width * self.batches
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks in all."""
+        return -(-self.order.size // self.chunk)
+
+    def cells(self, job: int) -> np.ndarray:
+        """Flat numbers of the cells of a chunk."""
+        return self.order[job * self.chunk : (job + 1) * self.chunk]
+
+    def lanes(self, cells: np.ndarray) -> dict[str, np.ndarray]:
+        """Grid values of a chunk, `[batches, width, ...]`, in the working precision; a short one repeats its last."""
+        cells = np.concatenate([cells, np.repeat(cells[-1:], self.chunk - cells.size)])
+        index = [cells] * len(self.values) if self.zipped else np.unravel_index(cells, self.shape)
+        picked = {name: x[i] for (name, x), i in zip(self.values.items(), index)}
+        if "discount" in picked:
+            picked["complement"] = 1 - picked["discount"]  # before the precision of either is lost
+        shape = (self.batches, self.width)
+        return {
+            name: x.astype(np.int32 if name == "mdp" else self.mdp.dtype).reshape(*shape, *x.shape[1:])
+            for name, x in picked.items()
+        }
+
+
+def make_plan(
+    mdp: MDP, reg: Regulariser, grid: Any, outputs: Sequence[str], zipped: bool, chunk: int | None, devices: Any
+) -> Plan:
+    """Check a grid and lay it out; arguments as in `robustreg.sweep`, with the devices that it may run on.
+
+    Raises:
+        ValueError: for names, shapes and values that do not fit.
+    """
+    values = {name: _axis(name, x, mdp, reg) for name, x in dict(grid).items()}
+    if reg.batch_shape or len(mdp.batch_shape) > 1:
+        raise ValueError("the problem of a sweep has no batch axes, but for one of the MDP: put them into the grid")
+    if mdp.batch_shape:
+        values = {"mdp": np.arange(mdp.batch_shape[0])} | values
+    if not values or any(len(x) == 0 for x in values.values()):
+        raise ValueError("the grid is empty: give at least one leaf with at least one value")
+    lengths = {name: len(x) for name, x in values.items()}
+    if zipped and len(set(lengths.values())) > 1:
+        raise ValueError(f"zipped axes must be equally long, got {lengths}")
+    shape = (next(iter(lengths.values())),) if zipped else tuple(lengths.values())
+    coordinates = {n: x if x.ndim == 1 else np.arange(len(x)) for n, x in values.items()}
+    size = int(np.prod(shape))
+    index = [np.arange(size)] * len(values) if zipped else np.unravel_index(np.arange(size), shape)
+    keys = {n: coordinates[n][i] for n, i in zip(values, index)}
+    # The last key sorts first: discount before alpha before beta, and one MDP after the other within those.
+    hardness = [keys[n] for n in ("mdp", "beta", "alpha", "discount") if n in keys]
+    order = np.lexsort(hardness) if hardness else np.arange(size)
+    # Any device may get any chunk, so that each must be able to hold it.
+    width = min(chunk or min(device_width(mdp, device) for device in devices), size)
+    batches = int(np.clip(-(-size // width) // _CHUNKS, 1, _BATCHES))
+    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, order, width, batches)
+
+
+def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
+    """Values of one leaf `[n, ...]`, checked by the factory that makes it."""
+    allowed = MDP_LEAVES + tuple(n for n in REGULARISER_LEAVES if n == "prior" or hasattr(reg, n))
+    if name not in allowed:
+        raise ValueError(f"unknown leaf {name!r} in the grid; there are: {', '.join(allowed)}")
+    values = _host.number(name, x)
+    core = {"reward": (2,), "initial": (1,), "state_scale": (1,), "prior": (1, 2)}.get(name, (0,))
+    if values.ndim - 1 not in core:
+        raise ValueError(f"{name} has shape {values.shape} in the grid; expected one leading axis of values")
+    if not values.size:
+        return values
+    if name in MDP_LEAVES:
+        _check_mdp(name, values if name != "initial" else x, mdp)
+    elif name == "alpha":
+        regs.alpha(x, 1.0)
+    elif name == "beta":
+        regs.kl(x)
+    else:
+        regs.kl(1.0, **{name: x})
+    return values
+
+
+def _check_mdp(name: str, x: Any, mdp: MDP) -> None:
+    """Have the factory look at a leaf, beside transitions of the right size that cost it nothing to check."""
+    n_states, n_actions = mdp.n_states, mdp.n_actions
+    lists: Any = np.zeros((n_states, n_actions, 1), np.int32), np.ones((n_states, n_actions, 1))
+    leaves: dict[str, Any] = {"reward": np.zeros((n_states, n_actions), mdp.dtype), "discount": 0.0}
+    # Were there S values, and S = A, they could be rewards by successor; in a grid they are not.
+    leaves[name] = x[:, None] if name == "reward" and x.shape == (n_states, n_actions, n_states) else x
+    make_mdp(Successors(*lists), **leaves)
+
+
+def device_width(mdp: MDP, device: Any) -> int:
+    """Lanes solved together on a device.
+
+    On a CPU as many as keep one array of action values near 128 KiB, between 4 and 256; on an accelerator as many as
+    fill a tenth of its own memory with a dozen such arrays, at most 4,096.
+    """
+    row = mdp.n_states * mdp.n_actions * mdp.dtype.itemsize
+    if device.platform == "cpu":
+        return int(np.clip(2 ** round(np.log2(max(1, 2**17 / row))), 4, 256))
+    limit = (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
+    return int(np.clip(0.1 * limit / (12 * row), 1, 4096))
+
+
+def digest(plan: Plan, options: tuple) -> dict[str, Any]:
+    """Everything that results depend on, as JSON: what two runs must share to share a folder."""
+    code = hashlib.sha256()
+    leaves, structure = jax.tree.flatten((plan.mdp, plan.reg))
+    for x in [*leaves, *plan.values.values(), plan.order]:
+        x = np.asarray(x)
+        code.update(f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())
+    solver, tol, max_steps = options
+    return {
+        "data": code.hexdigest(),
+        "structure": hashlib.sha256(str(structure).encode()).hexdigest(),
+        "grid": {name: list(x.shape) for name, x in plan.values.items()},
+        "zipped": plan.zipped,
+        "outputs": list(plan.outputs),
+        "solver": repr(solver),
+        "tol": None if tol is None else float(tol),
+        "max_steps": max_steps,
+        "chunk": [plan.width, plan.batches],
+        "dtype": str(plan.mdp.dtype),
+    }
+
+
+# ---- the problem of some lanes
+
+
+def problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[MDP, Regulariser]:
+    """The problem with the grid's values, `[width, ...]`, in the place of its leaves."""
+    if "mdp" in lanes:
+        mdp = _pick(mdp, lanes["mdp"])
+    changed = {n: lanes[n] for n in ("discount", "complement", "reward", "initial") if n in lanes}
+    mdp = dataclasses.replace(mdp, **changed)
+    leaves: dict[str, Any] = {n: lanes[n] for n in ("alpha", "beta", "state_scale") if n in lanes}
+    if "prior" in lanes:
+        prior = lanes["prior"]
+        leaves["log_prior"] = regs.log_of(prior[:, None] if prior.ndim == 2 else prior)
+    regulariser: Any = reg  # of a class that is a dataclass, as all are
+    return mdp, dataclasses.replace(regulariser, **leaves)
+
+
+def per_lane(x: jax.Array, n: int) -> jax.Array:
+    """Results that the grid does not change still have a row per lane."""
+    return x if x.shape[:1] == (n,) else jnp.broadcast_to(x, (n, *x.shape))
+
+
+def _pick(mdp: MDP, index: jax.Array) -> MDP:
+    """One MDP of a batch per lane."""
+    size = mdp.batch_shape[0]
+    cores = {"reward": 2, "discount": 0, "complement": 0, "initial": 1, "termination": 2}
+
+    def take(x: Any, core: int) -> Any:
+        return x if x is None or x.ndim == core or x.shape[0] != size else x[index]
+
+    picked: dict[str, Any] = {name: take(getattr(mdp, name), core) for name, core in cores.items()}
+    kernel: Any = mdp.transitions  # with a batch axis it is one of the classes that hold probabilities
+    if kernel.batch_shape:
+        kernel = dataclasses.replace(kernel, probabilities=kernel.probabilities[index])
+    return dataclasses.replace(mdp, transitions=kernel, **picked)
