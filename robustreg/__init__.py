@@ -12,14 +12,14 @@
 from robustreg import adversary, baselines, problems
 from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
 from robustreg.baselines import Entropy, entropy
-from robustreg.budgets import Box, Features, SharedBudget, StatesOnly
+from robustreg.budgets import Box, StatesOnly
 from robustreg.calibration import calibrate, critical_beta
 from robustreg.certificates import Certificate, certify
 from robustreg.game import Game, solve_game
 from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium, load, save
-
 from robustreg.mdp import MDP, mdp
+from robustreg.pooled import Features, SharedBudget
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
 from robustreg.sharding import shard
