@@ -133,15 +133,18 @@ class Whole(Adversary):
         return problem.regulariser._value(policy), jnp.zeros(problem.batch, problem.dtype)
 
 
-def natural(problem: bellman.Lanes, policy: Array, normal: Array) -> Array:
-    """`(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`."""
-    larger = jnp.maximum(policy, normal)
-    on = larger > 0
+def curvature(problem: bellman.Lanes, policy: Array) -> Array:
+    """`w = p0^{alpha-1} p^{2-alpha}`, how much of p moves with its q in units of 1/beta, `[A, S, *B]`; 0 off support."""
     # KL has no order of its own.
     order = getattr(problem.regulariser, "alpha", jnp.ones_like(problem.regulariser.beta))
-    prior = jnp.where(is_masked(problem), 0, problem.regulariser._prior)
-    log_w = prior + (2 - order)[None] * (jnp.log(jnp.where(on, larger, 1)) - prior)
-    return jnp.where(on, (policy - normal) * jnp.exp(-log_w), 0)
+    prior, on = jnp.where(is_masked(problem), 0, problem.regulariser._prior), policy > 0
+    return jnp.where(on, jnp.exp(prior + (2 - order)[None] * (jnp.log(jnp.where(on, policy, 1)) - prior)), 0)
+
+
+def natural(problem: bellman.Lanes, policy: Array, normal: Array) -> Array:
+    """`(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`."""
+    w = curvature(problem, jnp.maximum(policy, normal))
+    return jnp.where(w > 0, (policy - normal) / jnp.where(w > 0, w, 1), 0)
 
 
 @_tree.dataclass

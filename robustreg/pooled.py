@@ -12,8 +12,13 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg import _host, _tree, bellman
-from robustreg.budgets import Adversary, Whole, is_masked, shape
+from robustreg.budgets import Adversary, Whole, curvature, is_masked, shape
 from robustreg.regularisers import maximise
+
+# `Features.price`: how often the temperature halves, Newton steps at each, and lengths that a step is tried with. Fewer
+# steps or a faster fall lose track where an action's probability vanishes: a bound off by 1e-3 instead of 1e-5.
+_HALVINGS, _STEPS_EACH = 20, 4
+_DAMPING = np.array([1.0, 0.5, 0.2, 0.05, 0.0])
 
 
 @_tree.dataclass
@@ -79,33 +84,35 @@ class Features(Adversary):
         x, excess, _ = self._combined(problem, params)
         return x - jnp.max(excess, axis=0)[None, None]
 
-    def _bearing(self, problem: bellman.Lanes, params: Array, visits: Array, count: Array) -> tuple[Array, Array]:
-        """Multipliers `[S, *B]` that sum to the visits, and the normals."""
-        _, excess, normal = self._combined(problem, params)
-        share = jax.nn.softmax(
-            (excess - jnp.max(excess, axis=0)[None]) / self._temperature(problem, count)[None], axis=0
-        )
-        return share * jnp.sum(visits, axis=0)[None], normal
-
     def _temperature(self, problem: bellman.Lanes, count: Array) -> Array:
-        beta = jnp.max(problem.regulariser.beta, axis=0)
-        return 1 / (beta * (1 + count.astype(problem.dtype)) ** 0.5 * 10)
+        """Of the maximum over states, in reward units: the perturbation falls short of the best by so much a visit."""
+        cooled = jnp.maximum(1.0 / (1 + count.astype(problem.dtype)) ** 2, float(jnp.finfo(problem.dtype).eps) ** 0.5)
+        return 0.1 * cooled / jnp.max(problem.regulariser.beta, axis=0)
 
     def ascent(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """Newton's direction in w for the smoothed maximum."""
-        multiplier, normal = self._bearing(problem, params, visits, count)
-        total = jnp.sum(visits, axis=0)
-        mu = policy * visits[None]
-        slope = self._project(mu - multiplier[None] * normal)
-        # Curvature beta sum_s l_s Cov_{p_s}(phi) within states (of the normals, KL's), and that of the maximum between.
+        slope, hessian, _ = self._model(problem, params, policy * visits[None], self._temperature(problem, count))
+        return _solve(hessian, slope)
+
+    def _model(self, problem: bellman.Lanes, w: Array, mu: Array, temperature: Array) -> tuple[Array, Array, Array]:
+        """Slope and curvature in w of `<mu, phi w> - |mu| max_s Omega*((phi w)_s)`, smoothed; the normals' occupancy."""
+        _, excess, normal = self._combined(problem, w)
+        total = jnp.sum(mu, axis=(0, 1))
+        share = jax.nn.softmax((excess - jnp.max(excess, axis=0)[None]) / temperature[None], axis=0)
+        multiplier = share * total[None]
+        target = multiplier[None] * normal
+        bend = curvature(problem, normal)
+        bend = bend / _tree.total(bend)[None]
+        # beta sum_s l_s (Cov of phi under the curvature) within states, and the covariance of the normals' between.
+        spread = self.features - _tree.total(self.features * bend[None], 1)[:, None]
+        size = (multiplier * problem.regulariser.beta * _tree.total(curvature(problem, normal)))[None]
+        within = self._gram(size * bend, spread)
         mean = jnp.sum(self.features * normal[None], axis=1)
-        spread = self.features - mean[:, None]
-        within = self._gram(multiplier[None] * normal * problem.regulariser.beta[None], spread)
-        centre = jnp.sum(mean * multiplier[None], axis=1) / total[None]
-        across = mean - centre[:, None]
-        weight = multiplier / self._temperature(problem, count)[None]
-        between = jnp.sum(across[:, None] * across[None] * weight[None, None], axis=2)
-        return _solve(within + between, slope)
+        across = mean - jnp.sum(mean * share[None], axis=1)[:, None]
+        between = jnp.sum(across[:, None] * across[None] * (multiplier / temperature[None])[None, None], axis=2)
+        # A constant changes nothing; this leaves steps without one, and the others as they are.
+        centre = jnp.mean(self.features, axis=(1, 2)) * total[None]
+        return self._project(mu - target), within + between + centre[:, None] * centre[None], target
 
     def _project(self, mu: Array) -> Array:
         """What the features see of an occupancy, `[F, *B]`."""
@@ -118,27 +125,42 @@ class Features(Adversary):
     def price(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """R's support function at an occupancy `u >= 0` that the features cannot tell from mu.
 
-        `<mu, phi w> = <u, phi w>` for every w, and no member of R takes more than that from u. Of the normals'
-        occupancy only the part is taken that changes nothing that the features see, and as much of it as leaves u >= 0.
+        `<mu, phi w> = <u, phi w>` for every w, and no member of R takes more than that from u. The normals' occupancy
+        at the adversary's best answer to mu is the best such u: Newton's method goes there, with temperatures that
+        fall. Of that occupancy only the part is taken that changes nothing that the features see, and as much of it as
+        leaves u >= 0.
         """
         mu = policy * visits[None]
+        coldest = self._temperature(problem, jnp.zeros(problem.batch, jnp.int32))
 
-        def split(count: Array) -> Array:
-            """The best of a few steps towards the normals' occupancy as it is after `count` rounds."""
-            multiplier, normal = self._bearing(problem, params, visits, jnp.full(problem.batch, count))
-            target = multiplier[None] * normal
-            metric = jnp.maximum(mu, target)
-            seen = _solve(self._gram(metric, self.features), self._project(target - mu))
-            change = target - mu - metric * jnp.sum(self.features * seen[:, None, None], axis=0)
-            falling = change < 0
-            room = jnp.min(jnp.where(falling, mu / jnp.where(falling, -change, 1), jnp.inf), axis=(0, 1))
-            step = jnp.minimum(room, 1)
-            totals = [self._support(problem, mu + (part * step)[None, None] * change) for part in (0.0, 0.5, 0.9, 1.0)]
-            return jnp.min(jnp.stack(totals), axis=0)
+        def value(w: Array, temperature: Array) -> Array:
+            excess = self._combined(problem, w)[1] / temperature[None]
+            return jnp.sum(self._project(mu) * w, axis=0) - jnp.sum(mu, axis=(0, 1)) * temperature * (
+                jax.scipy.special.logsumexp(excess, axis=0)
+            )
 
-        # Whatever the temperature, the bound holds; which is best depends on how long was played.
-        extra = jnp.min(lax.map(split, 2 ** jnp.arange(0, 20, 1, dtype=jnp.int32)), axis=0)
-        return jnp.zeros_like(visits), extra
+        def step(count: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+            w, temperature, least = state
+            slope, hessian, target = self._model(problem, w, mu, temperature)
+            least = jnp.minimum(least, self._split(problem, mu, target))
+            move = _solve(hessian, slope)
+            ways = w[None] + move[None] * _DAMPING.reshape((-1,) + (1,) * w.ndim).astype(w.dtype)
+            best = jnp.argmax(lax.map(lambda x: value(x, temperature), ways), axis=0)
+            w = jnp.take_along_axis(ways, best[None, None], axis=0)[0]
+            return w, jnp.where(count % _STEPS_EACH == _STEPS_EACH - 1, 0.5, 1.0).astype(w.dtype) * temperature, least
+
+        start = (params, coldest, self._support(problem, mu))
+        return jnp.zeros_like(visits), lax.fori_loop(0, _HALVINGS * _STEPS_EACH, step, start)[2]
+
+    def _split(self, problem: bellman.Lanes, mu: Array, target: Array) -> Array:
+        """R's support function a way from mu towards a target, `[*B]`, the best of a few."""
+        metric = jnp.maximum(mu, target)
+        seen = _solve(self._gram(metric, self.features), self._project(target - mu))
+        change = target - mu - metric * jnp.sum(self.features * seen[:, None, None], axis=0)
+        falling = change < 0
+        room = jnp.min(jnp.where(falling, mu / jnp.where(falling, -change, 1), jnp.inf), axis=(0, 1))
+        step = jnp.minimum(room, 1)
+        return jnp.minimum(*(self._support(problem, mu + (part * step)[None, None] * change) for part in (0.9, 1.0)))
 
     @staticmethod
     def _support(problem: bellman.Lanes, u: Array) -> Array:
@@ -152,10 +174,13 @@ class Features(Adversary):
 def _solve(matrix: Array, right: Array) -> Array:
     """`matrix^{-1} right` for `[F, F, *B]`, positive semidefinite, and `[F, *B]`; directions without weight stay 0."""
     matrix, right = jnp.moveaxis(matrix, (0, 1), (-2, -1)), jnp.moveaxis(right, 0, -1)
-    size = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
-    ridge = 64 * float(jnp.finfo(right.dtype).eps) * jnp.where(size > 0, size, 1)
-    ridge = ridge * jnp.eye(right.shape[-1], dtype=right.dtype).reshape((1,) * (right.ndim - 1) + matrix.shape[-2:])
-    return jnp.moveaxis(jnp.linalg.solve(matrix + ridge, right[..., None])[..., 0], -1, 0)
+    # Scaled to a diagonal of ones: temperatures and curvatures differ by many orders of magnitude.
+    diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    scale = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
+    matrix = matrix * scale[..., None, :] * scale[..., None]
+    eye = jnp.eye(right.shape[-1], dtype=right.dtype).reshape((1,) * (right.ndim - 1) + matrix.shape[-2:])
+    ridge = 16 * float(jnp.finfo(right.dtype).eps) * eye + jnp.where(diagonal > 0, 0, 1)[..., None] * eye
+    return jnp.moveaxis(scale * jnp.linalg.solve(matrix + ridge, (scale * right)[..., None])[..., 0], -1, 0)
 
 
 @_tree.dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from cases import ACTIONS, STATES, all_cases, garnet_case, lanes, problem, stack
+from cases import ACTIONS, STATES, all_cases, garnet_case, lanes, problem, stack, truth
 from scipy.optimize import minimize
 
 import robustreg as rr
@@ -24,6 +24,8 @@ CELLS = [
 ]  # fmt: skip
 OPTIMISTIC = optax.optimistic_gradient_descent(0.2)
 GENTLE = optax.sgd(0.3)
+# Gap relative to 1 + |value| after 600 rounds.
+TIGHT = {"box": 1e-6, "features": 1e-4, "budget": 1e-6}
 
 
 def check(game, objective, tol):
@@ -39,80 +41,112 @@ def check(game, objective, tol):
     assert (np.asarray(game.gaps)[..., 0] > 1e-3 * np.abs(objective)).any()
 
 
+# Options that a compiled program depends on, the same for the tests on the stack: one program serves them all.
+PLAY = {"steps": 60, "record": 5}
+
+
 @pytest.fixture(scope="module")
 def cases():
-    """Nine kinds of problem under nine regularisers: the stack, and its closed forms."""
-    m, reg = problem(stack(all_cases()), INDEX)
-    return m, reg, rr.solve(m, reg)
+    """Nine kinds of problem under nine regularisers: the stack, and its values by the oracle."""
+    stacked = stack(all_cases())
+    m, reg = problem(stacked, INDEX)
+    value = truth(stacked, INDEX)[0]
+    return m, reg, (stacked.initial[:, None] * value).sum(-1)
 
 
 @pytest.fixture(scope="module")
 def played(cases):
-    return rr.solve_game(*cases[:2], steps=160, record=20)
+    return rr.solve_game(*cases[:2], **PLAY)
+
+
+def guaranteed(c, policy, alpha, beta, g):
+    """Return of a policy less the divergence that it pays, from its occupancy."""
+    flow = np.linalg.solve(np.eye(STATES) - g * np.einsum("sa,sat->ts", policy, c.P), c.initial)
+    paid = oracle.divergence(np.full(STATES, alpha), c.prior, policy) / beta
+    return flow @ ((policy * np.where(c.prior > 0, c.reward, 0)).sum(-1) - paid)
 
 
 def test_play_meets_the_closed_form(cases, played):
     """Strong duality in every kind of problem (masks, ties, endings), found by play; honest bounds."""
-    m, reg, sol = cases
-    check(played, sol.objective, 1e-6)
-    start = np.asarray(m.initial)
-    guarantee = (start * np.asarray(rr.evaluate(m, played.policy, reg))).sum(-1)
-    np.testing.assert_allclose(guarantee, played.primal, atol=1e-8)
+    _, reg, objective = cases
+    check(played, objective, 1e-8)
     assert (np.asarray(rr.slack(reg, played.perturbation)) >= -1e-9).all()
-    assert (np.asarray(played.rounds) == np.arange(0, 161, 20)).all() and (np.asarray(played.steps) == 160).all()
-    # The dual by code that knows no regulariser.
-    all_c = all_cases()
-    for i, lane in ((0, 4), (4, 7), (5, 2)):
-        c = all_c[i]
-        plain = oracle.optimal_value(c.P, c.reward - np.asarray(played.perturbation)[i, lane], 0.95, c.prior > 0)
+    assert (np.asarray(played.rounds) == np.arange(0, 61, 5)).all() and (np.asarray(played.steps) == 60).all()
+    assert played.converged.all() and np.array_equal(played.tol, played.relative_gap)
+    # Both bounds by code that knows no game.
+    policy, dr = np.asarray(played.policy), np.asarray(played.perturbation)
+    for i, c in enumerate(all_cases()):
+        for lane, (alpha, beta) in enumerate(zip(INDEX["alpha"], INDEX["beta"])):
+            low = guaranteed(c, policy[i, lane], alpha, beta, 0.95)
+            np.testing.assert_allclose(low, played.primal[i, lane], atol=1e-8)
+        plain = oracle.optimal_value(c.P, c.reward - dr[i, lane], 0.95, c.prior > 0)
         np.testing.assert_allclose((c.initial * plain).sum(), played.dual[i, lane], atol=1e-8)
+
+
+def test_lanes_freeze_and_are_lost_alone(cases):
+    """Done lanes stop; a lane of NaN is reported; neither that nor other lanes' strengths change a bit of a lane."""
+    m, reg, objective = cases
+    game = rr.solve_game(m, reg, tol=1e-6, **PLAY)
+    check(game, objective, 1e-6)
+    steps = np.asarray(game.steps)
+    assert game.converged.all() and np.unique(steps).size > 1 and (steps <= 60).all()
+    late = np.asarray(game.primals)[..., -1:] == np.asarray(game.primals)
+    assert late[np.asarray(game.rounds) >= steps[..., None]].all()
+    other = np.array([2.0, np.nan, 5.0, 0.1, 5.0, 50.0, 0.5, 5.0, 50.0])
+    lost = rr.solve_game(m, dataclasses.replace(reg, beta=jnp.asarray(other)), tol=1e-6, **PLAY)
+    assert (np.asarray(lost.status)[:, 1] == rr.Status.NONFINITE_INPUT).all() and np.isnan(lost.primal[:, 1]).all()
+    same = np.flatnonzero(other == INDEX["beta"])
+    assert same.size == 5
+    for name in ("policy", "perturbation", "primal", "dual", "steps", "status", "primals"):
+        assert np.array_equal(np.asarray(getattr(game, name))[:, same], np.asarray(getattr(lost, name))[:, same]), name
+    with pytest.raises(rr.SolveError, match=r"NONFINITE_INPUT: lane \[0, 1\]"):
+        lost.raise_if_failed()
+    with pytest.raises(rr.SolveError, match="MAX_STEPS"):
+        rr.solve_game(m, reg, tol=1e-300, **PLAY).raise_if_failed()
+
+
+@pytest.mark.slow
+def test_a_batch_is_its_single_games():
+    """One lane alone, under jit, and as an element of a vmap."""
+    index = lanes(alpha=(0.5, 2.0), beta=(0.5, 20.0), discount=(0.9,))
+    c = garnet_case(2)
+    m, reg = problem(stack([c]), index)
+    game = rr.solve_game(m, reg, tol=1e-6, record=1)
+    plain = c.mdp(0.9)
+
+    def alone(order, beta):
+        return rr.solve_game(plain, rr.alpha(alpha=order, beta=beta, prior=c.prior), tol=1e-6, record=1)
+
+    alpha, beta = (jnp.asarray(index[name]) for name in ("alpha", "beta"))
+    for single in (jax.vmap(alone)(alpha, beta), jax.tree.map(lambda x: x[None], jax.jit(alone)(alpha[0], beta[0]))):
+        n = single.steps.shape[0]
+        assert np.array_equal(single.steps, game.steps[0, :n])
+        np.testing.assert_allclose(single.policy, game.policy[0, :n], atol=1e-9)
+        np.testing.assert_allclose(single.primal, game.primal[0, :n], atol=1e-9)
+
+
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"scheme": "simultaneous", "agent": GENTLE, "responses": 1},
-        {"scheme": "simultaneous", "agent": OPTIMISTIC, "response": GENTLE, "responses": 1},
-        {"scheme": "extragradient", "agent": GENTLE, "responses": 2},
-        {"link": "softmax", "agent": optax.chain(optax.clip(1.0), optax.sgd(0.2))},
-        {
-            "agent": optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.7)),
-            "response": optax.adam(0.05),
-            "record": 7,
-        },
+        {"scheme": "simultaneous", "agent": OPTIMISTIC, "response": GENTLE, "responses": 1, "record": 7},
+        pytest.param({"scheme": "simultaneous", "agent": GENTLE, "responses": 1}, marks=SLOW),
+        pytest.param({"scheme": "extragradient", "agent": GENTLE, "responses": 2}, marks=SLOW),
+        pytest.param({"agent": optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.7))}, marks=SLOW),
+        pytest.param({"response": optax.adam(0.05), "agent": GENTLE}, marks=SLOW),
     ],
-    ids=["simultaneous", "optimistic", "extragradient", "softmax", "others"],
+    ids=["optimistic", "simultaneous", "extragradient", "norms", "adam"],
 )
 def test_every_option(options):
-    """Other schemes, links and transformations: slower, to the same value; `record` that does not divide `steps`."""
-    index = lanes(alpha=(1.0, 2.0) if "link" not in options else (1.0,), beta=(0.5, 4.0), discount=(0.9,))
-    m, reg = problem(stack([garnet_case(1)]), index)
+    """Other schemes and transformations: slower, to the same value; `record` that does not divide `steps`."""
+    index = lanes(alpha=(1.0, 2.0), beta=(0.5, 4.0), discount=(0.9,))
+    stacked = stack([garnet_case(1)])
+    m, reg = problem(stacked, index)
     game = rr.solve_game(m, reg, steps=300, tol=1e-4, **options).raise_if_failed()
-    check(game, rr.solve(m, reg).objective, 1e-4)
+    check(game, (stacked.initial * truth(stacked, index)[0]).sum(-1), 1e-4)
     assert (np.asarray(game.steps) <= 300).all() and (np.asarray(game.relative_gap) <= 1e-4).all()
-
-
-def test_batches_freeze_and_lost_lanes():
-    """A batch is its single games; done lanes stop; a lane of NaN is reported and changes no other; jit and vmap."""
-    index = lanes(alpha=(0.5, 2.0), beta=(0.5, 20.0), discount=(0.9,))
-    m, reg = problem(stack([garnet_case(2)]), index)
-    game = rr.solve_game(m, reg, tol=1e-6, record=1)
-    assert game.converged.all() and np.unique(np.asarray(game.steps)).size > 1
-    broken = dataclasses.replace(reg, beta=reg.beta.at[1].set(jnp.nan))
-    lost = rr.solve_game(m, broken, tol=1e-6, record=1)
-    assert lost.status[0, 1] == rr.Status.NONFINITE_INPUT and np.isnan(lost.primal[0, 1])
-    keep = np.array([0, 2, 3])
-    for name in ("policy", "perturbation", "primal", "dual", "steps", "status", "primals"):
-        assert np.array_equal(np.asarray(getattr(game, name))[:, keep], np.asarray(getattr(lost, name))[:, keep]), name
-    with pytest.raises(rr.SolveError, match=r"NONFINITE_INPUT: lane \[0, 1\]"):
-        lost.raise_if_failed()
-    one = jax.tree.map(lambda x: x[3], (reg.alpha, reg.beta))
-    single = dataclasses.replace(reg, alpha=one[0], beta=one[1])
-    alone = rr.solve_game(m, single, tol=1e-6, record=1)
-    assert int(alone.steps[0, 0]) == int(game.steps[0, 3])
-    np.testing.assert_allclose(alone.policy[0, 0], game.policy[0, 3], atol=1e-9)
-    with pytest.raises(rr.SolveError, match="MAX_STEPS"):
-        rr.solve_game(m, reg, tol=1e-12, steps=1).raise_if_failed()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,47 +196,50 @@ def reference(P, reward, initial, prior, beta, g, kind, extra):
     return best
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("kind", ["box", "features", "budget"])
-def test_restricted_adversaries_against_a_convex_program(kind, seed):
-    """Bounds enclose SLSQP's answer, and close to the accuracy that the set allows."""
-    P, reward, initial, prior = small(seed)
-    g, betas = 0.8, np.array([0.5, 3.0])
-    m = rr.mdp(P, reward, g, initial=initial)
-    reg = rr.kl(beta=betas, prior=prior)
-    rng = np.random.default_rng(10 + seed)
+@pytest.mark.parametrize("kind", ["box", pytest.param("features", marks=SLOW), pytest.param("budget", marks=SLOW)])
+def test_restricted_adversaries_against_a_convex_program(kind):
+    """Bounds enclose SLSQP's answer and close on it: two problems, two strengths."""
+    g, betas, seeds = 0.8, np.array([0.5, 3.0]), (0, 1)
+    P, reward, initial, prior = (np.stack(x) for x in zip(*map(small, seeds)))
+    m = rr.mdp(P[:, None], reward[:, None], g, initial=initial[:, None])
+    reg = rr.kl(beta=betas, prior=prior[:, None])
+    rng = np.random.default_rng(10)
     contrast = reward - (prior * reward).sum(-1, keepdims=True)
-    features = np.stack([contrast, rng.normal(size=(3, 2)), np.ones((3, 2))], -1)
-    weights = rng.uniform(0.5, 1.5, 3)
+    features = np.stack([contrast, rng.normal(size=contrast.shape), np.ones_like(contrast)], -1)
+    weights = rng.uniform(0.5, 1.5, (2, 3))
     adversary, extra = {
-        "box": (rr.Box(0.3), 0.3),
-        "features": (rr.Features(features), features),
-        "budget": (rr.SharedBudget(0.4, weights), (0.4, weights)),
+        "box": (rr.Box(0.3), [0.3, 0.3]),
+        "features": (rr.Features(features[:, None]), features),
+        "budget": (rr.SharedBudget(0.4, weights[:, None]), [(0.4, w) for w in weights]),
     }[kind]
-    game = rr.solve_game(m, reg, adversary=adversary, steps=1000 if kind == "box" else 2000, record=50)
-    truth = np.array([reference(P, reward, initial, prior, beta, g, kind, extra) for beta in betas])
+    game = rr.solve_game(m, reg, adversary=adversary, steps=600, record=50)
+    truth = np.array(
+        [[reference(P[i], reward[i], initial[i], prior[i], beta, g, kind, extra[i]) for beta in betas] for i in seeds]
+    )
     assert np.isfinite(truth).all()
-    assert (np.asarray(game.primals) <= truth[:, None] + 1e-6).all()
-    assert (np.asarray(game.duals) >= truth[:, None] - 1e-6).all()
-    assert (np.asarray(game.gap) <= (1e-2 if kind == "features" else 1e-6) * (1 + np.abs(truth))).all()
+    assert (np.asarray(game.primals) <= truth[..., None] + 1e-6).all()
+    assert (np.asarray(game.duals) >= truth[..., None] - 1e-6).all()
+    assert (np.asarray(game.gap) <= TIGHT[kind] * (1 + np.abs(truth))).all()
     whole = np.asarray(rr.solve(m, reg).objective)
     assert (truth >= whole - 1e-7).all() if kind != "budget" else (truth <= whole + 1e-7).all()
     dr = np.asarray(game.perturbation)
     excess = -np.asarray(rr.slack(reg, dr))
     if kind == "budget":
-        assert (np.maximum(excess, 0) @ weights <= 0.4 + 1e-9).all()
+        assert ((np.maximum(excess, 0) * weights[:, None]).sum(-1) <= 0.4 + 1e-9).all()
     else:
         assert excess.max() <= 1e-9
     if kind == "box":
         assert np.abs(dr).max() <= 0.3 + 1e-12
     if kind == "features":
-        plain = initial @ oracle.optimal_value(P, reward, g, prior > 0)
-        assert (truth < plain - 5e-4).all() and truth[0] < truth[1] - 1e-3
-        phi = features.reshape(6, 3)
-        w = np.linalg.lstsq(phi, dr.reshape(2, 6).T, rcond=None)[0]
-        np.testing.assert_allclose(phi @ w, dr.reshape(2, 6).T, atol=1e-9)
+        for i in seeds:
+            plain = initial[i] @ oracle.optimal_value(P[i], reward[i], g, prior[i] > 0)
+            assert (truth[i] < plain - 1e-4).all()
+            phi = features[i].reshape(6, 3)
+            w = np.linalg.lstsq(phi, dr[i].reshape(2, 6).T, rcond=None)[0]
+            np.testing.assert_allclose(phi @ w, dr[i].reshape(2, 6).T, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_smaller_sets_are_worth_more_to_the_agent():
     """Whole set <= larger box <= smaller box <= states only = nominal optimum; no budget is the whole set; per lane."""
     cases = stack([garnet_case(3), all_cases()[5]])
@@ -234,7 +271,6 @@ def test_errors_name_the_remedy():
         (TypeError, "agent must be an optax transformation", (m, reg), {"agent": 0.1}),
         (TypeError, "response must be an optax transformation", (m, reg), {"response": "adam"}),
         (ValueError, "scheme must be one of 'alternating'", (m, reg), {"scheme": "other"}),
-        (ValueError, "link must be one of 'matched'", (m, reg), {"link": "other"}),
         (ValueError, "steps must be at least 1", (m, reg), {"steps": 0}),
         (TypeError, "record must be an integer", (m, reg), {"record": 1.5}),
         (ValueError, "responses must be at least 1", (m, reg), {"responses": 0}),
@@ -253,6 +289,7 @@ def test_errors_name_the_remedy():
             rr.solve_game(*arguments, **options)
 
 
+@pytest.mark.slow
 def test_float32_keeps_its_precision():
     m, reg = problem(stack([garnet_case(1)]), lanes(alpha=(1.0, 2.0), beta=(2.0,), discount=(0.9,)), dtype=np.float32)
     game = rr.solve_game(m, reg, steps=40)
