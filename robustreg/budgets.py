@@ -134,7 +134,7 @@ class Whole(Adversary):
 
 
 def curvature(problem: bellman.Lanes, policy: Array) -> Array:
-    """`w = p0^{alpha-1} p^{2-alpha}`, how much of p moves with its q in units of 1/beta, `[A, S, *B]`; 0 off support."""
+    """`w = p0^{alpha-1} p^{2-alpha}`, how far p moves with its q in units of 1/beta, `[A, S, *B]`; 0 off support."""
     # KL has no order of its own.
     order = getattr(problem.regulariser, "alpha", jnp.ones_like(problem.regulariser.beta))
     prior, on = jnp.where(is_masked(problem), 0, problem.regulariser._prior), policy > 0

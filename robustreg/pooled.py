@@ -95,7 +95,7 @@ class Features(Adversary):
         return _solve(hessian, slope)
 
     def _model(self, problem: bellman.Lanes, w: Array, mu: Array, temperature: Array) -> tuple[Array, Array, Array]:
-        """Slope and curvature in w of `<mu, phi w> - |mu| max_s Omega*((phi w)_s)`, smoothed; the normals' occupancy."""
+        """Slope and curvature in w of `<mu, phi w> - |mu| max_s Omega*((phi w)_s)`, smoothed; the normals, weighted."""
         _, excess, normal = self._combined(problem, w)
         total = jnp.sum(mu, axis=(0, 1))
         share = jax.nn.softmax((excess - jnp.max(excess, axis=0)[None]) / temperature[None], axis=0)

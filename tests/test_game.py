@@ -5,6 +5,7 @@ The reference for a set without a closed form is `min <initial, V>` over V, dr a
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def check(game, objective, tol):
 
 
 # Options that a compiled program depends on, the same for the tests on the stack: one program serves them all.
-PLAY = {"steps": 60, "record": 5}
+PLAY: dict[str, Any] = {"steps": 160, "record": 20}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,9 @@ def guaranteed(c, policy, alpha, beta, g):
 def test_play_meets_the_closed_form(cases, played):
     """Strong duality in every kind of problem (masks, ties, endings), found by play; honest bounds."""
     _, reg, objective = cases
-    check(played, objective, 1e-8)
+    check(played, objective, 1e-6)
     assert (np.asarray(rr.slack(reg, played.perturbation)) >= -1e-9).all()
-    assert (np.asarray(played.rounds) == np.arange(0, 61, 5)).all() and (np.asarray(played.steps) == 60).all()
+    assert (np.asarray(played.rounds) == np.arange(0, 161, 20)).all() and (np.asarray(played.steps) == 160).all()
     assert played.converged.all() and np.array_equal(played.tol, played.relative_gap)
     # Both bounds by code that knows no game.
     policy, dr = np.asarray(played.policy), np.asarray(played.perturbation)
@@ -89,7 +90,7 @@ def test_lanes_freeze_and_are_lost_alone(cases):
     game = rr.solve_game(m, reg, tol=1e-6, **PLAY)
     check(game, objective, 1e-6)
     steps = np.asarray(game.steps)
-    assert game.converged.all() and np.unique(steps).size > 1 and (steps <= 60).all()
+    assert game.converged.all() and np.unique(steps).size > 1 and (steps <= 160).all()
     late = np.asarray(game.primals)[..., -1:] == np.asarray(game.primals)
     assert late[np.asarray(game.rounds) >= steps[..., None]].all()
     other = np.array([2.0, np.nan, 5.0, 0.1, 5.0, 50.0, 0.5, 5.0, 50.0])
@@ -249,7 +250,7 @@ def test_smaller_sets_are_worth_more_to_the_agent():
     bounds = np.array([0.05, 0.4, 3.0])[:, None, None, None, None]
     boxes = rr.solve_game(m, reg, adversary=rr.Box(bounds), steps=400, record=100)
     value, gap = np.asarray(boxes.primal), np.asarray(boxes.gap)
-    assert value.shape == (3, 2, 3) and (gap <= 1e-3).all() and (gap >= -1e-9).all()
+    assert value.shape == (3, 2, 3) and (gap <= 1e-6).all() and (gap >= -1e-9).all()
     assert (np.diff(value, axis=0) <= gap[1:] + 1e-9).all() and (value[0] - value[1]).max() > 1e-2
     assert (value + gap >= np.asarray(sol.objective) - 1e-9).all()
     states = rr.solve_game(m, reg, adversary=rr.StatesOnly(), steps=100, tol=1e-6)
