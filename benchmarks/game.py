@@ -6,11 +6,13 @@ Each problem under alpha in {.5, 1, 2} and beta in {.5, 5, 50}, discount .99, ni
 in one batch, with the defaults of `robustreg.solve_game`. `gap` is the largest (dual - primal)/|V*| of the lanes,
 V* from `robustreg.solve`; `first` is the first call in this process with compilation, `warm` the second.
 
-First line of a printout (2 shared and busy CPU cores, float64, JAX 0.10.2):
+A printout (2 shared and busy CPU cores, float64):
 
-    commit 05adf7e, device cpu, jax 0.10.2
+    commit 41eaa01, device cpu, jax 0.10.2
       problem          lanes  converged  steps  most      gap  first s   warm s
-      FrozenLake 8x8       9          9      5    10    6e-06    41.91     0.18
+      FrozenLake 8x8       9          9      5     5    2e-05    19.04     0.06
+      grid world           9          9     10    15    2e-06    14.64     0.24
+      64 Garnets         576        576      5    10    2e-05    14.21     3.17
 """
 
 import argparse

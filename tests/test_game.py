@@ -248,9 +248,9 @@ def test_smaller_sets_are_worth_more_to_the_agent():
     reg = rr.kl(beta=np.array([0.5, 2.0, 4.0]), prior=cases.prior[:, None])
     sol = rr.solve(m, reg)
     bounds = np.array([0.05, 0.4, 3.0])[:, None, None, None, None]
-    boxes = rr.solve_game(m, reg, adversary=rr.Box(bounds), steps=400, record=100)
+    boxes = rr.solve_game(m, reg, adversary=rr.Box(bounds), steps=1600, record=400)
     value, gap = np.asarray(boxes.primal), np.asarray(boxes.gap)
-    assert value.shape == (3, 2, 3) and (gap <= 1e-6).all() and (gap >= -1e-9).all()
+    assert value.shape == (3, 2, 3) and (gap <= 1e-5).all() and (gap >= -1e-9).all()
     assert (np.diff(value, axis=0) <= gap[1:] + 1e-9).all() and (value[0] - value[1]).max() > 1e-2
     assert (value + gap >= np.asarray(sol.objective) - 1e-9).all()
     states = rr.solve_game(m, reg, adversary=rr.StatesOnly(), steps=100, tol=1e-6)
@@ -260,7 +260,7 @@ def test_smaller_sets_are_worth_more_to_the_agent():
         np.testing.assert_allclose(states.dual[i], plain, atol=1e-9)
     assert (np.asarray(states.perturbation) == 0).all()
     none = rr.solve_game(m, reg, adversary=rr.SharedBudget(0.0, np.ones(STATES)), steps=60, record=30)
-    np.testing.assert_allclose(none.primal, sol.objective, atol=1e-5)
+    np.testing.assert_allclose(none.primal, sol.objective, atol=1e-6)
 
 
 def test_errors_name_the_remedy():
