@@ -250,14 +250,19 @@ def test_smaller_sets_are_worth_more_to_the_agent():
     bounds = np.array([0.05, 0.4, 3.0])[:, None, None, None, None]
     boxes = rr.solve_game(m, reg, adversary=rr.Box(bounds), steps=1600, record=400)
     value, gap = np.asarray(boxes.primal), np.asarray(boxes.gap)
-    assert value.shape == (3, 2, 3) and (gap <= 1e-5).all() and (gap >= -1e-9).all()
+    assert value.shape == (3, 2, 3) and (gap >= -1e-9).all()
+    # Slow where the box binds on all actions (see `Box`), or where its edge meets an action of prior 2^-20: one lane of
+    # each, at the weakest bound on what the agent loses, beta = 0.5. The other lanes are at rounding.
+    assert (gap[..., 0] <= 3e-5).all() and (gap[..., 1:] <= 1e-8).all()
     assert (np.diff(value, axis=0) <= gap[1:] + 1e-9).all() and (value[0] - value[1]).max() > 1e-2
     assert (value + gap >= np.asarray(sol.objective) - 1e-9).all()
-    states = rr.solve_game(m, reg, adversary=rr.StatesOnly(), steps=100, tol=1e-6)
+    # Nothing regularises the agent: what an advantage x leaves of a worse action is exp(-beta x) a round and unit of step.
+    bold = optax.sgd(50.0)
+    states = rr.solve_game(m, reg, bold, rr.StatesOnly(), steps=200, tol=1e-6)
     assert states.converged.all() and (np.asarray(states.dual) >= value[0] - 1e-9).all()
     for i, c in enumerate((garnet_case(3), all_cases()[5])):
         plain = (c.initial * oracle.optimal_value(c.P, c.reward, 0.9, c.prior > 0)).sum()
-        np.testing.assert_allclose(states.dual[i], plain, atol=1e-9)
+        np.testing.assert_allclose(states.dual[i], plain, rtol=1e-6)
     assert (np.asarray(states.perturbation) == 0).all()
     none = rr.solve_game(m, reg, adversary=rr.SharedBudget(0.0, np.ones(STATES)), steps=60, record=30)
     np.testing.assert_allclose(none.primal, sol.objective, atol=1e-6)
