@@ -256,7 +256,7 @@ def test_smaller_sets_are_worth_more_to_the_agent():
     assert (gap[..., 0] <= 3e-5).all() and (gap[..., 1:] <= 1e-8).all()
     assert (np.diff(value, axis=0) <= gap[1:] + 1e-9).all() and (value[0] - value[1]).max() > 1e-2
     assert (value + gap >= np.asarray(sol.objective) - 1e-9).all()
-    # Nothing regularises the agent: what an advantage x leaves of a worse action is exp(-beta x) a round and unit of step.
+    # Nothing regularises the agent: a worse action fades by exp(-beta x) a round and unit of step, x worse.
     bold = optax.sgd(50.0)
     states = rr.solve_game(m, reg, bold, rr.StatesOnly(), steps=200, tol=1e-6)
     assert states.converged.all() and (np.asarray(states.dual) >= value[0] - 1e-9).all()
