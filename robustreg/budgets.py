@@ -252,7 +252,8 @@ class StatesOnly(Adversary):
     """Perturbations that treat all actions of a state alike, `dr(s, a) = u(s)`.
 
     `Omega*(u 1) = u`: the robust set leaves `u <= 0`, so that this adversary is harmless and the game's value is the
-    nominal optimum. That is shown by playing it. Nothing regularises the agent then: give it large steps, optax.sgd(50.0).
+    nominal optimum. That is shown by playing it. Nothing regularises the agent then: give it large
+    steps, `optax.sgd(50.0)`.
     """
 
     _responses = 1
