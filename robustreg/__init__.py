@@ -12,11 +12,14 @@
 from robustreg import adversary, baselines, problems
 from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
 from robustreg.baselines import Entropy, entropy
+from robustreg.budgets import Box, StatesOnly
 from robustreg.calibration import calibrate, critical_beta
 from robustreg.certificates import Certificate, certify
+from robustreg.game import Game, solve_game
 from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium, load, save
 from robustreg.mdp import MDP, mdp
+from robustreg.pooled import Features, SharedBudget
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
 from robustreg.sharding import shard
@@ -35,9 +38,12 @@ __all__ = [
     "MDP",
     "Alpha",
     "Anderson",
+    "Box",
     "Certificate",
     "Dense",
     "Entropy",
+    "Features",
+    "Game",
     "Guarantee",
     "HalfSpace",
     "MatrixFree",
@@ -46,8 +52,10 @@ __all__ = [
     "Orthant",
     "Regulariser",
     "RobustSet",
+    "SharedBudget",
     "Solution",
     "SolveError",
+    "StatesOnly",
     "Status",
     "Successors",
     "SweepError",
@@ -76,6 +84,7 @@ __all__ = [
     "shard",
     "slack",
     "solve",
+    "solve_game",
     "sweep",
     "worst_case",
 ]

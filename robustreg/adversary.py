@@ -58,7 +58,7 @@ def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
 
 
 @_tree.dataclass
-class _Fixed(Regulariser):
+class Fixed(Regulariser):
     """The affine operator of one policy as a bound regulariser: `Omega*(q) = <p, q> - cost`."""
 
     policy: Array
@@ -73,20 +73,20 @@ class _Fixed(Regulariser):
         """q with 0 in the place of what is infinite at actions never taken."""
         return jnp.where((self.policy == 0) & ~jnp.isfinite(q), 0, q)
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "_Fixed") -> Array:
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "Fixed") -> Array:
         dp, dcost = _tree.given(change.policy), _tree.given(change.cost)
         total = jnp.zeros(q.shape[1:], q.dtype) if dcost is None else -dcost
         if dq is not None:
             total = total + jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
         return total if dp is None else total + jnp.sum(dp * self._where_taken(q), axis=0)
 
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: "_Fixed") -> Array:
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "Fixed") -> Array:
         dp = _tree.given(change.policy)
         return jnp.zeros_like(policy) if dp is None else dp
 
 
 @_tree.dataclass
-class _Unregularised(Regulariser):
+class Unregularised(Regulariser):
     """The maximum as a bound regulariser: `Omega*(q) = max q`, whose subgradient is the first best action."""
 
     beta: Array
@@ -96,11 +96,11 @@ class _Unregularised(Regulariser):
         q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
         return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "_Unregularised") -> Array:
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "Unregularised") -> Array:
         zero = jnp.zeros(q.shape[1:], q.dtype)
         return zero if dq is None else jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
 
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: "_Unregularised") -> Array:
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "Unregularised") -> Array:
         return jnp.zeros_like(policy)
 
 
@@ -112,8 +112,8 @@ class _Nothing(Regulariser):
     log_prior: Array | None = None
     state_scale: Array | None = None
 
-    def _rebuild(self, beta: Array, log_prior: Array, place: object, dtype: object) -> _Unregularised:
-        return _Unregularised(beta, log_prior)
+    def _rebuild(self, beta: Array, log_prior: Array, place: object, dtype: object) -> Unregularised:
+        return Unregularised(beta, log_prior)
 
 
 def _nothing(mdp: MDP) -> _Nothing:
@@ -152,8 +152,8 @@ def _evaluate(mdp: MDP, policy: Array, reg: Regulariser | None, reward: Array | 
     cost = jnp.zeros((1,) * (n + 1), mdp.dtype) if reg is None else problem.regulariser._value(p)
     # Actions never taken are masked: a perturbed reward may be infinite there.
     reward = problem.reward if reward is None else _tree.lanes_last(reward, n, 2)
-    fixed = _Fixed(p, cost, problem.regulariser.beta, jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
-    return _fixed_point(problem, fixed, reward)
+    fixed = Fixed(p, cost, problem.regulariser.beta, jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
+    return fixed_point(problem, fixed, reward)
 
 
 def nominal_optimum(mdp: MDP) -> Array:
@@ -167,10 +167,10 @@ def nominal_optimum(mdp: MDP) -> Array:
 @jax.jit
 def _nominal_optimum(mdp: MDP) -> Array:
     problem = bellman.lanes(mdp, _nothing(mdp))
-    return _fixed_point(problem, problem.regulariser, problem.reward)
+    return fixed_point(problem, problem.regulariser, problem.reward)
 
 
-def _fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -> Array:
+def fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -> Array:
     """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`."""
     sizes = bellman.sizes(operator, reward)
     problem = dataclasses.replace(problem, regulariser=operator, reward=reward, sizes=sizes)

@@ -85,7 +85,7 @@ class Solution:
         Raises:
             SolveError: naming the lanes that did not, their status, and the remedy. Outside jit only.
         """
-        status = _concrete(self.status, "raise_if_failed")
+        status = concrete(self.status, "raise_if_failed")
         if (status != Status.CONVERGED).any():
             raise SolveError(self._failures(status))
         return self
@@ -114,7 +114,8 @@ class Solution:
         return f"Solution(value={self.value.dtype}{shape}, {names}, {largest})"
 
 
-def _concrete(x: Array, caller: str) -> np.ndarray:
+def concrete(x: Array, caller: str) -> np.ndarray:
+    """An array that has values."""
     if isinstance(x, Tracer):
         raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use `status` there")
     return np.asarray(x)

@@ -16,6 +16,7 @@ best value. Whatever the status, `lower` and `upper` are the returned value with
 import dataclasses
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -238,7 +239,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
         status=status,
         memory=memory,
     )
-    return _keep(state.status != _RUNNING, state, new)
+    return keep(state.status != _RUNNING, state, new)
 
 
 def _verdict(
@@ -278,7 +279,7 @@ def _recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:
     return h - middle[None], c + middle, 0.5 * (high - low)
 
 
-def _keep(frozen: Array, old: Loop, new: Loop) -> Loop:
+def keep(frozen: Array, old: Any, new: Any) -> Any:
     """Old leaves where a lane is frozen; every leaf ends in the lanes' axes."""
 
     def choose(a: Array, b: Array) -> Array:

@@ -14,6 +14,9 @@ import pytest
 import robustreg as rr
 from robustreg import cli, config, paper, paper_config, paper_figures
 
+# Many compilations: the run on the oldest releases leaves this file out.
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent.parent / "configs" / "paper"
 CONFIGS = sorted(FOLDER.glob("*.toml"))
 KINDS = {path.stem: tomllib.loads(path.read_text(encoding="utf-8"))["figure"]["kind"] for path in CONFIGS}
@@ -172,7 +175,6 @@ def test_paths_are_consistent_whatever_their_actions(drawn):
     assert len(set(n["states"][0])) > 1 and np.ptp(n["nominal"]) > 0.1
 
 
-@pytest.mark.slow
 def test_paths_are_consistent_where_moves_slip():
     """The surprise of each step is paid: it has mean 0 and closes the sum."""
     world = config.problem_of({"kind": "grid_world", "cells": ["S~.", "..G"], "slip": 0.2, "goal": 5.0}, "test")
@@ -290,7 +292,6 @@ def test_a_bad_figure_is_exit_code_2(tmp_path, capsys):
     assert "absent.toml" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_example_of_the_documentation_works(tmp_path):
     text = (paper_config.__doc__ or "").split("```toml\n")[1].split("```")[0]
     (tmp_path / "example.toml").write_text(text)
