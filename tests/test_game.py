@@ -128,17 +128,14 @@ def test_a_batch_is_its_single_games():
         np.testing.assert_allclose(single.primal, game.primal[0, :n], atol=1e-9)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {"scheme": "simultaneous", "agent": OPTIMISTIC, "response": GENTLE, "responses": 1, "record": 7},
-        pytest.param({"scheme": "simultaneous", "agent": GENTLE, "responses": 1}, marks=SLOW),
-        pytest.param({"scheme": "extragradient", "agent": GENTLE, "responses": 2}, marks=SLOW),
-        pytest.param({"agent": optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.7))}, marks=SLOW),
-        pytest.param({"response": optax.sgd(0.5, momentum=0.3), "agent": GENTLE}, marks=SLOW),
+        {"scheme": "simultaneous", "agent": GENTLE, "responses": 1},
+        {"scheme": "extragradient", "agent": GENTLE, "responses": 2},
+        {"agent": optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.7))},
+        {"response": optax.sgd(0.5, momentum=0.3), "agent": GENTLE},
     ],
     ids=["optimistic", "simultaneous", "extragradient", "norms", "momentum"],
 )
@@ -199,7 +196,7 @@ def reference(P, reward, initial, prior, beta, g, kind, extra):
     return best
 
 
-@pytest.mark.parametrize("kind", ["box", pytest.param("features", marks=SLOW), pytest.param("budget", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["box", "features", "budget"])
 def test_restricted_adversaries_against_a_convex_program(kind):
     """Bounds enclose SLSQP's answer and close on it: two problems, two strengths."""
     g, betas, seeds = 0.8, np.array([0.5, 3.0]), (0, 1)

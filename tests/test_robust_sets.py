@@ -366,7 +366,7 @@ def test_batches_jit_and_lanes():
     np.testing.assert_allclose(2 * np.asarray(jitted), whole[1], rtol=1e-13)
 
 
-@pytest.mark.parametrize("kind", (rr.RobustSet, pytest.param(rr.UnnormalisedSet, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("kind", (rr.RobustSet, rr.UnnormalisedSet))
 def test_float32(kind):
     """The dtype of the input is kept; slack and radius agree with float64 to its digits."""
     rng = np.random.default_rng(9)
