@@ -16,29 +16,29 @@ the reward from that of a solve at full precision, relative to its largest entry
 
 Typical printout (2 shared CPU cores, float64, JAX 0.10.2):
 
-    commit bcd90e7, device cpu, machine x86_64, jax 0.10.2
+    commit b2a534d, device cpu, machine x86_64, jax 0.10.2
     Garnet: S=500 A=8 beta 10, 1804 sweeps
                                       ms   spread  of value  memory MB    error
-      value                         2.24     2.28      1.0x       0.25
-      value and gradient            4.24     2.26      1.9x       0.57    3e-09
-      Hessian-vector product        6.26     3.85      2.8x       0.69
-      unrolled                    526.64   159.46    235.0x     125.88    1e-08
-      optimistix                  387.39    78.37    172.9x     124.02    9e-14
-      jaxopt                      444.97    49.71    198.6x       0.33    2e-09
+      value                         1.44     0.28      1.0x       0.13
+      value and gradient            2.90     1.92      2.0x       0.33    3e-09
+      Hessian-vector product        4.63     1.36      3.2x       0.45
+      unrolled                    402.28   122.85    278.9x     125.88    1e-08
+      optimistix                  366.45   103.34    254.1x     124.02    9e-14
+      jaxopt                      366.69    52.19    254.3x       0.33    2e-09
     slippery grid: S=1024 A=4 beta 3, 1403 sweeps
                                       ms   spread  of value  memory MB    error
-      value                         5.85     2.86      1.0x       0.39
-      value and gradient           11.60     9.88      2.0x       0.43    1e-07
-      Hessian-vector product       24.27     9.20      4.1x       0.52
-      unrolled                    257.04    53.45     43.9x     112.53    1e-05
-      optimistix                  242.95    77.49     41.5x     104.09    4e-08
-      jaxopt                      283.31   139.25     48.4x       0.27    3e-02
+      value                         4.51     1.46      1.0x       0.17
+      value and gradient            7.16     4.44      1.6x       0.23    1e-06
+      Hessian-vector product       11.92     6.56      2.6x       0.39
+      unrolled                    265.67    30.79     58.9x     112.53    1e-05
+      optimistix                  241.72    12.72     53.6x     104.09    4e-08
+      jaxopt                      285.64    58.45     63.3x       0.27    3e-02
     large Garnet: S=100000 A=4 beta 10, 1800 sweeps
                                       ms   spread  of value  memory MB    error
-      value                       344.18   123.87      1.0x      38.15
-      value and gradient          495.73   120.38      1.4x      42.73    2e-07
-      Hessian-vector product      794.60   282.59      2.3x      51.88
-      jaxopt                    17922.05  5431.83     52.1x      26.13    4e-08
+      value                       142.88    28.37      1.0x      16.79
+      value and gradient          260.10    76.49      1.8x      23.65    2e-07
+      Hessian-vector product      464.49    73.39      3.3x      36.62
+      jaxopt                    18446.57  2293.96    129.1x      26.13    4e-08
 """
 
 import argparse

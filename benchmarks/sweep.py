@@ -10,17 +10,17 @@ medians of warm calls, interleaved; peak memory is that of the process so far.
 
 Typical printout (2 shared CPU cores, float32, JAX 0.10.2):
 
-    commit f9ee9f1, device cpu, machine x86_64, jax 0.10.2
+    commit 399c697, device cpu, machine x86_64, jax 0.10.2
       problem                       cells  by hand s  sweep s  speed-up   cells/s  peak MB
-      slippery grid .99               256       7.17     0.31     23.4x       835      411
-      slippery grid .999              256      48.07     0.42    114.0x       607      414
-      Garnet .99                      256       9.93     0.06    179.4x      4627      500
-      mixed discounts                 768                0.77                1000      500
-        of the three apart: 0.99
-      slippery grid .99                16                0.06                 259      500
-      slippery grid .99               256                0.30                 857      500
-      slippery grid .99              4096                2.65                1543      500
-      slippery grid .99             16384               10.60                1545      500
+      slippery grid .99               256      14.31     0.45     31.7x       567      400
+      slippery grid .999              256      51.91     0.50    104.3x       515      401
+      Garnet .99                      256      11.71     0.07    161.9x      3539      458
+      mixed discounts                 768                0.77                1003      459
+        of the three apart: 1.05
+      slippery grid .99                16                0.06                 248      463
+      slippery grid .99               256                0.26                 989      463
+      slippery grid .99              4096                3.09                1325      482
+      slippery grid .99             16384                9.48                1728      485
 """
 
 import argparse
