@@ -153,7 +153,9 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
     unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
-    best_prior = jax.scipy.special.logsumexp(at_best, axis=0)
+    top = _tree.largest(at_best)
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    best_prior = top + jnp.log(_tree.total(jnp.exp(at_best - top[None])))
     # Compiled into what made q, its maximum and the gaps can come from two evaluations of q that round differently
     # (one with a fused multiply-add). No gap is then exactly 0: any prior bounds that of the best from below.
     least = jnp.min(jnp.where(jnp.isneginf(log_prior), 0, log_prior), axis=0)
