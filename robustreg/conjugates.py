@@ -29,7 +29,6 @@ they are one-sided derivatives: of the action's staying at probability 0.
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
