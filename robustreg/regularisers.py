@@ -102,8 +102,7 @@ class Regulariser:
     def _public(self, x: ArrayLike) -> tuple[Any, Array]:
         """The regulariser and `x` with actions leading, aligned for an `x` of shape `[*B, ..., A]`."""
         x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            x = x.astype(float)
+        x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
         if x.ndim == 0:
             raise ValueError("expected [..., A], got a scalar")
         batch_ndim = len(self.batch_shape)
