@@ -4,6 +4,7 @@ A check names its first offender and the remedy. A tracer (inside `jax.jit`, `vm
 dtype but no value: shapes are checked always, values only where they exist.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -227,3 +228,14 @@ def pack_sparse(matrices: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         entries.append((coo.row.astype(np.int64) * len(matrices) + a, coo.col, data))
     row, successor, probability = (np.concatenate(part) for part in zip(*entries))
     return pack_successors(row, successor, probability, n_states, len(matrices))
+
+
+def count(name: str, value: Any) -> int:
+    """A positive integer, whatever integer type it came in."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, the same for all lanes, got {value!r}") from None
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1, got {found}")
+    return found

@@ -49,6 +49,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def heading(title: str, subject: str, between: str = "\n") -> str:
+    """Title of a picture over what it shows, or that alone."""
     return f"{title}{between}{subject}" if title else subject
 
 

@@ -38,7 +38,6 @@ problems of three states with `Features`: 1e-3 of the rewards after 100 rounds, 
 
 import dataclasses
 import functools
-import operator
 from typing import Any, Literal
 
 import jax
@@ -200,19 +199,10 @@ def solve_game(
     if tol is not None and not isinstance(tol, Tracer) and not np.all(np.asarray(tol) > 0):
         raise ValueError(f"tol must be positive, got {tol}; None plays all steps")
     responses = adversary._responses if responses is None else responses
-    counts = {name: _count(name, n) for name, n in (("steps", steps), ("responses", responses), ("record", record))}
+    given = {"steps": steps, "responses": responses, "record": record}
+    counts = {name: _host.count(name, n) for name, n in given.items()}
     rules = play.Rules(agent or AGENT, response or RESPONSE, scheme, **counts)
     return _play(mdp, reg, adversary, jnp.asarray(-1 if tol is None else tol, mdp.dtype), rules)
-
-
-def _count(name: str, value: int) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, the same for all lanes, got {value!r}") from None
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-    return count
 
 
 @_tree.dataclass

@@ -15,7 +15,6 @@ best value. Whatever the status, `lower` and `upper` are the returned value with
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -99,13 +98,7 @@ def _check_steps(max_steps: int | Array | None) -> int | Array:
         return largest
     if isinstance(max_steps, Tracer):
         return max_steps
-    try:
-        count = operator.index(max_steps)
-    except TypeError:
-        raise TypeError(f"max_steps must be an integer, the same for all lanes, got {max_steps!r}") from None
-    if count < 1:
-        raise ValueError(f"max_steps must be at least 1, got {count}")
-    return min(count, largest)
+    return min(_host.count("max_steps", max_steps), largest)
 
 
 @functools.partial(jax.jit, static_argnames="solver")
