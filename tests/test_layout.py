@@ -39,7 +39,7 @@ def test_no_product_is_handed_to_a_library_of_reductions():
     def step(problem, policy, x):
         return bellman.chain(problem, policy).apply(bellman.backup(problem, x, x[0])[0])
 
-    text = jax.jit(step).lower(problem, policy, jnp.zeros((m.n_states, 16))).compile().as_text()
+    text = str(jax.jit(step).lower(problem, policy, jnp.zeros((m.n_states, 16))).compile().as_text())
     assert "fusion" in text and "ynn" not in text and "xnn" not in text
 
 
