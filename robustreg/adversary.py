@@ -140,7 +140,7 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
     if reward is not None:
         reward = jnp.asarray(reward, mdp.dtype)
         _host.expect_shape("reward", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
-    return _evaluate(mdp, policy, reg, reward)
+    return _evaluate(mdp._prepared(), policy, reg, reward)
 
 
 @jax.jit
@@ -161,7 +161,7 @@ def nominal_optimum(mdp: MDP) -> Array:
 
     `<initial, nominal_optimum - evaluate(policy)>` is the price of a policy's robustness.
     """
-    return _nominal_optimum(mdp)
+    return _nominal_optimum(mdp._prepared())
 
 
 @jax.jit
@@ -199,7 +199,7 @@ def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
         `mu(s, a) = sum_t g^t Pr(s_t = s, a_t = a)`, `[*B, S, A]`; sums to 1/(1-g) if no episode ends. It is the
         gradient of the return in the reward.
     """
-    return _occupancy(mdp, _policy(mdp, policy))
+    return _occupancy(mdp._prepared(), _policy(mdp, policy))
 
 
 def _policy(mdp: MDP, policy: ArrayLike) -> Array:

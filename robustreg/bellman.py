@@ -155,16 +155,17 @@ class Chain:
     """`K = g P_pi`, the derivative of T: the policy's discounted Markov chain as an operator.
 
     Attributes:
-        transitions: bound to the kernels' layout.
-        policy: `[A, S, *B]`.
+        transitions, policy: bound to the kernels' layout, `[A, S, *B]`; whichever kernel and policy on it make `P_pi`.
         discount: `[*b]`.
         leave: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
+        backwards: `P_pi` from the other end, or None; see `Transitions`.
     """
 
     transitions: Transitions
     policy: Array
     discount: Array
     leave: Array
+    backwards: Transitions | None
     ends: bool = _tree.static()
 
     def apply(self, x: Array, add: Callable[[Array], Array] = _tree.total) -> Array:
@@ -173,11 +174,13 @@ class Chain:
 
     def transpose(self, y: Array) -> Array:
         """`K^T y`, `[S, *B]`."""
+        if self.backwards is not None:
+            return self.discount[None] * self.backwards._push(y[None])
         return self.discount[None] * self.transitions._push(self.policy * y[None])
 
     def matrix(self) -> Array:
         """`K` written out, `[*B, S, S]` (row: state, column: successor)."""
-        n, batch = self.policy.shape[1], self.policy.shape[2:]
+        n, batch = self.leave.shape[0], self.leave.shape[1:]
         unit = jnp.eye(n, dtype=self.policy.dtype).reshape((n,) + (1,) * len(batch) + (n,))
         # A further lane for each unit vector: P is then one matrix-matrix product for all of them.
         expected = self.transitions._widen()._expect(jnp.broadcast_to(unit, (n, *batch, n)))
@@ -189,7 +192,8 @@ def chain(problem: Lanes, policy: Array) -> Chain:
     """The chain of a policy `[A, S, *B]`."""
     leave = _tree.total(policy * problem.leave) if problem.ends else problem.leave[0]
     leave = jnp.broadcast_to(leave, policy.shape[1:])
-    return Chain(problem.transitions, policy, problem.discount, leave, problem.ends)
+    transitions, policy, backwards = problem.transitions._under(policy)
+    return Chain(transitions, policy, problem.discount, leave, backwards, problem.ends)
 
 
 def extremes(d: Array, ends: bool) -> tuple[Array, Array]:

@@ -59,7 +59,11 @@ def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_st
     def centre(x: Array) -> Array:
         return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
 
-    return bicgstab(lambda x: centre(chain.apply(x)), centre(b), size, reduction, max_steps)
+    def product(x: Array) -> Array:
+        # A cheap product is otherwise evaluated anew in each of the kernels that read it.
+        return centre(lax.optimization_barrier(chain.apply(x)))
+
+    return bicgstab(product, centre(b), size, reduction, max_steps)
 
 
 @_tree.options

@@ -14,6 +14,7 @@ value as a change of 1e-6 in g.
 `MDP` never checks anything (its leaves may be tracers); `mdp` does, and skips value checks on tracers.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -66,6 +67,10 @@ class MDP:
     def batch_shape(self) -> tuple[int, ...]:
         """Batch axes of all leaves, broadcast together."""
         return np.broadcast_shapes(*_batch_axes(self).values())
+
+    def _prepared(self) -> "MDP":
+        """The same MDP with what can be known of its transitions before they are traced; see `Transitions`."""
+        return dataclasses.replace(self, transitions=self.transitions._prepared())
 
 
 def mdp(

@@ -78,7 +78,7 @@ def solve(
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {init.shape}")
     limit = jnp.asarray(max_steps, jnp.int32)
     probe = None if adjoint_error is None else jnp.asarray(adjoint_error, dtype)
-    return _solve(mdp, reg, solver, tol, limit, init, probe)
+    return _solve(mdp._prepared(), reg, solver, tol, limit, init, probe)
 
 
 def _check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:

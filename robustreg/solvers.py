@@ -142,8 +142,9 @@ class Newton:
         floor = 10 * float(jnp.finfo(step.h.dtype).eps)
         forcing = jnp.where(step.half_width > 0.5 * last, jnp.maximum(0.1 * forcing, floor), forcing)
         # The linear residual becomes the next residual of the equation, up to the change of policy: no use in making
-        # it smaller than what the lane may stop on.
+        # it smaller than what the lane may stop on, nor in anything for a lane that stops now.
         reduction = jnp.maximum(forcing, 0.25 * step.goal / step.half_width)
+        reduction = jnp.where(step.half_width <= step.goal, 1, reduction)
         return linear.krylov(step.chain, step.residual, step.size, reduction, self.inner_steps), (
             forcing,
             step.half_width,

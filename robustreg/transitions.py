@@ -12,6 +12,7 @@ Each class implements the two operators in the kernels' layout (`[S, *B]` and `[
 the public `expect` and `push` wrap them in the public, batch-first one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _tree
+from robustreg import _tree, patterns
 
 _UNROLL = 8  # successor slots per pass, see `BoundSuccessors`
 
@@ -72,6 +73,18 @@ class Transitions:
     def _widen(self) -> "Transitions":
         """A bound kernel for lanes with one more, trailing, batch axis."""
         raise TypeError(f"{type(self).__name__} does not define _widen")
+
+    def _under(self, policy: Array) -> "tuple[Transitions, Array, Transitions | None]":
+        """A kernel and a policy on it that make the same chain as `policy` makes of this one, at less cost a product.
+
+        Also the chain from the other end, a kernel with one action to `_push` with, or None where that is no cheaper.
+        They take no more memory than this kernel or a few policies: lanes that share the one have others of the latter.
+        """
+        return self, policy, None
+
+    def _prepared(self) -> "Transitions":
+        """The same kernel with what can be known of it from its concrete arrays; `solve` and its like see to it."""
+        return self
 
     def expect(self, v: ArrayLike) -> Array:
         """Expected value of the successor.
@@ -148,6 +161,14 @@ class Dense(Transitions):
         p = self.probabilities.astype(dtype)
         return Dense(p.reshape((1,) * (batch_ndim - len(self.batch_shape)) + p.shape))
 
+    def _under(self, policy: Array) -> "tuple[Dense, Array, None]":
+        if self.n_actions == 1 or int(np.prod(self.batch_shape)) < int(np.prod(policy.shape[2:])):
+            return self, policy, None
+        lanes = "bcdefghijk"[: len(self.batch_shape)]
+        spec = f"{lanes}sat,as{lanes}->{lanes}st"
+        rows = jnp.einsum(spec, self.probabilities, policy, precision=lax.Precision.HIGHEST)
+        return Dense(rows[..., None, :]), jnp.ones((1,) * policy.ndim, policy.dtype), None
+
     def _pick(self, index: tuple[Array, ...]) -> "Dense":
         lanes_last = jnp.moveaxis(self.probabilities, (-3, -2, -1), (0, 1, 2))
         return Dense(jnp.moveaxis(_tree.pick_lanes(lanes_last, index), -1, 0))
@@ -186,10 +207,12 @@ class Successors(Transitions):
     Attributes:
         indices: `[S, A, K]` integers, the successors; shared by all lanes.
         probabilities: `[*B, S, A, K]`; padding has probability 0. Repeated successors add up.
+        pattern: of these indices, see `robustreg.patterns`; `_prepared` finds it, leave it alone.
     """
 
     indices: Array
     probabilities: Array
+    pattern: patterns.Pattern | None = None
 
     @property
     def n_states(self) -> int:
@@ -213,11 +236,29 @@ class Successors(Transitions):
         """See `Transitions`."""
         return self.indices.shape[-1]
 
+    def _prepared(self) -> "Successors":
+        """With the pattern of its indices."""
+        return Successors(self.indices, self.probabilities, patterns.find(self.indices))
+
     def bind(self, batch_ndim: int, dtype: Any) -> "BoundSuccessors":
         p = self.probabilities.astype(dtype)
         p = jnp.moveaxis(p, (-1, -2, -3), (0, 1, 2))
         p = p.reshape(p.shape[:3] + (1,) * (batch_ndim - len(self.batch_shape)) + p.shape[3:])
-        return BoundSuccessors(jnp.transpose(self.indices, (2, 1, 0)), p)
+        indices, by_neighbour = jnp.transpose(self.indices, (2, 1, 0)), None
+        if self.pattern is not None and self.pattern.slot is not None:
+            by_neighbour = _by_neighbour(p, self.pattern)
+        return BoundSuccessors(indices, p, self.pattern, by_neighbour)
+
+
+def _by_neighbour(p: Array, pattern: patterns.Pattern) -> Array:
+    """Probabilities `[K, A, S, *b]` of successors as those of neighbours, `[U, A, S, *b]`."""
+    assert pattern.slot is not None
+    # Where a caller closes over the kernel, this is not to be evaluated while compiling.
+    p = lax.optimization_barrier(p)
+    slot = pattern.slot.reshape(pattern.slot.shape + (1,) * (p.ndim - 3))
+    number = jnp.arange(pattern.neighbours.shape[0], dtype=slot.dtype).reshape((-1,) + (1,) * (p.ndim - 1))
+    parts = (jnp.where(slot[k][None] == number, p[k][None], 0) for k in range(p.shape[0]))
+    return functools.reduce(jnp.add, parts)
 
 
 @_tree.dataclass
@@ -227,10 +268,15 @@ class BoundSuccessors(Transitions):
     One successor slot after the other: a gather of whole rows of lanes, fused with its product. Eight slots share a
     pass over the sum, which halves the time of a many-lane product; unrolling all of them would let compile time grow
     with K, and one reduction over the slots axis is up to ten times slower (the gather is then no longer by rows).
+
+    With a `pattern` the chain of a policy is a kernel of its own; `by_neighbour [U, A, S, *B]` are the probabilities by
+    neighbour where those are fewer than successors.
     """
 
     indices: Array
     probabilities: Array
+    pattern: patterns.Pattern | None = None
+    by_neighbour: Array | None = None
 
     @property
     def n_states(self) -> int:
@@ -242,10 +288,24 @@ class BoundSuccessors(Transitions):
         return self.indices.shape[0]
 
     def _pick(self, index: tuple[Array, ...]) -> "BoundSuccessors":
-        return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index))
+        by_neighbour = None if self.by_neighbour is None else _tree.pick_lanes(self.by_neighbour, index)
+        return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index), self.pattern, by_neighbour)
 
     def _widen(self) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, self.probabilities[..., None])
+
+    def _under(self, policy: Array) -> "tuple[BoundSuccessors, Array, Collected | None]":
+        lanes, pattern = policy.shape[2:], self.pattern
+        alone = int(np.prod(self.probabilities.shape[3:])) == int(np.prod(lanes))
+        if pattern is None or not (alone or pattern.neighbours.shape[0] <= 2 * policy.shape[0]):
+            return self, policy, None
+        if self.by_neighbour is None:
+            weights = (policy[None] * self.probabilities).reshape(-1, self.n_states, *lanes)
+            return self, policy, _collected(weights, pattern)
+        # As if actions were to go to a neighbour, which then succeeds.
+        weights = _tree.total(policy[None] * self.by_neighbour, axis=1)
+        certain = jnp.ones((1,) * (1 + weights.ndim), weights.dtype)
+        return BoundSuccessors(pattern.neighbours[None], certain), weights, _collected(weights, pattern)
 
     def _expect(self, v: Array) -> Array:
         shape = np.broadcast_shapes(self.probabilities.shape[1:], self.indices.shape[1:] + v.shape[1:])
@@ -272,6 +332,32 @@ class BoundSuccessors(Transitions):
     def _expect_tangent(self, change: "BoundSuccessors", v: Array) -> Array | None:
         dp = _tree.given(change.probabilities)
         return None if dp is None else BoundSuccessors(self.indices, dp)._expect(v)
+
+
+@_tree.dataclass
+class Collected(Transitions):
+    """The chain of one policy from the other end, where every state collects from its sources.
+
+    Attributes:
+        sources: `[D, 1, S]` lists of them.
+        weights, origins, targets: `[M, *B]` and `[M]`: what is not in the lists, to be scattered (see `patterns`).
+    """
+
+    sources: BoundSuccessors
+    weights: Array
+    origins: Array
+    targets: Array
+
+    def _push(self, mu: Array) -> Array:
+        listed = self.sources._expect(mu[0])[0]
+        return listed.at[self.targets].add(self.weights * mu[0][self.origins], mode="promise_in_bounds")
+
+
+def _collected(weights: Array, pattern: patterns.Pattern) -> Collected:
+    """From `weights [U, S, *B]` of neighbours, looked up once and not at every product."""
+    listed, sources = patterns.picked(weights, pattern.sources)
+    rest, origins = patterns.picked(weights, pattern.rest)
+    return Collected(BoundSuccessors(sources[:, None], listed[:, None]), rest, origins, pattern.targets)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -11,7 +11,7 @@ ROOT = Path(robustreg.__file__).parent
 LAYERS = (
     ("_tree", "_host", "_files", "_progress"),
     ("store",),
-    ("divergences",),
+    ("divergences", "patterns"),
     ("conjugates",),
     ("regularisers", "transitions"),
     ("mdp", "gauge"),
