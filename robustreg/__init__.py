@@ -27,9 +27,10 @@ from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
 from robustreg.store import SweepError
+from robustreg.successors import Successors
 from robustreg.sweep import sweep
 from robustreg.table import Table
-from robustreg.transitions import Dense, MatrixFree, Successors, Transitions
+from robustreg.transitions import Dense, MatrixFree, Transitions
 
 __version__ = "0.1.0"
 

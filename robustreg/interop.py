@@ -26,7 +26,8 @@ from robustreg._files import write_whole
 from robustreg.mdp import MDP, mdp
 from robustreg.regularisers import KL, Alpha
 from robustreg.solution import Solution
-from robustreg.transitions import Dense, MatrixFree, Successors
+from robustreg.successors import Successors
+from robustreg.transitions import Dense, MatrixFree
 
 # ---- Gymnasium
 

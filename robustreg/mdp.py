@@ -23,7 +23,8 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg import _host, _tree
-from robustreg.transitions import Dense, MatrixFree, Successors, Transitions
+from robustreg.successors import Successors
+from robustreg.transitions import Dense, MatrixFree, Transitions
 
 
 @_tree.dataclass

@@ -21,7 +21,7 @@ from robustreg import regularisers as regs
 from robustreg.mdp import MDP
 from robustreg.mdp import mdp as make_mdp
 from robustreg.regularisers import Regulariser
-from robustreg.transitions import Successors
+from robustreg.successors import Successors
 
 MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
 # Batches of a chunk at most; and chunks at least, if there are batches enough, for cores and devices to share.

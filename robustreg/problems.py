@@ -22,7 +22,8 @@ import numpy as np
 
 from robustreg import _host
 from robustreg.mdp import MDP, mdp
-from robustreg.transitions import Dense, Successors
+from robustreg.successors import Successors
+from robustreg.transitions import Dense
 
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 """Actions of a grid world as (rows, columns): up, right, down, left, in turning order."""

@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from robustreg import _host
 from robustreg.mdp import MDP
-from robustreg.transitions import Dense, MatrixFree, Successors
+from robustreg.successors import Successors
+from robustreg.transitions import Dense, MatrixFree
 
 _CORES = {"reward": 2, "initial": 1, "termination": 2}
 
