@@ -1,0 +1,177 @@
+"""Transition kernels as padded successor lists: a gather and a weighted sum, O(S A K) whatever S.
+
+What a policy makes of a kernel, its chain, is multiplied with vectors far more often than the kernel itself. Where the
+indices have a pattern (see `robustreg.patterns`), it is a kernel of its own.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from robustreg import _tree, patterns
+from robustreg.transitions import Transitions
+
+_UNROLL = 8  # successor slots per pass, see `BoundSuccessors`
+
+
+@_tree.dataclass
+class Successors(Transitions):
+    """A kernel as padded successor lists.
+
+    Attributes:
+        indices: `[S, A, K]` integers, the successors; shared by all lanes.
+        probabilities: `[*B, S, A, K]`; padding has probability 0. Repeated successors add up.
+        pattern: of these indices, see `robustreg.patterns`; `_prepared` finds it, leave it alone.
+    """
+
+    indices: Array
+    probabilities: Array
+    pattern: patterns.Pattern | None = None
+
+    @property
+    def n_states(self) -> int:
+        return self.indices.shape[0]
+
+    @property
+    def n_actions(self) -> int:
+        return self.indices.shape[1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.probabilities.shape[:-3]
+
+    @property
+    def dtype(self) -> Any:
+        """Floating dtype of the probabilities."""
+        return self.probabilities.dtype
+
+    @property
+    def fan_out(self) -> int:
+        """See `Transitions`."""
+        return self.indices.shape[-1]
+
+    def _prepared(self) -> "Successors":
+        """With the pattern of its indices."""
+        return Successors(self.indices, self.probabilities, patterns.find(self.indices))
+
+    def bind(self, batch_ndim: int, dtype: Any) -> "BoundSuccessors":
+        p = self.probabilities.astype(dtype)
+        p = jnp.moveaxis(p, (-1, -2, -3), (0, 1, 2))
+        p = p.reshape(p.shape[:3] + (1,) * (batch_ndim - len(self.batch_shape)) + p.shape[3:])
+        indices, by_neighbour = jnp.transpose(self.indices, (2, 1, 0)), None
+        if self.pattern is not None and self.pattern.slot is not None:
+            by_neighbour = _by_neighbour(p, self.pattern)
+        return BoundSuccessors(indices, p, self.pattern, by_neighbour)
+
+
+def _by_neighbour(p: Array, pattern: patterns.Pattern) -> Array:
+    """Probabilities `[K, A, S, *b]` of successors as those of neighbours, `[U, A, S, *b]`."""
+    assert pattern.slot is not None
+    # Where a caller closes over the kernel, this is not to be evaluated while compiling.
+    p = lax.optimization_barrier(p)
+    slot = pattern.slot.reshape(pattern.slot.shape + (1,) * (p.ndim - 3))
+    number = jnp.arange(pattern.neighbours.shape[0], dtype=slot.dtype).reshape((-1,) + (1,) * (p.ndim - 1))
+    parts = (jnp.where(slot[k][None] == number, p[k][None], 0) for k in range(p.shape[0]))
+    return functools.reduce(jnp.add, parts)
+
+
+@_tree.dataclass
+class BoundSuccessors(Transitions):
+    """Successor lists in the kernels' layout: `indices [K, A, S]`, `probabilities [K, A, S, *B]`.
+
+    One successor slot after the other: a gather of whole rows of lanes, fused with its product. Eight slots share a
+    pass over the sum, which halves the time of a many-lane product; unrolling all of them would let compile time grow
+    with K, and one reduction over the slots axis is up to ten times slower (the gather is then no longer by rows).
+
+    With a `pattern` the chain of a policy is a kernel of its own; `by_neighbour [U, A, S, *B]` are the probabilities by
+    neighbour where those are fewer than successors.
+    """
+
+    indices: Array
+    probabilities: Array
+    pattern: patterns.Pattern | None = None
+    by_neighbour: Array | None = None
+
+    @property
+    def n_states(self) -> int:
+        return self.indices.shape[2]
+
+    @property
+    def fan_out(self) -> int:
+        """See `Transitions`."""
+        return self.indices.shape[0]
+
+    def _pick(self, index: tuple[Array, ...]) -> "BoundSuccessors":
+        by_neighbour = None if self.by_neighbour is None else _tree.pick_lanes(self.by_neighbour, index)
+        return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index), self.pattern, by_neighbour)
+
+    def _widen(self) -> "BoundSuccessors":
+        return BoundSuccessors(self.indices, self.probabilities[..., None])
+
+    def _under(self, policy: Array) -> "tuple[BoundSuccessors, Array, Collected | None]":
+        lanes, pattern = policy.shape[2:], self.pattern
+        alone = int(np.prod(self.probabilities.shape[3:])) == int(np.prod(lanes))
+        if pattern is None or not (alone or pattern.neighbours.shape[0] <= 2 * policy.shape[0]):
+            return self, policy, None
+        if self.by_neighbour is None:
+            weights = (policy[None] * self.probabilities).reshape(-1, self.n_states, *lanes)
+            return self, policy, _collected(weights, pattern)
+        # As if actions were to go to a neighbour, which then succeeds.
+        weights = _tree.total(policy[None] * self.by_neighbour, axis=1)
+        certain = jnp.ones((1,) * (1 + weights.ndim), weights.dtype)
+        return BoundSuccessors(pattern.neighbours[None], certain), weights, _collected(weights, pattern)
+
+    def _expect(self, v: Array) -> Array:
+        shape = np.broadcast_shapes(self.probabilities.shape[1:], self.indices.shape[1:] + v.shape[1:])
+
+        def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
+            index, probability = slot
+            picked = v.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+            return total + probability * picked, None
+
+        return lax.scan(add, jnp.zeros(shape, v.dtype), (self.indices, self.probabilities), unroll=_UNROLL)[0]
+
+    def _push(self, mu: Array) -> Array:
+        lanes = np.broadcast_shapes(self.probabilities.shape[3:], mu.shape[2:])
+
+        def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
+            index, probability = slot
+            update = total.at[index].add
+            return update(probability * mu, mode="promise_in_bounds", wrap_negative_indices=False), None
+
+        return lax.scan(
+            add, jnp.zeros((self.n_states, *lanes), mu.dtype), (self.indices, self.probabilities), unroll=_UNROLL
+        )[0]
+
+    def _expect_tangent(self, change: "BoundSuccessors", v: Array) -> Array | None:
+        dp = _tree.given(change.probabilities)
+        return None if dp is None else BoundSuccessors(self.indices, dp)._expect(v)
+
+
+@_tree.dataclass
+class Collected(Transitions):
+    """The chain of one policy from the other end, where every state collects from its sources.
+
+    Attributes:
+        sources: `[D, 1, S]` lists of them.
+        weights, origins, targets: `[M, *B]` and `[M]`: what is not in the lists, to be scattered (see `patterns`).
+    """
+
+    sources: BoundSuccessors
+    weights: Array
+    origins: Array
+    targets: Array
+
+    def _push(self, mu: Array) -> Array:
+        listed = self.sources._expect(mu[0])[0]
+        return listed.at[self.targets].add(self.weights * mu[0][self.origins], mode="promise_in_bounds")
+
+
+def _collected(weights: Array, pattern: patterns.Pattern) -> Collected:
+    """From `weights [U, S, *B]` of neighbours, looked up once and not at every product."""
+    listed, sources = patterns.picked(weights, pattern.sources)
+    rest, origins = patterns.picked(weights, pattern.rest)
+    return Collected(BoundSuccessors(sources[:, None], listed[:, None]), rest, origins, pattern.targets)
