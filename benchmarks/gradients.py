@@ -88,7 +88,7 @@ def peers(mdp: Any, steps: int) -> dict[str, Callable[..., jax.Array]]:
     backup, start = sweep(mdp), jnp.zeros(mdp.n_states, mdp.dtype)
     stop = TOL * (1 - float(mdp.discount)) / float(mdp.discount)
     found: dict[str, Callable[..., jax.Array]] = {}
-    if (optimistix := _optional("optimistix")) is not None and mdp.n_states < 10_000:
+    if (optimistix := optional("optimistix")) is not None and mdp.n_states < 10_000:
 
         def by_optimistix(reward: jax.Array, beta: jax.Array) -> jax.Array:
             solver = optimistix.FixedPointIteration(rtol=0.0, atol=stop)
@@ -98,7 +98,7 @@ def peers(mdp: Any, steps: int) -> dict[str, Callable[..., jax.Array]]:
             return mdp.initial @ run.value
 
         found["optimistix"] = by_optimistix
-    if (jaxopt := _optional("jaxopt")) is not None:
+    if (jaxopt := optional("jaxopt")) is not None:
 
         def by_jaxopt(reward: jax.Array, beta: jax.Array) -> jax.Array:
             solver = jaxopt.FixedPointIteration(backup, maxiter=2 * steps, tol=stop)
@@ -108,7 +108,8 @@ def peers(mdp: Any, steps: int) -> dict[str, Callable[..., jax.Array]]:
     return found
 
 
-def _optional(name: str) -> Any:
+def optional(name: str) -> Any:
+    """A library, or None where it is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,26 +1,21 @@
-"""How many cells per second does a sweep solve, beside vmapped soft value iteration written by hand?
+"""How many cells per second does a sweep solve, beside what one would write or install otherwise?
 
-    python benchmarks/sweep.py [--cells 256] [--repeats 3] [--json FILE]
+    python benchmarks/sweep.py [--sections against,mixed,cells,states] [--dtype float32|float64]
+                               [--lanes 1,16,64,256,1024] [--cells 1000,10000,100000,1000000]
+                               [--states 100,1000,10000,100000,1000000] [--repeats 3] [--json FILE]
 
-"By hand" is `jax.jit(jax.vmap(...))` of soft value iteration over the same successor lists, every lane stopped where
-its sup-norm residual guarantees the error that the sweep certifies. Rows: `cells` values of beta, log-spaced in
-[.1, 300] for the slippery 32x32 grid and in [1, 100] for a Garnet (S=500, A=8, 8 successors), float32; then discounts
-.9, .99 and .999 mixed in one sweep against the three apart, and cells per second for 16 to 16,384 cells. Times are
-medians of warm calls, interleaved; peak memory is that of the process so far.
+* `against`: K cells of one problem, betas log-spaced in [.1, 300] (grids) or [1, 100] (Garnets), certified to the
+  tolerance in the table: the slippery 32x32 grid at three discounts, a Garnet (S=500, A=8, 8 successors), and 256
+  different Garnets (S=64, A=4) with K/256 betas each. "By hand" is `jax.jit(jax.vmap(...))` of soft value iteration,
+  every lane stopped where its sup-norm residual guarantees the same error; where that would take minutes, it is run up
+  to 256 cells. "Peer loop" is a Python loop of one compiled solve per cell by the quickest single-problem library that
+  is installed and solves regularised problems (optimistix or jaxopt, extra: bench), timed on four cells, per cell.
+* `mixed`: discounts .9, .99 and .999 in one sweep against the three apart.
+* `cells`: cost of a cell from a thousand to a million (8x8 grid), and peak memory.
+* `states`: one solve of a square grid with four moves and three successors each, at a discount of .9 that fixes how
+  fast it mixes, certified to 1e-4, from a hundred to a million states.
 
-Typical printout (2 shared CPU cores, float32, JAX 0.10.2):
-
-    commit 399c697, device cpu, machine x86_64, jax 0.10.2
-      problem                       cells  by hand s  sweep s  speed-up   cells/s  peak MB
-      slippery grid .99               256      14.31     0.45     31.7x       567      400
-      slippery grid .999              256      51.91     0.50    104.3x       515      401
-      Garnet .99                      256      11.71     0.07    161.9x      3539      458
-      mixed discounts                 768                0.77                1003      459
-        of the three apart: 1.05
-      slippery grid .99                16                0.06                 248      463
-      slippery grid .99               256                0.26                 989      463
-      slippery grid .99              4096                3.09                1325      482
-      slippery grid .99             16384                9.48                1728      485
+Times are medians of warm calls, interleaved; peak memory is that of the process so far.
 """
 
 import argparse
@@ -35,38 +30,90 @@ import jax.numpy as jnp
 import numpy as np
 
 if __package__:
+    from benchmarks.gradients import optional
     from benchmarks.solvers import commit, timed
 else:
+    from gradients import optional
     from solvers import commit, timed
+
+SECTIONS = ("against", "mixed", "cells", "states")
+Soft = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def backups(mdp: Any) -> tuple[Soft, int]:
+    """Hand-written soft backup `(v, beta) -> v` of one MDP, or `[n, S]` at once of n, and its number of axes."""
+    kernel, reward, g = mdp.transitions, mdp.reward, mdp.discount
+
+    def backup(v: jax.Array, beta: jax.Array) -> jax.Array:
+        if hasattr(kernel, "indices"):
+            ahead = jnp.sum(kernel.probabilities * v[kernel.indices], axis=-1)
+        else:
+            ahead = jnp.einsum("nsat,nt->nsa", kernel.probabilities, v)
+        q = reward + g * ahead
+        return jax.nn.logsumexp(beta * q, axis=-1, b=1 / reward.shape[-1]) / beta
+
+    return backup, reward.ndim - 1
 
 
 def by_hand(mdp: Any, betas: np.ndarray, tol: float) -> Callable[[], Any]:
-    """Vmapped soft value iteration as one writes it."""
-    index, probability, reward, g = (
-        mdp.transitions.indices,
-        mdp.transitions.probabilities,
-        mdp.reward,
-        mdp.discount,
-    )
+    """Vmapped soft value iteration as one writes it, a lane per beta (times the MDPs)."""
+    backup, _ = backups(mdp)
+    g = float(mdp.discount)
 
     def one(beta: jax.Array) -> Any:
         def step(state: Any) -> Any:
             v, _, count = state
-            q = reward + g * jnp.sum(probability * v[index], axis=-1)
-            new = jax.nn.logsumexp(beta * q, axis=-1, b=1 / reward.shape[1]) / beta
+            new = backup(v, beta)
             return new, jnp.max(jnp.abs(new - v)), count + 1
 
         def unfinished(state: Any) -> jax.Array:
             return (state[1] > tol * (1 - g) / g) & (state[2] < 100_000)
 
-        start = (jnp.zeros(mdp.n_states, reward.dtype), jnp.asarray(jnp.inf, reward.dtype), 0)
+        start = (jnp.zeros(mdp.reward.shape[:-1], mdp.dtype), jnp.asarray(jnp.inf, mdp.dtype), 0)
         return jax.lax.while_loop(unfinished, step, start)
 
-    run, lanes = jax.jit(jax.vmap(one)), jnp.asarray(betas, reward.dtype)
+    run, lanes = jax.jit(jax.vmap(one)), jnp.asarray(betas, mdp.dtype)
     return lambda: run(lanes)
 
 
-def row(name: str, cells: int, runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+def peer_loop(mdp: Any, betas: np.ndarray, tol: float) -> tuple[str, Callable[[], Any]] | None:
+    """A solve after the other by a library for fixed points; None where there is none, or many MDPs."""
+    backup, axes = backups(mdp)
+    g, start = float(mdp.discount), jnp.zeros(mdp.reward.shape[:-1], mdp.dtype)
+    if axes > 1:
+        return None
+    stop = tol * (1 - g) / g
+    if (optimistix := optional("optimistix")) is not None:
+        name, solver = "optimistix", optimistix.FixedPointIteration(rtol=0.0, atol=stop)
+
+        def one(beta: jax.Array) -> Any:
+            return optimistix.fixed_point(backup, solver, start, args=beta, max_steps=100_000, throw=False).value
+
+    elif (jaxopt := optional("jaxopt")) is not None:
+        name, iteration = "jaxopt", jaxopt.FixedPointIteration(backup, maxiter=100_000, tol=stop)
+
+        def one(beta: jax.Array) -> Any:
+            return iteration.run(start, beta).params
+
+    else:
+        return None
+    run, cells = jax.jit(one), [jnp.asarray(beta, mdp.dtype) for beta in betas]
+    return name, lambda: [jax.block_until_ready(run(beta)) for beta in cells]
+
+
+def sweep(mdp: Any, betas: np.ndarray, tol: float, **grid: Any) -> Callable[[], Any]:
+    """A sweep whose every cell is certified, or an assertion fails."""
+    import robustreg as rr
+
+    def run() -> Any:
+        table = rr.sweep(mdp, rr.kl(1.0), {"beta": betas} | grid, tol=tol, outputs=("objective", "gap", "status"))
+        assert (table["status"] == rr.Status.CONVERGED).all() and (table["gap"] <= 2.001 * tol).all()
+        return table["objective"]
+
+    return run
+
+
+def row(name: str, cells: int, runs: dict[str, Callable[[], Any]], repeats: int, **more: Any) -> dict[str, Any]:
     """Median seconds of each run, interleaved, warm."""
     for run in runs.values():
         timed(run)
@@ -75,63 +122,144 @@ def row(name: str, cells: int, runs: dict[str, Callable[[], Any]], repeats: int)
         for label, run in runs.items():
             times[label].append(timed(run))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    seconds = {label: float(np.median(x)) for label, x in times.items()}
-    return {"problem": name, "cells": cells, "peak_mb": peak, **seconds}
+    return (
+        {"problem": name, "cells": cells, "peak_mb": peak} | {k: float(np.median(x)) for k, x in times.items()} | more
+    )
+
+
+def show(found: dict[str, Any]) -> None:
+    """One line of the table."""
+    hand, peer = found.get("by hand"), found.get("peer cell")
+    ratios = [f"{x:>11.2f}{x / found['sweep']:>8.1f}x" if x else f"{'':>20}" for x in (hand,)]
+    loop = f"{peer * found['cells'] / found['sweep']:>9.1f}x" if peer else f"{'':>10}"
+    rate = found["cells"] / found["sweep"]
+    print(
+        f"  {found['problem']:<22}{found.get('tol', 0):>8.0e}{found['cells']:>9}{found['sweep']:>10.3f}"
+        f"{rate:>10.0f}{ratios[0]}{loop}{found['peak_mb']:>9.0f}",
+        flush=True,
+    )
+
+
+HEAD = f"  {'problem':<22}{'tol':>8}{'cells':>9}{'sweep s':>10}{'cells/s':>10}{'by hand s':>11}{'':>9}"
+HEAD += f"{'peer loop':>10}{'peak MB':>9}"
+
+
+def against(dtype: Any, lanes: list[int], repeats: int) -> list[dict[str, Any]]:
+    """Sweeps of K cells against the same by hand, and a loop of a library."""
+    from robustreg import problems
+
+    def grid(g: float) -> Any:
+        return problems.slippery_grid(32, g, dtype=dtype)
+
+    cases = [
+        ("slippery grid .9", grid(0.9), (0.1, 300), 1e-4, 1),
+        ("slippery grid .99", grid(0.99), (0.1, 300), 1e-3, 1),
+        ("slippery grid .999", grid(0.999), (0.1, 300), 3e-2, 1),
+        ("Garnet .99", problems.garnet(500, 8, 8, 0.99, dtype=dtype), (1, 100), 1e-3, 1),
+        ("256 Garnets .99", problems.garnets(256, dtype=dtype), (1, 100), 1e-3, 256),
+    ]
+    found = []
+    for name, m, (low, high), tol, size in cases:
+        for k in (k for k in lanes if k >= size):
+            betas = np.geomspace(low, high, k // size)
+            runs = {"sweep": sweep(m, betas, tol)}
+            if k <= 256 or "999" not in name:
+                runs["by hand"] = by_hand(m, betas, tol)
+            more: dict[str, Any] = {"tol": tol}
+            sample = np.geomspace(low, high, min(k, 4))
+            if (peer := peer_loop(m, sample, tol)) is not None:
+                timed(peer[1])
+                more |= {"peer": peer[0], "peer cell": timed(peer[1]) / sample.size}
+            found.append(row(name, k, runs, repeats, **more))
+            show(found[-1])
+        alone, many = (next((x for x in found if (x["problem"], x["cells"]) == (name, k)), None) for k in (1, 64))
+        if alone and many:
+            print(f"    a cell of 64 costs {many['sweep'] / 64 / alone['sweep']:.2f} of one alone")
+    return found
+
+
+def mixed(dtype: Any, repeats: int) -> list[dict[str, Any]]:
+    """Three discounts in one sweep against the three apart."""
+    from robustreg import problems
+
+    m, betas, tol = problems.slippery_grid(32, 0.99, dtype=dtype), np.geomspace(0.1, 300, 256), 3e-2
+    discounts = (0.9, 0.99, 0.999)
+    apart = {f"{g}": sweep(m, betas, tol, discount=[g]) for g in discounts}
+    found = row("mixed discounts", 768, {"sweep": sweep(m, betas, tol, discount=list(discounts))} | apart, repeats)
+    show(found | {"tol": tol})
+    print(f"    of the three apart: {found['sweep'] / sum(found[g] for g in apart):.2f}")
+    return [found]
+
+
+def cells(dtype: Any, counts: list[int]) -> list[dict[str, Any]]:
+    """Cost of a cell and peak memory by number of cells."""
+    from robustreg import problems
+
+    m = problems.slippery_grid(8, 0.99, dtype=dtype)
+    timed(sweep(m, np.geomspace(0.1, 300, counts[0]), 1e-3))
+    found = []
+    for count in counts:
+        found.append(row("8x8 grid .99", count, {"sweep": sweep(m, np.geomspace(0.1, 300, count), 1e-3)}, 1, tol=1e-3))
+        show(found[-1])
+    costs = [x["sweep"] / x["cells"] for x in found]
+    print(f"    cost of a cell, largest over smallest: {max(costs) / min(costs):.2f}")
+    return found
+
+
+def states(dtype: Any, counts: list[int], repeats: int) -> list[dict[str, Any]]:
+    """Time of a single solve by number of states."""
+    import robustreg as rr
+
+    found = []
+    for count in counts:
+        m, reg = rr.problems.slippery_grid(round(count**0.5), 0.9, dtype=dtype), rr.kl(3.0)
+
+        def run(m: Any = m, reg: Any = reg) -> Any:
+            return rr.solve(m, reg, tol=1e-4).raise_if_failed().value
+
+        found.append(row(f"grid .9, {m.n_states} states", 1, {"sweep": run}, repeats, tol=1e-4, states=m.n_states))
+        show(found[-1])
+    costs = {x["states"]: x["sweep"] / x["states"] for x in found}
+    large = [costs[n] for n in costs if n >= 9_000]
+    if len(large) > 1:
+        print(f"    cost of a state, most states over 1e4: {large[-1] / large[0]:.2f}")
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    """`1,16,64` as numbers."""
+    return [int(float(x)) for x in text.split(",")]
 
 
 def main() -> None:
-    """Run every row, print the table, and write JSON lines if asked to."""
+    """Run the sections, print the table, and write JSON lines if asked to."""
     parser = argparse.ArgumentParser(description="cells per second of a sweep")
-    parser.add_argument("--cells", type=int, default=256)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--lanes", type=numbers, default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--cells", type=numbers, default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--states", type=numbers, default=[100, 1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="append JSON lines to this file")
-    arguments = parser.parse_args()
-    import robustreg as rr
-
-    def sweep(m: Any, betas: Any, tol: float, **grid: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            table = rr.sweep(m, rr.kl(1.0), {"beta": betas} | grid, tol=tol, outputs=("objective", "gap", "status"))
-            assert (table["status"] == rr.Status.CONVERGED).all() and (table["gap"] <= 2.001 * tol).all()
-            return table["objective"]
-
-        return run
-
+    options = parser.parse_args()
+    wanted = options.sections.split(",")
+    if unknown := [name for name in wanted if name not in SECTIONS]:
+        parser.error(f"no section {unknown[0]!r}; there are: {', '.join(SECTIONS)}")
+    jax.config.update("jax_enable_x64", options.dtype == "float64")
+    dtype = np.dtype(options.dtype)
     about = {"commit": commit(), "device": str(jax.devices()[0].device_kind), "machine": platform.machine()}
-    about["jax"] = jax.__version__
+    about |= {"jax": jax.__version__, "dtype": options.dtype}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"  {'problem':<28}{'cells':>7}{'by hand s':>11}{'sweep s':>9}{'speed-up':>10}{'cells/s':>10}{'peak MB':>9}")
-    n, dtype = arguments.cells, np.float32
-    grid_betas, garnet_betas = np.geomspace(0.1, 300, n), np.geomspace(1, 100, n)
-    cases = [
-        ("slippery grid .99", rr.problems.slippery_grid(32, 0.99, dtype=dtype), grid_betas, 1e-3),
-        ("slippery grid .999", rr.problems.slippery_grid(32, 0.999, dtype=dtype), grid_betas, 3e-2),
-        ("Garnet .99", rr.problems.garnet(500, 8, 8, 0.99, dtype=dtype), garnet_betas, 1e-3),
-    ]
-    rows = []
-
-    def show(found: dict[str, Any]) -> None:
-        rows.append(found)
-        hand = found.get("by hand")
-        left = f"{hand:>11.2f}" if hand else f"{'':>11}"
-        ratio = f"{hand / found['sweep']:>9.1f}x" if hand else f"{'':>10}"
-        rate = found["cells"] / found["sweep"]
-        print(
-            f"  {found['problem']:<28}{found['cells']:>7}{left}{found['sweep']:>9.2f}{ratio}{rate:>10.0f}"
-            f"{found['peak_mb']:>9.0f}"
-        )
-
-    for name, m, betas, tol in cases:
-        runs = {"sweep": sweep(m, betas, tol), "by hand": by_hand(m, betas, tol)}
-        show(row(name, n, runs, arguments.repeats))
-    m, discounts = cases[0][1], (0.9, 0.99, 0.999)
-    apart = {f"{g}": sweep(m, grid_betas, 3e-2, discount=[g]) for g in discounts}
-    mixed = row("mixed discounts", 3 * n, {"sweep": sweep(m, grid_betas, 3e-2, discount=list(discounts))} | apart, 3)
-    show(mixed)
-    print(f"    of the three apart: {mixed['sweep'] / sum(mixed[g] for g in apart):.2f}")
-    for count in (16, 256, 4096, 16384):
-        show(row("slippery grid .99", count, {"sweep": sweep(m, np.geomspace(0.1, 300, count), 1e-3)}, 1))
-    if arguments.json:
-        with open(arguments.json, "a") as file:
+    print(HEAD)
+    sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "against": lambda: against(dtype, options.lanes, options.repeats),
+        "mixed": lambda: mixed(dtype, options.repeats),
+        "cells": lambda: cells(dtype, options.cells),
+        "states": lambda: states(dtype, options.states, options.repeats),
+    }
+    rows = [found for name in wanted for found in sections[name]()]
+    if options.json:
+        with open(options.json, "a") as file:
             file.writelines(json.dumps(about | found) + "\n" for found in rows)
 
 

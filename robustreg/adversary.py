@@ -161,6 +161,7 @@ def nominal_optimum(mdp: MDP) -> Array:
 
     `<initial, nominal_optimum - evaluate(policy)>` is the price of a policy's robustness.
     """
+    _host.expect_type(mdp, MDP, "first argument", "mdp")
     return _nominal_optimum(mdp._prepared())
 
 
@@ -199,7 +200,8 @@ def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
         `mu(s, a) = sum_t g^t Pr(s_t = s, a_t = a)`, `[*B, S, A]`; sums to 1/(1-g) if no episode ends. It is the
         gradient of the return in the reward.
     """
-    return _occupancy(mdp._prepared(), _policy(mdp, policy))
+    policy = _policy(mdp, policy)
+    return _occupancy(mdp._prepared(), policy)
 
 
 def _policy(mdp: MDP, policy: ArrayLike) -> Array:
