@@ -195,7 +195,7 @@ def cells(dtype: Any, counts: list[int]) -> list[dict[str, Any]]:
     """Cost of a cell and peak memory by number of cells."""
     from robustreg import problems
 
-    m = problems.slippery_grid(8, 0.99, dtype=dtype)
+    m = problems.slippery_grid(16, 0.99, dtype=dtype)
     timed(sweep(m, np.geomspace(0.1, 300, counts[0]), 1e-3))
     found = []
     for count in counts:

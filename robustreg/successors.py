@@ -61,10 +61,9 @@ class Successors(Transitions):
         p = self.probabilities.astype(dtype)
         p = jnp.moveaxis(p, (-1, -2, -3), (0, 1, 2))
         p = p.reshape(p.shape[:3] + (1,) * (batch_ndim - len(self.batch_shape)) + p.shape[3:])
-        indices, by_neighbour = jnp.transpose(self.indices, (2, 1, 0)), None
-        if self.pattern is not None and self.pattern.slot is not None:
-            by_neighbour = _by_neighbour(p, self.pattern)
-        return BoundSuccessors(indices, p, self.pattern, by_neighbour)
+        if self.pattern is None or self.pattern.slot is None:
+            return BoundSuccessors(jnp.transpose(self.indices, (2, 1, 0)), p, self.pattern)
+        return BoundSuccessors(self.pattern.neighbours[:, None], _by_neighbour(p, self.pattern), self.pattern)
 
 
 def _by_neighbour(p: Array, pattern: patterns.Pattern) -> Array:
@@ -82,18 +81,16 @@ def _by_neighbour(p: Array, pattern: patterns.Pattern) -> Array:
 class BoundSuccessors(Transitions):
     """Successor lists in the kernels' layout: `indices [K, A, S]`, `probabilities [K, A, S, *B]`.
 
+    With an axis of 1 in the place of A, the actions of a state share its list: of neighbours, if there is a `pattern`.
+
     One successor slot after the other: a gather of whole rows of lanes, fused with its product. Eight slots share a
     pass over the sum, which halves the time of a many-lane product; unrolling all of them would let compile time grow
     with K, and one reduction over the slots axis is up to ten times slower (the gather is then no longer by rows).
-
-    With a `pattern` the chain of a policy is a kernel of its own; `by_neighbour [U, A, S, *B]` are the probabilities by
-    neighbour where those are fewer than successors.
     """
 
     indices: Array
     probabilities: Array
     pattern: patterns.Pattern | None = None
-    by_neighbour: Array | None = None
 
     @property
     def n_states(self) -> int:
@@ -105,8 +102,7 @@ class BoundSuccessors(Transitions):
         return self.indices.shape[0]
 
     def _pick(self, index: tuple[Array, ...]) -> "BoundSuccessors":
-        by_neighbour = None if self.by_neighbour is None else _tree.pick_lanes(self.by_neighbour, index)
-        return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index), self.pattern, by_neighbour)
+        return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index), self.pattern)
 
     def _widen(self) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, self.probabilities[..., None])
@@ -116,11 +112,11 @@ class BoundSuccessors(Transitions):
         alone = int(np.prod(self.probabilities.shape[3:])) == int(np.prod(lanes))
         if pattern is None or not (alone or pattern.neighbours.shape[0] <= 2 * policy.shape[0]):
             return self, policy, None
-        if self.by_neighbour is None:
+        if pattern.slot is None:
             weights = (policy[None] * self.probabilities).reshape(-1, self.n_states, *lanes)
             return self, policy, _collected(weights, pattern)
         # As if actions were to go to a neighbour, which then succeeds.
-        weights = _tree.total(policy[None] * self.by_neighbour, axis=1)
+        weights = _tree.total(policy[None] * self.probabilities, axis=1)
         certain = jnp.ones((1,) * (1 + weights.ndim), weights.dtype)
         return BoundSuccessors(pattern.neighbours[None], certain), weights, _collected(weights, pattern)
 
@@ -139,8 +135,9 @@ class BoundSuccessors(Transitions):
 
         def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
             index, probability = slot
-            update = total.at[index].add
-            return update(probability * mu, mode="promise_in_bounds", wrap_negative_indices=False), None
+            moved = probability * mu
+            moved = moved if index.shape[0] == moved.shape[0] else jnp.sum(moved, axis=0, keepdims=True)
+            return total.at[index].add(moved, mode="promise_in_bounds", wrap_negative_indices=False), None
 
         return lax.scan(
             add, jnp.zeros((self.n_states, *lanes), mu.dtype), (self.indices, self.probabilities), unroll=_UNROLL
