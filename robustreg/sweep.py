@@ -246,9 +246,11 @@ def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report:
             left -= 1
     finally:
         stop.set()
-        while any(thread.is_alive() for thread in threads):  # those in flight may wait for room
-            with contextlib.suppress(queue.Empty):
-                done.get(timeout=0.02)
+        for thread in threads:
+            while thread.is_alive():
+                with contextlib.suppress(queue.Empty):  # it may wait for room
+                    done.get_nowait()
+                thread.join(0.02)
 
 
 def _solve_chunk(run: Run, placed: Any, device: Any, job: int) -> Fields:

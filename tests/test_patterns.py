@@ -155,3 +155,16 @@ def test_derivatives_are_those_without(name, monkeypatch):
     expected = jax.tree.leaves(jax.jit(lambda *at: both(*at))(point, way))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-7 * float(jnp.max(jnp.abs(y))))
+
+
+@pytest.mark.slow
+def test_exports_for_accelerators():
+    """With a pattern too, value and gradient lower for what is not here."""
+
+    def objective(reward):
+        return rr.solve(dataclasses.replace(GRID, reward=reward), rr.kl(3.0), tol=1e-6).objective
+
+    assert patterns.find(KERNEL.indices) is not None
+    for f in (objective, jax.grad(objective)):
+        exported = jax.export.export(jax.jit(f), platforms=("cuda", "rocm", "tpu"))(GRID.reward)
+        assert set(exported.platforms) == {"cuda", "rocm", "tpu"}
