@@ -188,12 +188,12 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
         a = rho / _dot(shadow, v)
         s = r - a[None] * v
         t = s - apply(s)
-        ts, tt = _dots((t, s), (t, t))
+        ts, tt = _dot(t, s), _dot(t, t)
         # An exact half step leaves s = 0 and t = 0: nothing more is to be taken off.
         w = jnp.where(tt > 0, ts / jnp.where(tt > 0, tt, 1), 0)
         x = x + a[None] * p + w[None] * s
         r = s - w[None] * t
-        new_rho, size = _dots((shadow, r), (r, r))
+        new_rho, size = _dot(shadow, r), _dot(r, r)
         p = r + (new_rho / rho * a / w)[None] * (p - w[None] * v)
         better = ~done & (size < best)
         best_x = jnp.where(better[None], x, best_x)
@@ -208,7 +208,7 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
     scale = jnp.where(scale > 0, scale, 1)
     b = b / scale[None]
     shadow = apply(b)
-    whole, size = _dots((b, b), (shadow, shadow))
+    whole, size = _dot(b, b), _dot(shadow, shadow)
     target = reduction**2 * whole
     done = (size <= target) | ~jnp.isfinite(size)
     start = (b, shadow, shadow, size, size, b, done, jnp.asarray(0, jnp.int32))
@@ -216,12 +216,5 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
 
 
 def _dot(a: Array, b: Array) -> Array:
+    # (`_tree.total` would do, but where states are sharded no device can add up its kind over devices.)
     return jnp.sum(a * b, axis=0)
-
-
-def _dots(*pairs: tuple[Array, Array]) -> tuple[Array, ...]:
-    """Inner products by one reduction: the compiler makes three kernels of every separate one.
-
-    (`_tree.total` would take one, but where states are sharded no device can add up its kind over devices.)
-    """
-    return tuple(jnp.sum(jnp.stack([a * b for a, b in pairs]), axis=1))
