@@ -6,13 +6,13 @@ Each problem under alpha in {.5, 1, 2} and beta in {.5, 5, 50}, discount .99, ni
 in one batch, with the defaults of `robustreg.solve_game`. `gap` is the largest (dual - primal)/|V*| of the lanes,
 V* from `robustreg.solve`; `first` is the first call in this process with compilation, `warm` the second.
 
-A printout (2 shared and busy CPU cores, float64):
+A printout (2 shared CPU cores, float64):
 
-    commit 41eaa01, device cpu, jax 0.10.2
+    commit ead7b9f, device cpu, jax 0.12.0.1
       problem          lanes  converged  steps  most      gap  first s   warm s
-      FrozenLake 8x8       9          9      5     5    2e-05    19.04     0.06
-      grid world           9          9     10    15    2e-06    14.64     0.24
-      64 Garnets         576        576      5    10    2e-05    14.21     3.17
+      FrozenLake 8x8       9          9      5     5    2e-05     8.49     0.02
+      grid world           9          9     10    15    2e-06    10.18     0.08
+      64 Garnets         576        576      5    10    3e-05     6.58     2.59
 """
 
 import argparse

@@ -14,31 +14,31 @@ The last two are run where they are installed, and where their memory allows. Ru
 of warm calls; `memory` is the compiled program's scratch space; `error` is the largest deviation of the gradient in
 the reward from that of a solve at full precision, relative to its largest entry.
 
-Typical printout (2 shared CPU cores, float64, JAX 0.10.2):
+Typical printout (2 shared CPU cores, float64, JAX 0.12.0):
 
-    commit b2a534d, device cpu, machine x86_64, jax 0.10.2
+    commit ead7b9f, device cpu, machine x86_64, jax 0.12.0.1
     Garnet: S=500 A=8 beta 10, 1804 sweeps
                                       ms   spread  of value  memory MB    error
-      value                         1.44     0.28      1.0x       0.13
-      value and gradient            2.90     1.92      2.0x       0.33    3e-09
-      Hessian-vector product        4.63     1.36      3.2x       0.45
-      unrolled                    402.28   122.85    278.9x     125.88    1e-08
-      optimistix                  366.45   103.34    254.1x     124.02    9e-14
-      jaxopt                      366.69    52.19    254.3x       0.33    2e-09
+      value                         0.77     0.14      1.0x       0.13
+      value and gradient            1.25     3.90      1.6x       0.94    3e-09
+      Hessian-vector product        2.03     0.31      2.7x       1.06
+      unrolled                    211.23     9.93    276.0x     125.88    1e-08
+      optimistix                  131.77    19.15    172.2x     124.02    9e-14
+      jaxopt                      146.00    14.11    190.8x       0.33    2e-09
     slippery grid: S=1024 A=4 beta 3, 1403 sweeps
                                       ms   spread  of value  memory MB    error
-      value                         4.51     1.46      1.0x       0.17
-      value and gradient            7.16     4.44      1.6x       0.23    1e-06
-      Hessian-vector product       11.92     6.56      2.6x       0.39
-      unrolled                    265.67    30.79     58.9x     112.53    1e-05
-      optimistix                  241.72    12.72     53.6x     104.09    4e-08
-      jaxopt                      285.64    58.45     63.3x       0.27    3e-02
+      value                         1.06     1.14      1.0x       0.29
+      value and gradient            1.43     0.08      1.3x       0.26    1e-06
+      Hessian-vector product        2.37     0.14      2.2x       0.47
+      unrolled                    109.83    10.56    103.4x     112.53    1e-05
+      optimistix                  110.57    17.26    104.0x     104.09    4e-08
+      jaxopt                      111.60    17.02    105.0x       0.30    3e-02
     large Garnet: S=100000 A=4 beta 10, 1800 sweeps
                                       ms   spread  of value  memory MB    error
-      value                       142.88    28.37      1.0x      16.79
-      value and gradient          260.10    76.49      1.8x      23.65    2e-07
-      Hessian-vector product      464.49    73.39      3.3x      36.62
-      jaxopt                    18446.57  2293.96    129.1x      26.13    4e-08
+      value                        43.31    21.96      1.0x      15.26
+      value and gradient           81.21    33.47      1.9x      24.91    2e-07
+      Hessian-vector product      154.93    83.43      3.6x      40.94
+      jaxopt                     9297.41   736.13    214.7x      29.18    4e-08
 """
 
 import argparse

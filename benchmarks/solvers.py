@@ -8,45 +8,45 @@ Problems: a Garnet (S=500, A=8, 8 successors, discount .99, beta 10) and the sli
 Runs are interleaved, so that the ratios are taken within one run; times are medians of warm calls; `first` is the first
 call in this process with compilation. Errors are against the direct Newton solution at full precision.
 
-Typical printout (2 shared CPU cores, float64, JAX 0.10.2):
+Typical printout (2 shared CPU cores, float64, JAX 0.12.0):
 
-    commit bcd90e7, device cpu, machine x86_64, jax 0.10.2, robustreg 0.1.0
+    commit ead7b9f, device cpu, machine x86_64, jax 0.12.0.1, robustreg 0.1.0
     Garnet: S=500 A=8 discount 0.99 beta 10
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                         386.54    93.17      1.0x    1804       none    1e-06     0.63
-      automatic                         3.17     3.10    122.1x       7    1.4e-07    1e-08     2.12
-      newton, krylov                    2.36     0.93    164.1x       7    1.4e-07    1e-08     2.03
-      newton, direct                  160.50    72.84      2.4x       5    1.6e-13    0e+00     0.16
-      modified policy iteration(5)      2.26     4.13    171.3x       5    2.2e-07    7e-08     1.27
-      value iteration                   1.43     0.56    270.5x      17    6.2e-07    1e-07     1.19
-      anderson(5)                       2.02     1.63    191.5x      17    4.9e-07    3e-08     1.93
+      by hand                         212.18    48.25      1.0x    1804       none    1e-06     0.36
+      automatic                         1.52     0.34    139.8x       7    1.4e-07    1e-08     0.66
+      newton, krylov                    0.98     0.13    216.9x       7    1.4e-07    1e-08     0.77
+      newton, direct                   23.41    12.41      9.1x       5    1.6e-13    0e+00     0.02
+      modified policy iteration(5)      1.30     2.88    163.3x       5    2.2e-07    7e-08     0.46
+      value iteration                   0.86     0.09    245.8x      17    6.2e-07    1e-07     0.47
+      anderson(5)                       1.62     4.87    131.1x      17    4.9e-07    3e-08     0.83
     slippery grid: S=1024 A=4 discount 0.99 beta 3
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                         219.50    95.05      1.0x    1403       none    9e-07     0.41
-      automatic                         9.09     3.96     24.1x       7    9.7e-07    8e-07     1.81
-      newton, krylov                    8.79     5.07     25.0x       7    9.7e-07    8e-07     1.63
-      newton, direct                  702.27   126.50      0.3x       6    7.8e-08    8e-08     0.64
-      modified policy iteration(5)     49.64    15.69      4.4x     269    9.7e-07    1e-06     1.53
-      value iteration                  50.21    24.42      4.4x    1339    9.9e-07    1e-06     1.21
-      anderson(5)                      30.36    16.73      7.2x     247    8.9e-07    5e-07     1.62
+      by hand                          61.51     8.49      1.0x    1403       none    9e-07     0.18
+      automatic                         1.72     0.33     35.7x       7    9.7e-07    8e-07     0.54
+      newton, krylov                    1.26     0.15     48.9x       7    9.7e-07    8e-07     0.58
+      newton, direct                  121.73    13.47      0.5x       6    7.8e-08    8e-08     0.12
+      modified policy iteration(5)     10.31     7.62      6.0x     269    9.7e-07    1e-06     0.45
+      value iteration                  26.87     5.19      2.3x    1339    9.9e-07    1e-06     0.43
+      anderson(5)                      15.74     4.92      3.9x     259    8.7e-07    3e-07     0.78
     slippery grid: S=1024 A=4 discount 0.999 beta 0.1
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                        1366.80   380.50      1.0x   12447       none    7e-07     1.60
-      automatic                        17.27     5.22     79.1x       8    2.8e-07    3e-07     0.01
-      newton, krylov                   13.30     6.08    102.8x       8    2.8e-07    3e-07     0.01
-      newton, direct                  608.44   197.16      2.2x       6    2.8e-11    0e+00     0.59
-      modified policy iteration(5)    365.46   107.87      3.7x    2393    1.0e-06    1e-06     0.39
-      value iteration                 399.89   235.95      3.4x   11961    1.0e-06    1e-06     0.36
-      anderson(5)                     100.66    65.30     13.6x    1176    8.3e-07    8e-07     0.17
+      by hand                         542.47    11.04      1.0x   12447       none    7e-07     0.65
+      automatic                         2.41     0.11    225.4x       8    2.5e-07    2e-07     0.00
+      newton, krylov                    1.76     0.20    308.7x       8    2.5e-07    2e-07     0.00
+      newton, direct                  119.12    51.50      4.6x       6    2.9e-11    0e+00     0.12
+      modified policy iteration(5)     63.21    17.14      8.6x    2393    1.0e-06    1e-06     0.06
+      value iteration                 231.44     3.48      2.3x   11961    1.0e-06    1e-06     0.23
+      anderson(5)                      29.29    10.91     18.5x     752    9.9e-07    8e-07     0.03
     slippery grid: S=1024 A=4 discount 0.999 beta 1
       solver                              ms   spread  speed-up   steps  certified    error  first s
-      by hand                         262.97    91.65      1.0x    2390       none    9e-08     0.43
-      automatic                        15.39     6.95     17.1x      10    4.5e-08    2e-09     0.02
-      newton, krylov                   16.84     8.01     15.6x      10    4.5e-08    2e-09     0.02
-      newton, direct                  674.51    87.77      0.4x       7    9.1e-07    9e-07     0.70
-      modified policy iteration(5)     69.00    19.48      3.8x     466    9.6e-07    1e-06     0.08
-      value iteration                  71.38    23.94      3.7x    2323    1.0e-06    1e-06     0.07
-      anderson(5)                      52.44     6.73      5.0x     759    9.2e-07    6e-07     0.09
+      by hand                          89.92     3.75      1.0x    2390       none    9e-08     0.20
+      automatic                         2.74     0.14     32.8x       9    6.1e-07    5e-07     0.00
+      newton, krylov                    2.18     0.13     41.3x       9    6.1e-07    5e-07     0.00
+      newton, direct                  140.09    43.53      0.6x       7    9.1e-07    9e-07     0.13
+      modified policy iteration(5)     12.67     2.72      7.1x     466    9.6e-07    1e-06     0.01
+      value iteration                  45.98     5.07      2.0x    2323    1.0e-06    1e-06     0.05
+      anderson(5)                      49.33     8.81      1.8x     836    7.6e-07    1e-07     0.05
 """
 
 import argparse

@@ -16,6 +16,50 @@
   fast it mixes, certified to 1e-4, from a hundred to a million states.
 
 Times are medians of warm calls, interleaved; peak memory is that of the process so far.
+
+Typical printout (2 shared CPU cores, float32, JAX 0.12.0):
+
+    commit b451a1a, device cpu, machine x86_64, jax 0.12.0.1, dtype float32
+      problem                    tol    cells   sweep s   cells/s  by hand s          peer loop  peak MB
+      slippery grid .9         1e-04        1     0.012        81       0.01     0.5x      0.3x      348
+      slippery grid .9         1e-04       16     0.021       770       0.03     1.6x      2.8x      400
+      slippery grid .9         1e-04       64     0.017      3764       0.12     7.3x     13.6x      455
+      slippery grid .9         1e-04      256     0.033      7876       0.51    15.8x     29.3x      505
+      slippery grid .9         1e-04     1024     0.087     11749       3.35    38.4x     42.9x      584
+        a cell of 64 costs 0.02 of one alone
+      slippery grid .99        1e-03        1     0.024        42       0.06     2.4x      1.6x      584
+      slippery grid .99        1e-03       16     0.027       583       0.31    11.3x     17.0x      584
+      slippery grid .99        1e-03       64     0.069       925       1.01    14.6x     26.8x      584
+      slippery grid .99        1e-03      256     0.096      2677       5.26    55.0x     80.3x      584
+      slippery grid .99        1e-03     1024     0.283      3615      32.08   113.2x    102.5x      586
+        a cell of 64 costs 0.05 of one alone
+      slippery grid .999       3e-02        1     0.016        61       0.38    23.2x     15.7x      586
+      slippery grid .999       3e-02       16     0.039       413       1.70    43.8x     33.2x      586
+      slippery grid .999       3e-02       64     0.099       648       7.66    77.5x     53.8x      586
+      slippery grid .999       3e-02      256     0.160      1602      31.61   197.9x    127.5x      586
+      slippery grid .999       3e-02     1024     0.443      2309                        182.4x      586
+        a cell of 64 costs 0.09 of one alone
+      Garnet .99               1e-03        1     0.023        44       0.06     2.8x      2.8x      586
+      Garnet .99               1e-03       16     0.006      2580       0.30    48.2x    187.5x      586
+      Garnet .99               1e-03       64     0.010      6239       0.94    91.7x    477.3x      592
+      Garnet .99               1e-03      256     0.038      6687       6.65   173.8x    482.7x      702
+      Garnet .99               1e-03     1024     0.087     11796      36.08   415.7x    859.3x      891
+        a cell of 64 costs 0.01 of one alone
+      256 Garnets .99          1e-03      256     0.031      8155       0.42    13.3x                891
+      256 Garnets .99          1e-03     1024     0.049     20777       1.27    25.7x                891
+      16x16 grid               1e-03     1000     0.028     35593                                    360
+      16x16 grid               1e-03    10000     0.270     37051                                    390
+      16x16 grid               1e-03   100000     2.504     39940                                    394
+      16x16 grid               1e-03  1000000    26.701     37451                                    433
+        cost of a cell, largest over smallest: 1.12
+      grid .9, 100 states      1e-04        1     0.000      4020                                    439
+      grid .9, 1024 states     1e-04        1     0.000      2564                                    441
+      grid .9, 10000 states    1e-04        1     0.002       527                                    488
+      grid .9, 99856 states    1e-04        1     0.010        96                                    608
+      grid .9, 1000000 states   1e-04        1     0.236         4                                   1783
+        cost of a state, most states over 1e4: 1.24
+      mixed discounts          3e-02      768     0.230      3339                                   1783
+        of the three apart: 0.99
 """
 
 import argparse
@@ -113,6 +157,14 @@ def sweep(mdp: Any, betas: np.ndarray, tol: float, **grid: Any) -> Callable[[], 
     return run
 
 
+def one_by_one(mdp: Any, betas: np.ndarray, tol: float) -> Callable[[], Any]:
+    """The same cells by a compiled solve each."""
+    import robustreg as rr
+
+    cells = [rr.kl(np.asarray(beta, mdp.dtype)) for beta in betas]
+    return lambda: [jax.block_until_ready(rr.solve(mdp, reg, tol=tol).value) for reg in cells]
+
+
 def row(name: str, cells: int, runs: dict[str, Callable[[], Any]], repeats: int, **more: Any) -> dict[str, Any]:
     """Median seconds of each run, interleaved, warm."""
     for run in runs.values():
@@ -170,11 +222,12 @@ def against(dtype: Any, lanes: list[int], repeats: int) -> list[dict[str, Any]]:
             if (peer := peer_loop(m, sample, tol)) is not None:
                 timed(peer[1])
                 more |= {"peer": peer[0], "peer cell": timed(peer[1]) / sample.size}
+            if k == 64:
+                runs["one by one"] = one_by_one(m, betas, tol)
             found.append(row(name, k, runs, repeats, **more))
             show(found[-1])
-        alone, many = (next((x for x in found if (x["problem"], x["cells"]) == (name, k)), None) for k in (1, 64))
-        if alone and many:
-            print(f"    a cell of 64 costs {many['sweep'] / 64 / alone['sweep']:.2f} of one alone")
+            if k == 64:
+                print(f"    of one rr.solve per cell: {found[-1]['sweep'] / found[-1]['one by one']:.2f}")
     return found
 
 
