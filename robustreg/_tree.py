@@ -46,10 +46,24 @@ def options(cls: type[_T]) -> type[_T]:
 
 
 def _register(cls: type[_T]) -> type[_T]:
+    """Not `jax.tree_util.register_dataclass`: its treedefs compare equal for different classes with as many fields (JAX
+    0.10 to 0.12), so that a cache of compiled programs now and then takes one class for another. Here the class is part
+    of what is compared."""
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # decorated one line above
-    data = [f.name for f in fields if not f.metadata.get("static", False)]
-    meta = [f.name for f in fields if f.metadata.get("static", False)]
-    jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+    data = tuple(f.name for f in fields if not f.metadata.get("static", False))
+    meta = tuple(f.name for f in fields if f.metadata.get("static", False))
+
+    def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(x, n) for n in data), (cls, *(getattr(x, n) for n in meta))
+
+    def flatten_with_keys(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        leaves, static = flatten(x)
+        return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(data, leaves)), static
+
+    def unflatten(static: tuple[Any, ...], leaves: Any) -> Any:
+        return cls(**dict(zip(data, leaves)), **dict(zip(meta, static[1:])))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     if "__repr__" not in cls.__dict__:
         cls.__repr__ = _summary
     return cls

@@ -9,7 +9,7 @@ import pytest
 from cases import garnet_case, replace
 
 import robustreg as rr
-from robustreg import _tree, bellman, groups
+from robustreg import _tree, bellman, budgets, groups
 
 AWKWARD = np.array([[1.0, -2.0, 3.0], [np.inf, 1.0, 2.0], [np.nan, 1.0, 2.0], [-np.inf, -np.inf, -np.inf]]).T
 
@@ -64,3 +64,17 @@ def test_groups_change_nothing(kind, monkeypatch):
     np.testing.assert_array_equal(np.asarray(grouped.steps), np.asarray(whole.steps))
     np.testing.assert_allclose(np.asarray(grouped.value), np.asarray(whole.value), atol=2e-9)
     assert np.asarray(whole.converged).sum() == 12
+
+
+def test_no_class_is_taken_for_another():
+    """Treedefs of different classes differ, however alike their fields: compiled programs are found by them."""
+    beta = jnp.ones(2)
+    alike = [rr.KL(beta), rr.Entropy(beta)]
+    alike += [rr.HalfSpace(alike[0], beta), rr.Orthant(alike[0], beta), rr.RobustSet(alike[0]), rr.Dense(beta)]
+    alike += [rr.UnnormalisedSet(alike[0]), rr.Box(beta), rr.StatesOnly(), budgets.Whole()]
+    for i, one in enumerate(alike):
+        for other in alike[:i]:
+            assert jax.tree.structure(one) != jax.tree.structure(other), (one, other)
+        leaves, structure = jax.tree.flatten(one)
+        again = jax.tree.unflatten(structure, leaves)
+        assert type(again) is type(one) and jax.tree.structure(again) == structure
