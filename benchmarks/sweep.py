@@ -17,34 +17,35 @@
 
 Times are medians of warm calls, interleaved; peak memory is that of the process so far.
 
-Typical printout (2 shared CPU cores, float32, JAX 0.12.0):
+Typical printout (2 shared CPU cores, float32, JAX 0.12.0), put together of three runs: one for each half of the table,
+and one for the ratios to `rr.solve`:
 
     commit b451a1a, device cpu, machine x86_64, jax 0.12.0.1, dtype float32
       problem                    tol    cells   sweep s   cells/s  by hand s          peer loop  peak MB
       slippery grid .9         1e-04        1     0.012        81       0.01     0.5x      0.3x      348
       slippery grid .9         1e-04       16     0.021       770       0.03     1.6x      2.8x      400
       slippery grid .9         1e-04       64     0.017      3764       0.12     7.3x     13.6x      455
+        of one rr.solve per cell: 0.54
       slippery grid .9         1e-04      256     0.033      7876       0.51    15.8x     29.3x      505
       slippery grid .9         1e-04     1024     0.087     11749       3.35    38.4x     42.9x      584
-        a cell of 64 costs 0.02 of one alone
       slippery grid .99        1e-03        1     0.024        42       0.06     2.4x      1.6x      584
       slippery grid .99        1e-03       16     0.027       583       0.31    11.3x     17.0x      584
       slippery grid .99        1e-03       64     0.069       925       1.01    14.6x     26.8x      584
+        of one rr.solve per cell: 0.79
       slippery grid .99        1e-03      256     0.096      2677       5.26    55.0x     80.3x      584
       slippery grid .99        1e-03     1024     0.283      3615      32.08   113.2x    102.5x      586
-        a cell of 64 costs 0.05 of one alone
       slippery grid .999       3e-02        1     0.016        61       0.38    23.2x     15.7x      586
       slippery grid .999       3e-02       16     0.039       413       1.70    43.8x     33.2x      586
       slippery grid .999       3e-02       64     0.099       648       7.66    77.5x     53.8x      586
+        of one rr.solve per cell: 0.87
       slippery grid .999       3e-02      256     0.160      1602      31.61   197.9x    127.5x      586
       slippery grid .999       3e-02     1024     0.443      2309                        182.4x      586
-        a cell of 64 costs 0.09 of one alone
       Garnet .99               1e-03        1     0.023        44       0.06     2.8x      2.8x      586
       Garnet .99               1e-03       16     0.006      2580       0.30    48.2x    187.5x      586
       Garnet .99               1e-03       64     0.010      6239       0.94    91.7x    477.3x      592
+        of one rr.solve per cell: 0.25
       Garnet .99               1e-03      256     0.038      6687       6.65   173.8x    482.7x      702
       Garnet .99               1e-03     1024     0.087     11796      36.08   415.7x    859.3x      891
-        a cell of 64 costs 0.01 of one alone
       256 Garnets .99          1e-03      256     0.031      8155       0.42    13.3x                891
       256 Garnets .99          1e-03     1024     0.049     20777       1.27    25.7x                891
       16x16 grid               1e-03     1000     0.028     35593                                    360
