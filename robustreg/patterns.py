@@ -66,9 +66,9 @@ def find(indices: Any) -> Pattern | None:
 
 
 def _look(indices: Array) -> Pattern | None:
-    n_states, n_actions, fan_out = indices.shape
     if indices.size < _SMALL:
         return None
+    n_states = indices.shape[0]
     lists = np.asarray(indices).reshape(n_states, -1)
     order = np.argsort(lists, axis=1, kind="stable")
     ascending = np.take_along_axis(lists, order, axis=1)
@@ -113,9 +113,8 @@ def _reversed(neighbours: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.
     place = np.arange(entries.size) - (np.cumsum(degree) - degree)[targets]
     # A further row of the lists costs S gathers and saves as many scatters as there are states with so many sources.
     having = np.bincount(place)
-    depth = max(1, int(np.count_nonzero(_SCATTER * having >= n_states)))
-    # Both sizes are rounded up by at most a quarter, so that problems of a kind share a program.
-    depth = _rounded(depth)
+    # (Both sizes are rounded up by at most a quarter, so that problems of a kind share a program.)
+    depth = _rounded(max(1, int(np.count_nonzero(_SCATTER * having >= n_states))))
     sources = np.full((depth, n_states), -1, np.int64)
     listed = place < depth
     sources[place[listed], targets[listed]] = entries[listed]
