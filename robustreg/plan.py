@@ -1,10 +1,11 @@
 """The plan of a sweep: cells, the order in which they are solved, and the problem that a chunk of them stands for.
 
-A cell is one combination of grid values and one lane of the kernels. Cells are ordered by how hard they are (discount,
-then alpha, then beta), so that lanes solved together take about as many steps as each other and nobody waits long for
-the slowest. Together are as many lanes as work fastest (cache-sized on a CPU); a chunk is a row of such batches.
-Neither grows with the sweep, nor does the memory, and neither depends on how many devices or processes share the work:
-every cell is computed in the same company wherever it is computed.
+A cell is one combination of grid values. Cells that differ in beta alone are a *line*, along which the value is smooth:
+a lane of the kernels goes along a *path*, a part of a line (or some short lines one after the other) with beta rising,
+and starts every cell from what the last few say of it. A chunk is as many paths side by side as work fastest together
+(cache-sized on a CPU), of the same betas and much the same discount where there are enough of them, so that nobody
+waits long for the slowest. Chunks do not grow with the sweep, nor does the memory, and they do not depend on how many
+devices or processes share the work: every cell is computed in the same company wherever it is computed.
 """
 
 import dataclasses
@@ -24,13 +25,21 @@ from robustreg.regularisers import Regulariser
 from robustreg.successors import Successors
 
 MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
-# Batches of a chunk at most; and chunks at least, if there are batches enough, for cores and devices to share.
-_BATCHES, _CHUNKS = 16, 4
+# Cells of a path, at least and at most: short ones are mostly beginnings, and a path that is cut off is lost.
+_SHORTEST, _LONGEST = 32, 64
+# Chunks at least, for cores to share.
+_CHUNKS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Cells in the order in which they are solved, and the arrays that they pick from."""
+    """Cells by the paths on which they are solved, and the arrays that they pick from.
+
+    Attributes:
+        paths: `[n, length]`, flat numbers of cells in the order in which a lane solves them; -1 where there is none.
+        line: cells of a line.
+        width: paths of a chunk.
+    """
 
     mdp: MDP
     reg: Regulariser
@@ -39,36 +48,52 @@ class Plan:
     outputs: tuple[str, ...]
     zipped: bool
     shape: tuple[int, ...]
-    order: np.ndarray
+    paths: np.ndarray
+    line: int
     width: int
-    batches: int
 
     @property
-    def chunk(self) -> int:
-        """Cells of a chunk."""
-        return self.width * self.batches
+    def size(self) -> int:
+        """Cells in all."""
+        return int(np.prod(self.shape))
 
     @property
     def n_chunks(self) -> int:
         """Chunks in all."""
-        return -(-self.order.size // self.chunk)
+        return -(-len(self.paths) // self.width)
+
+    @property
+    def begins(self) -> np.ndarray:
+        """Whether a line begins at this place of a path, `[length]`."""
+        return np.arange(self.paths.shape[1]) % self.line == 0
+
+    def layout(self, job: int) -> np.ndarray:
+        """Flat numbers of the cells of a chunk, `[length, width]`; -1 where there is none."""
+        paths = self.paths[job * self.width : (job + 1) * self.width]
+        return np.pad(paths, ((0, self.width - len(paths)), (0, 0)), constant_values=-1).T
 
     def cells(self, job: int) -> np.ndarray:
-        """Flat numbers of the cells of a chunk."""
-        return self.order[job * self.chunk : (job + 1) * self.chunk]
+        """Flat numbers of the cells of a chunk, one after the other."""
+        layout = self.layout(job)
+        return layout[layout >= 0]
 
-    def lanes(self, cells: np.ndarray) -> dict[str, np.ndarray]:
-        """Grid values of a chunk, `[batches, width, ...]`, in the working precision; a short one repeats its last."""
-        cells = np.concatenate([cells, np.repeat(cells[-1:], self.chunk - cells.size)])
+    def lanes(self, job: int) -> dict[str, np.ndarray]:
+        """Grid values of a chunk, `[length, width, ...]`, in the working precision."""
+        cells = _filled(self.layout(job))
         index = [cells] * len(self.values) if self.zipped else np.unravel_index(cells, self.shape)
         picked = {name: x[i] for (name, x), i in zip(self.values.items(), index)}
         if "discount" in picked:
             picked["complement"] = 1 - picked["discount"]  # before the precision of either is lost
-        shape = (self.batches, self.width)
-        return {
-            name: x.astype(np.int32 if name == "mdp" else self.mdp.dtype).reshape(*shape, *x.shape[1:])
-            for name, x in picked.items()
-        }
+        return {name: x.astype(np.int32 if name == "mdp" else self.mdp.dtype) for name, x in picked.items()}
+
+
+def _filled(layout: np.ndarray) -> np.ndarray:
+    """With the cell before it in the place of every -1, and the first lane in that of a lane without any."""
+    layout = layout.copy()
+    layout[0] = np.where(layout[0] < 0, layout[0, 0], layout[0])
+    for before, row in zip(layout, layout[1:]):
+        row[:] = np.where(row < 0, before, row)
+    return layout
 
 
 def make_plan(
@@ -94,13 +119,47 @@ def make_plan(
     size = int(np.prod(shape))
     index = [np.arange(size)] * len(values) if zipped else np.unravel_index(np.arange(size), shape)
     keys = {n: coordinates[n][i] for n, i in zip(values, index)}
-    # The last key sorts first: discount before alpha before beta, and one MDP after the other within those.
-    hardness = [keys[n] for n in ("mdp", "beta", "alpha", "discount") if n in keys]
-    order = np.lexsort(hardness) if hardness else np.arange(size)
     # Any device may get any chunk, so that each must be able to hold it.
-    width = min(chunk or min(device_width(mdp, device) for device in devices), size)
-    batches = int(np.clip(-(-size // width) // _CHUNKS, 1, _BATCHES))
-    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, order, width, batches)
+    width = chunk or min(device_width(mdp, device) for device in devices)
+    on_cpu = all(device.platform == "cpu" for device in devices)
+    chunks, shortest = (_CHUNKS, _SHORTEST) if on_cpu else (1, 1)
+    lines = np.arange(size)[:, None]
+    if "beta" in values and not zipped:
+        lines = np.moveaxis(lines.reshape(shape), list(values).index("beta"), -1).reshape(-1, len(values["beta"]))
+        lines = lines[:, np.argsort(values["beta"], kind="stable")]
+    line = lines.shape[1]
+    length = int(np.clip(-(-size // (width * chunks)), min(shortest, line), _LONGEST))
+    paths = _paths({n: x[lines[:, 0]] for n, x in keys.items()}, lines, length)
+    width = min(width, -(-len(paths) // chunks))
+    width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
+    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, line, width)
+
+
+def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np.ndarray:
+    """Paths of about as many cells as asked for, `[n, length]`, those next to each other about as hard; see `Plan`.
+
+    Args:
+        keys: coordinates of every line.
+        lines: `[n, line]`, cells.
+        length: cells of a path.
+    """
+    # The last key sorts first: discount before alpha, and one MDP after the other within those.
+    ranked = [keys[n] for n in ("mdp", "beta", "alpha", "discount") if n in keys]
+    order = np.lexsort(ranked) if ranked else np.arange(len(lines))
+    lines = lines[order]
+    if lines.shape[1] <= length:
+        # Some lines one after the other. The first lines of all paths are neighbours, and so are the second.
+        n = -(-len(lines) // (length // lines.shape[1]))
+        each = -(-len(lines) // n)
+        padded = np.pad(lines, ((0, each * n - len(lines)), (0, 0)), constant_values=-1)
+        return padded.reshape(each, n, -1).swapaxes(0, 1).reshape(n, -1)
+    # Parts of lines: the first parts of all are neighbours, and so are the second, unless discounts are far apart.
+    parts = np.array_split(np.arange(lines.shape[1]), -(-lines.shape[1] // length))
+    longest = len(parts[0])
+    padded = [np.pad(lines[:, part], ((0, 0), (0, longest - len(part))), constant_values=-1) for part in parts]
+    horizon = np.log2(1 / (1 - keys["discount"][order])) if "discount" in keys else np.zeros(len(lines))
+    by = np.lexsort((np.repeat(np.arange(len(parts)), len(lines)), np.tile(np.floor(horizon), len(parts))))
+    return np.concatenate(padded)[by]
 
 
 def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
@@ -152,7 +211,7 @@ def digest(plan: Plan, options: tuple) -> dict[str, Any]:
     """Everything that results depend on, as JSON: what two runs must share to share a folder."""
     code = hashlib.sha256()
     leaves, structure = jax.tree.flatten((plan.mdp, plan.reg))
-    for x in [*leaves, *plan.values.values(), plan.order]:
+    for x in [*leaves, *plan.values.values(), plan.paths]:
         x = np.asarray(x)
         code.update(f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())
     solver, tol, max_steps = options
@@ -165,7 +224,7 @@ def digest(plan: Plan, options: tuple) -> dict[str, Any]:
         "solver": repr(solver),
         "tol": None if tol is None else float(tol),
         "max_steps": max_steps,
-        "chunk": [plan.width, plan.batches],
+        "chunk": [plan.paths.shape[1], plan.width],
         "dtype": str(plan.mdp.dtype),
     }
 

@@ -1,7 +1,7 @@
 """Sweeps: a grid over the leaves of a problem, solved in chunks of lanes, on every device, streamed to disk.
 
-`robustreg.plan` says what is solved with what. A chunk is a row of batches of lanes, each started from the value of the
-last cell before it. What the grid does not vary is shared by the lanes, never copied, and placed once on each device.
+`robustreg.plan` says what is solved with what: lanes go along beta, and every cell starts from what the last few say
+of it. What the grid does not vary is shared by the lanes, never copied, and placed once on each device.
 
 **Devices.** Every device is fed by threads of its own, which take the next chunk from one queue: a device that has hard
 chunks takes fewer of them. The alternative, one program over a mesh of devices (`shard_map`), hands out chunks by the
@@ -53,6 +53,9 @@ def _nominal(m: MDP, reg: Regulariser, sol: Solution) -> jax.Array:
     return _start(m, adversary.evaluate(m, sol.policy))
 
 
+# Values that the next one on a line is guessed from: a cubic through four.
+_PAST = 4
+
 # What a sweep can put into its table, computed on the device from one chunk: shape [lanes, ...].
 OUTPUTS: dict[str, Callable[[MDP, Regulariser, Solution], jax.Array]] = {
     "objective": lambda m, reg, sol: sol.objective,
@@ -102,7 +105,7 @@ def sweep(
         outputs: names from `robustreg.sweep.OUTPUTS`.
         zipped: pair the values instead of combining each with each.
         solver, tol, max_steps: as in `solve`.
-        chunk: lanes solved together; None chooses by size of the problem and the device. Up to 16 times that is a file.
+        chunk: lanes solved together; None chooses by size of the problem and the device. Up to 64 times that is a file.
         devices: local devices to share the work; None: all of the kind that holds the problem. Results are the same
             bits on one as on many of the same kind.
         out: folder to stream to.
@@ -254,29 +257,68 @@ def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report:
 
 
 def _solve_chunk(run: Run, placed: Any, device: Any, job: int) -> Fields:
-    cells = run.plan.cells(job)
-    lanes, (mdp, reg, tol) = jax.device_put(run.plan.lanes(cells), device), placed
+    lanes, begins = jax.device_put((run.plan.lanes(job), run.plan.begins), device)
     outputs = tuple(sorted({*run.plan.outputs, "status"}))
-    found = _cells(mdp, reg, lanes, tol, run.solver, run.max_steps, outputs)
-    return {name: x.reshape(-1, *x.shape[2:])[: cells.size] for name, x in jax.device_get(found).items()}
+    found = _cells(*placed, lanes, begins, run.solver, run.max_steps, outputs)
+    there = run.plan.layout(job) >= 0
+    return {name: x[there] for name, x in jax.device_get(found).items()}
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "max_steps", "outputs"))
 def _cells(
-    mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array], tol: Any, solver: Any, max_steps: Any, outputs: Any
+    mdp: MDP,
+    reg: Regulariser,
+    tol: Any,
+    lanes: dict[str, jax.Array],
+    begins: jax.Array,
+    solver: Any,
+    max_steps: Any,
+    outputs: Any,
 ) -> dict[str, jax.Array]:
-    """Outputs of one chunk, `[batches, width, ...]` each."""
+    """Outputs of one chunk, `[length, width, ...]` each; `lanes` and `begins` as `Plan` makes them."""
+    n = next(iter(lanes.values())).shape[1]
+    past = jnp.full((_PAST, n, mdp.n_states), jnp.nan, mdp.dtype)
 
-    def batch(start: jax.Array, lanes: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def place(past: tuple[jax.Array, jax.Array], here: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """The cells at one place of every path, started from those at the places before."""
+        lanes, begins = here
         m, r = problem(mdp, reg, lanes)
-        sol = solve(m, r, solver, tol=tol, max_steps=max_steps, init=start)
-        n = next(iter(lanes.values())).shape[0]
-        last = per_lane(sol.value, n)[-1]
-        # A neighbour in beta is nearly the answer; another MDP, or a cell that failed, is none.
-        follow = jnp.where(jnp.all(jnp.isfinite(last)), last, 0) if "beta" in lanes and "mdp" not in lanes else start
-        return follow, {name: per_lane(OUTPUTS[name](m, r, sol), n) for name in outputs}
+        x = jnp.log(lanes.get("beta", jnp.ones(n, mdp.dtype)))
+        values, xs = jnp.where(begins, jnp.nan, past[0]), past[1]
+        sol = solve(m, r, solver, tol=tol, max_steps=max_steps, init=_continued(values, xs, x))
+        values = jnp.concatenate([per_lane(sol.value, n)[None], values[:-1]])
+        xs = jnp.concatenate([x[None], xs[:-1]])
+        return (values, xs), {name: per_lane(OUTPUTS[name](m, r, sol), n) for name in outputs}
 
-    return jax.lax.scan(batch, jnp.zeros((mdp.n_states,), mdp.dtype), lanes)[1]
+    return jax.lax.scan(place, (past, past[..., 0]), (lanes, begins))[1]
+
+
+def _continued(values: jax.Array, xs: jax.Array, x: jax.Array) -> jax.Array:
+    """What the last values of a line say of the next one, `[width, S]`: the polynomial through the last k.
+
+    Which k is told by how little the last of them changes: more follow a smooth line further, but blow errors up more,
+    and mislead where the line bends.
+
+    Args:
+        values: `[_PAST, width, S]`, the newest first; NaN where there is none.
+        xs, x: where they belong and where the next one does, `[_PAST, width]` and `[width]`.
+    """
+
+    def through(k: int) -> jax.Array:
+        weights = (
+            functools.reduce(
+                jnp.multiply, ((x - xs[j]) / (xs[i] - xs[j]) for j in range(k) if j != i), jnp.ones_like(x)
+            )
+            for i in range(k)
+        )
+        return functools.reduce(jnp.add, (w[:, None] * v for w, v in zip(weights, values)))
+
+    guesses = jnp.stack([through(k) for k in range(1, _PAST + 1)])
+    changes = jnp.max(jnp.abs(guesses[1:] - guesses[:-1]), axis=-1)
+    changes = jnp.where(jnp.isfinite(changes), changes, jnp.inf)
+    best = jnp.where(jnp.all(jnp.isinf(changes), axis=0), 0, 1 + jnp.argmin(changes, axis=0))
+    guess = jnp.take_along_axis(guesses, best[None, :, None], axis=0)[0]
+    return jnp.where(jnp.isfinite(guess), guess, 0)
 
 
 # ---- results in memory and on disk
@@ -287,7 +329,7 @@ class _Collector:
 
     def __init__(self, plan: Plan):
         self.plan, self.columns = plan, {}
-        self.computed = np.zeros(plan.order.size, bool)
+        self.computed = np.zeros(plan.size, bool)
 
     def holds(self, job: int) -> bool:
         """Nothing is there before it is computed."""
@@ -299,7 +341,7 @@ class _Collector:
             x = fields[name]
             if name not in self.columns:
                 empty = np.nan if np.issubdtype(x.dtype, np.floating) else -1
-                self.columns[name] = np.full((self.plan.order.size, *x.shape[1:]), empty, x.dtype)
+                self.columns[name] = np.full((self.plan.size, *x.shape[1:]), empty, x.dtype)
             self.columns[name][cells] = x
         self.computed[cells] = True
 
