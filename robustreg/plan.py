@@ -79,7 +79,7 @@ class Plan:
 
     def lanes(self, job: int) -> dict[str, np.ndarray]:
         """Grid values of a chunk, `[length, width, ...]`, in the working precision."""
-        cells = _filled(self.layout(job))
+        cells = _filled(self.layout(job), self.begins)
         index = [cells] * len(self.values) if self.zipped else np.unravel_index(cells, self.shape)
         picked = {name: x[i] for (name, x), i in zip(self.values.items(), index)}
         if "discount" in picked:
@@ -87,12 +87,12 @@ class Plan:
         return {name: x.astype(np.int32 if name == "mdp" else self.mdp.dtype) for name, x in picked.items()}
 
 
-def _filled(layout: np.ndarray) -> np.ndarray:
-    """With the cell before it in the place of every -1, and the first lane in that of a lane without any."""
+def _filled(layout: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """With some cell in the place of every -1 that costs its lane nothing and keeps no other waiting."""
     layout = layout.copy()
-    layout[0] = np.where(layout[0] < 0, layout[0, 0], layout[0])
-    for before, row in zip(layout, layout[1:]):
-        row[:] = np.where(row < 0, before, row)
+    for i, row in enumerate(layout):
+        # Where all begin anew, what the first lane does; elsewhere, what the lane has just done.
+        row[row < 0] = (np.full_like(row, row[0]) if begins[i] and row[0] >= 0 else layout[i - 1])[row < 0]
     return layout
 
 
@@ -209,14 +209,10 @@ def device_width(mdp: MDP, device: Any) -> int:
 
 def digest(plan: Plan, options: tuple) -> dict[str, Any]:
     """Everything that results depend on, as JSON: what two runs must share to share a folder."""
-    code = hashlib.sha256()
     leaves, structure = jax.tree.flatten((plan.mdp, plan.reg))
-    for x in [*leaves, *plan.values.values(), plan.paths]:
-        x = np.asarray(x)
-        code.update(f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())
     solver, tol, max_steps = options
     return {
-        "data": code.hexdigest(),
+        "data": _hash(*leaves, *plan.values.values()),
         "structure": hashlib.sha256(str(structure).encode()).hexdigest(),
         "grid": {name: list(x.shape) for name, x in plan.values.items()},
         "zipped": plan.zipped,
@@ -224,9 +220,16 @@ def digest(plan: Plan, options: tuple) -> dict[str, Any]:
         "solver": repr(solver),
         "tol": None if tol is None else float(tol),
         "max_steps": max_steps,
-        "chunk": [plan.paths.shape[1], plan.width],
+        "chunk": [*plan.paths.shape, plan.width, _hash(plan.paths)],
         "dtype": str(plan.mdp.dtype),
     }
+
+
+def _hash(*arrays: Any) -> str:
+    code = hashlib.sha256()
+    for x in map(np.asarray, arrays):
+        code.update(f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())
+    return code.hexdigest()
 
 
 # ---- the problem of some lanes

@@ -30,7 +30,7 @@ import robustreg as rr
 # Many compilations: the run on the oldest releases leaves this file out.
 pytestmark = pytest.mark.slow
 
-CHAIN, BETAS = rr.problems.chain(discount=0.9), np.geomspace(0.1, 30, 400)
+CHAIN, BETAS = rr.problems.chain(discount=0.9), np.geomspace(0.1, 30, 1600)
 OUTPUTS = ("objective", "gap", "steps", "status", "value", "policy", "perturbation")
 SOLVE: Any = import_module("robustreg.solve")
 engine: Any = import_module("robustreg.sweep")
@@ -297,7 +297,9 @@ def test_lanes_of_an_accelerator_follow_the_memory_of_that_very_device():
     assert plan.device_width(m, device({"bytes_limit": 2**50})) == 4096
     assert plan.device_width(m, device({"bytes_limit": 2**50}, "cpu")) == 4
     grid, many = {"beta": np.ones(5000)}, [device({"bytes_limit": 12 * row * n}) for n in (5000, 300, 1000)]
-    assert plan.make_plan(m, rr.kl(1.0), grid, ("gap",), False, None, many).width == 30  # the smallest must hold it
+    assert (
+        plan.make_plan(m, rr.kl(1.0), grid, ("gap",), False, None, many).width == 27
+    )  # of 79 paths; the smallest must hold it
     assert plan.make_plan(m, rr.kl(1.0), grid, ("gap",), False, None, many[:1]).width == 500
 
 

@@ -24,7 +24,7 @@ ARRAYS = ("value", "policy", "perturbation", "occupancy")
 M = rr.problems.chain(discount=0.9)
 BETAS, ALPHAS, DISCOUNTS = np.geomspace(0.1, 30, 7), np.array([0.5, 1.0, 2.0]), np.array([0.8, 0.95])
 GRID = {"alpha": ALPHAS, "beta": BETAS, "discount": DISCOUNTS}
-SMALL = {"beta": np.geomspace(0.1, 30, 100)}
+SMALL = {"beta": np.geomspace(0.1, 30, 400)}
 
 
 @functools.cache
@@ -194,7 +194,7 @@ def die(state):
     seen.append(state["cells"])
     if len(seen) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-rr.sweep(rr.problems.chain(discount=0.9), rr.kl(1.0), {{"beta": np.geomspace(0.1, 30, 100)}}, tol=1e-8, chunk=1,
+rr.sweep(rr.problems.chain(discount=0.9), rr.kl(1.0), {{"beta": np.geomspace(0.1, 30, 400)}}, tol=1e-8, chunk=1,
          out={str(tmp_path / "out")!r}, progress=die)
 """
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
@@ -207,7 +207,7 @@ rr.sweep(rr.problems.chain(discount=0.9), rr.kl(1.0), {{"beta": np.geomspace(0.1
     assert {
         n: t for n, t in ((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "out").glob("*.npz")) if n in kept
     } == kept
-    assert same(table, undisturbed) and computed[-1]["cells"] == 100
+    assert same(table, undisturbed) and computed[-1]["cells"] == 400
     assert not list((tmp_path / "out").glob(".*partial"))
 
 
@@ -264,10 +264,10 @@ def test_a_folder_that_cannot_be_is_an_error_before_any_work(tmp_path, monkeypat
 
 def test_parts_join_to_the_whole(tmp_path, undisturbed):
     parts = [run(tmp_path / f"part{i}", shard=(i, 3)) for i in range(3)]
-    assert sum(part.computed.sum() for part in parts) == 100
+    assert sum(part.computed.sum() for part in parts) == 400
     assert not (parts[0].computed & parts[1].computed).any() and np.isnan(parts[0]["objective"]).any()
     store.join([tmp_path / "part0", tmp_path / "part2"], tmp_path / "whole")
-    assert run(tmp_path / "whole", resume=True, shard=None).computed.sum() < 100
+    assert run(tmp_path / "whole", resume=True, shard=None).computed.sum() < 400
     store.join([tmp_path / f"part{i}" for i in range(3)], tmp_path / "whole")
     assert same(run(tmp_path / "whole", resume=True, shard=None), undisturbed)
     rr.sweep(M, rr.kl(1.0), SMALL, tol=1e-6, out=tmp_path / "other")
