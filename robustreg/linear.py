@@ -56,14 +56,8 @@ def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_st
         max_steps: cap on steps, of two products each.
     """
 
-    def centre(x: Array) -> Array:
-        return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
-
-    def product(x: Array) -> Array:
-        # A cheap product is otherwise evaluated anew in each of the kernels that read it.
-        return centre(lax.optimization_barrier(chain.apply(x)))
-
-    return bicgstab(product, centre(b), size, reduction, max_steps)
+    # A cheap product is otherwise evaluated anew in each of the kernels that read it.
+    return bicgstab(lambda x: lax.optimization_barrier(chain.apply(x)), b, size, reduction, max_steps, not chain.ends)
 
 
 @_tree.options
@@ -139,9 +133,6 @@ def _refined(
     mass is what `I - K^T` nearly conserves; what remains sums to zero and stays so.
     """
 
-    def centre(x: Array) -> Array:
-        return x if chain.ends else x - jnp.mean(x, axis=0, keepdims=True)
-
     def balance(x: Array, r: Array) -> tuple[Array, Array]:
         share = (jnp.sum(r, axis=0) / jnp.sum(image, axis=0))[None]
         return x + share * mode, r - share * image
@@ -153,7 +144,7 @@ def _refined(
         x, r, active, count = state
         reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
         reduction = jnp.where(active, reduction, 1)
-        step = bicgstab(lambda v: centre(apply(v)), centre(r), size(r), reduction, _KRYLOV_STEPS)
+        step = bicgstab(apply, r, size(r), reduction, _KRYLOV_STEPS, not chain.ends)
         new, new_r = x + step, b - ((x + step) - apply(x + step))
         new, new_r = balance(new, new_r)
         better = active & (size(new_r) < size(r))
@@ -168,7 +159,7 @@ def _refined(
     return x, r
 
 
-def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int) -> Array:
+def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int, centred: bool = False) -> Array:
     """Solve `(I - K) x = b` for each lane, where `apply(x) = K x`.
 
     Args:
@@ -177,23 +168,34 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
         scale: a norm of b, `[*B]`: squares of the residual must neither overflow nor vanish, whatever the unit of b.
         reduction: `[*B]`, the 2-norm of the residual to reach, relative to that of b.
         max_steps: cap on steps, of two products each.
+        centred: whether to solve `C (I - K) x = C b` with `C x = x - mean x` instead, by vectors of mean 0 throughout.
 
     Returns:
-        the best iterate met, `[S, *B]`; the first is `b`.
+        the best iterate met, `[S, *B]`; the first is `b`, centred.
     """
+
+    def mean(x: Array) -> Array:
+        return jnp.mean(x, axis=0) if centred else jnp.zeros(x.shape[1:], x.dtype)
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, r, p, rho, best, best_x, done, count = state
-        v = p - apply(p)
-        a = rho / _dot(shadow, v)
+        # Vectors of mean 0 do not see what centring takes off, so that all inner products of a product u are one pass
+        # over it, and the centred vector is never written.
+        u = p - apply(p)
+        a = rho / _dot(shadow, u)
+        v = u - mean(u)[None]
         s = r - a[None] * v
-        t = s - apply(s)
-        ts, tt = _dot(t, s), _dot(t, t)
+        u = s - apply(s)
+        middle = mean(u)
+        us, uu, ss, hu, hs = _dot(u, s), _dot(u, u), _dot(s, s), _dot(shadow, u), _dot(shadow, s)
+        tt = uu - u.shape[0] * middle**2
+        t = u - middle[None]
         # An exact half step leaves s = 0 and t = 0: nothing more is to be taken off.
-        w = jnp.where(tt > 0, ts / jnp.where(tt > 0, tt, 1), 0)
+        w = jnp.where(tt > 0, us / jnp.where(tt > 0, tt, 1), 0)
         x = x + a[None] * p + w[None] * s
         r = s - w[None] * t
-        new_rho, size = _dot(shadow, r), _dot(r, r)
+        # <shadow, r> and |r|^2, the latter from <r, t> = 0.
+        new_rho, size = hs - w * hu, jnp.maximum(ss - w * us, floor * ss)
         p = r + (new_rho / rho * a / w)[None] * (p - w[None] * v)
         better = ~done & (size < best)
         best_x = jnp.where(better[None], x, best_x)
@@ -205,9 +207,11 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
     def unfinished(state: tuple[Array, ...]) -> Array:
         return ~jnp.all(state[6]) & (state[7] < max_steps)
 
+    floor = 4 * float(jnp.finfo(b.dtype).eps)
     scale = jnp.where(scale > 0, scale, 1)
-    b = b / scale[None]
+    b = (b - mean(b)[None]) / scale[None]
     shadow = apply(b)
+    shadow = shadow - mean(shadow)[None]
     whole, size = _dot(b, b), _dot(shadow, shadow)
     target = reduction**2 * whole
     done = (size <= target) | ~jnp.isfinite(size)

@@ -173,8 +173,9 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
 def _iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
     batch, dtype = problem.batch, problem.dtype
     # A caller's jit may close over the MDP. Its arrays are then constants, which the compiler moves into the loop and
-    # lays out anew at every turn: three times slower on a grid of 1,024 states.
-    problem = lax.optimization_barrier(problem)
+    # lays out anew at every turn: three times slower on a grid of 1,024 states. A start of zeros is one as well, which
+    # it spends seconds to fold where there are thousands of lanes.
+    problem, h = lax.optimization_barrier((problem, h))
     limit = jnp.minimum(limit, solver.max_steps)
     zero, infinite = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
     count = jnp.zeros(batch, jnp.int32)
