@@ -15,6 +15,7 @@ because `lax.custom_linear_solve` is told of both; nothing differentiates throug
 Lanes are frozen, bit for bit, when they have reached their target; the loop ends with the last of them.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from robustreg import _tree, bellman
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
 _KRYLOV_STEPS, _ROUNDS = 1000, 8
+# States of a block of `_sums_of_blocks`.
+_ROWS = 16
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
@@ -174,22 +177,20 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
         the best iterate met, `[S, *B]`; the first is `b`, centred.
     """
 
-    def mean(x: Array) -> Array:
-        return jnp.mean(x, axis=0) if centred else jnp.zeros(x.shape[1:], x.dtype)
+    def mean(total: Array) -> Array:
+        return total / b.shape[0] if centred else jnp.zeros_like(total)
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, r, p, rho, best, best_x, done, count = state
-        # Vectors of mean 0 do not see what centring takes off, so that all inner products of a product u are one pass
-        # over it, and the centred vector is never written.
+        # Vectors of mean 0 do not see what centring takes off a product u, so that all inner products with it are one
+        # pass over it, together with its mean.
         u = p - apply(p)
-        a = rho / _dot(shadow, u)
-        v = u - mean(u)[None]
+        hu, total = _sums(shadow * u, u)
+        a, v = rho / hu, u - mean(total)[None]
         s = r - a[None] * v
         u = s - apply(s)
-        middle = mean(u)
-        us, uu, ss, hu, hs = _dot(u, s), _dot(u, u), _dot(s, s), _dot(shadow, u), _dot(shadow, s)
-        tt = uu - u.shape[0] * middle**2
-        t = u - middle[None]
+        us, uu, ss, hu, hs, total = _sums(u * s, u * u, s * s, shadow * u, shadow * s, u)
+        t, tt = u - mean(total)[None], uu - mean(total) * total
         # An exact half step leaves s = 0 and t = 0: nothing more is to be taken off.
         w = jnp.where(tt > 0, us / jnp.where(tt > 0, tt, 1), 0)
         x = x + a[None] * p + w[None] * s
@@ -209,16 +210,34 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
 
     floor = 4 * float(jnp.finfo(b.dtype).eps)
     scale = jnp.where(scale > 0, scale, 1)
-    b = (b - mean(b)[None]) / scale[None]
+    b = (b - mean(*_sums(b))[None]) / scale[None]
     shadow = apply(b)
-    shadow = shadow - mean(shadow)[None]
-    whole, size = _dot(b, b), _dot(shadow, shadow)
+    shadow = shadow - mean(*_sums(shadow))[None]
+    whole, size = _sums(b * b, shadow * shadow)
     target = reduction**2 * whole
     done = (size <= target) | ~jnp.isfinite(size)
     start = (b, shadow, shadow, size, size, b, done, jnp.asarray(0, jnp.int32))
     return scale[None] * lax.while_loop(unfinished, step, start)[5]
 
 
-def _dot(a: Array, b: Array) -> Array:
-    # (`_tree.total` would do, but where states are sharded no device can add up its kind over devices.)
-    return jnp.sum(a * b, axis=0)
+def _sums(*xs: Array) -> list[Array]:
+    """Sums over states of arrays `[S, *B]`."""
+    # On a CPU a reduction of many arrays at once is not vectorised.
+    return lax.platform_dependent(*xs, cpu=lambda *xs: [jnp.sum(x, axis=0) for x in xs], default=_sums_of_blocks)
+
+
+def _sums_of_blocks(*xs: Array) -> list[Array]:
+    """`_sums` in one pass over all arrays, by blocks of states: there are otherwise as many threads as lanes.
+
+    Over devices that share the states only the plain sum at the end adds up; they know no other.
+    """
+
+    def add(xs: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+        zeros = tuple(jnp.zeros((), x.dtype) for x in xs)
+        return lax.reduce(xs, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,))
+
+    whole = xs[0].shape[0] // _ROWS * _ROWS
+    parts = [add(tuple(x[:whole].reshape(-1, _ROWS, *x.shape[1:]) for x in xs), 1)] if whole else []
+    if whole < xs[0].shape[0]:
+        parts.append(tuple(x[None] for x in add(tuple(x[whole:] for x in xs), 0)))
+    return [functools.reduce(jnp.add, (jnp.sum(x, axis=0) for x in part)) for part in zip(*parts)]

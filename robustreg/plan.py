@@ -155,11 +155,12 @@ def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np
         return padded.reshape(each, n, -1).swapaxes(0, 1).reshape(n, -1)
     # Parts of lines: the first parts of all are neighbours, and so are the second, unless discounts are far apart.
     parts = np.array_split(np.arange(lines.shape[1]), -(-lines.shape[1] // length))
-    longest = len(parts[0])
-    padded = [np.pad(lines[:, part], ((0, 0), (0, longest - len(part))), constant_values=-1) for part in parts]
+    padded = np.full((len(parts), len(lines), len(parts[0])), -1)
+    for row, part in zip(padded, parts):
+        row[:, : len(part)] = lines[:, part]
     horizon = np.log2(1 / (1 - keys["discount"][order])) if "discount" in keys else np.zeros(len(lines))
     by = np.lexsort((np.repeat(np.arange(len(parts)), len(lines)), np.tile(np.floor(horizon), len(parts))))
-    return np.concatenate(padded)[by]
+    return padded.reshape(-1, len(parts[0]))[by]
 
 
 def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:

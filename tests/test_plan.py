@@ -91,7 +91,7 @@ def test_a_polynomial_is_continued_exactly(degree):
     rng = np.random.default_rng(degree)
     weights = rng.normal(size=(degree + 1, 3, 5))
     xs = np.linspace(0.5, 0.1, 5)[:, None] + rng.uniform(-0.03, 0.03, size=(5, 3))
-    values = sum(w * xs[..., None] ** i for i, w in enumerate(weights))
+    values = np.sum([w * xs[..., None] ** i for i, w in enumerate(weights)], axis=0)
     found = engine._continued(jnp.asarray(values[1:]), jnp.asarray(xs[1:]), jnp.asarray(xs[0]))
     np.testing.assert_allclose(found, values[0], rtol=1e-12, atol=1e-12)
 

@@ -1,0 +1,73 @@
+"""The Krylov solver by itself, with the sums of either kind of device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import robustreg as rr
+from robustreg import linear
+
+SUMS = {"cpu": linear._sums, "accelerator": linear._sums_of_blocks}
+
+
+@pytest.mark.parametrize("lanes", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 500])
+def test_sums_of_blocks(n, lanes):
+    x, y = np.random.default_rng(n).normal(size=(2, n, *lanes))
+    for dtype, tolerance in ((np.float64, 1e-13), (np.float32, 1e-5)):
+        found = jax.jit(linear._sums_of_blocks)(jnp.asarray(x, dtype), jnp.asarray(x * y, dtype))
+        assert [a.dtype for a in found] == [dtype] * 2 and found[0].shape == lanes
+        for a, b in zip(found, (x, x * y)):
+            np.testing.assert_allclose(a, b.sum(0), atol=tolerance * np.abs(b).sum(0).max())
+
+
+@pytest.mark.parametrize("where", SUMS)
+@pytest.mark.parametrize("centred", [True, False])
+def test_systems_of_many_lanes(monkeypatch, where, centred):
+    """Each lane by itself to its own reduction; if centred, up to a constant; a NaN lane disturbs none."""
+    monkeypatch.setattr(linear, "_sums", SUMS[where])
+    rng = np.random.default_rng(0)
+    n, lanes = 50, 6
+    kernel = rng.dirichlet(np.full(n, 0.1), (lanes, n)) * np.linspace(0.1, 0.999, lanes)[:, None, None]
+    b = rng.normal(size=(n, lanes)) * np.logspace(-8, 8, lanes)
+    reduction = np.logspace(-2, -10, lanes)
+
+    @jax.jit
+    def solve(b):
+        apply = lambda x: jnp.einsum("kst,tk->sk", kernel, x)  # noqa: E731
+        return linear.bicgstab(apply, b, jnp.max(jnp.abs(b), axis=0), jnp.asarray(reduction), 200, centred)
+
+    x = np.asarray(solve(jnp.asarray(b)))
+    r = b - (x - np.einsum("kst,tk->sk", kernel, x))
+    if centred:
+        r, b = r - r.mean(0), b - b.mean(0)
+        assert np.abs(x.mean(0)).max() <= 1e-12 * np.abs(x).max()
+    assert (np.linalg.norm(r, axis=0) <= 1.01 * reduction * np.linalg.norm(b, axis=0)).all()
+    broken = np.asarray(solve(jnp.asarray(b).at[3, 2].set(jnp.nan)))
+    others = np.arange(lanes) != 2
+    np.testing.assert_array_equal(broken[:, others], np.asarray(solve(jnp.asarray(b)))[:, others])
+
+
+@pytest.mark.parametrize("where", SUMS)
+def test_corners(monkeypatch, where):
+    """A zero right-hand side, K = 0, and a half step that is exact leave no NaN."""
+    monkeypatch.setattr(linear, "_sums", SUMS[where])
+    one = jnp.ones(3)
+    for k in (0.0, 0.5):
+        b = jnp.asarray([[0.0, 1.0, 1e-300], [0.0, -1.0, 2e-300]])
+        x = linear.bicgstab(lambda x, k=k: k * x, b, jnp.max(jnp.abs(b), axis=0), 1e-12 * one, 50)
+        np.testing.assert_allclose(x, b / (1 - k), rtol=1e-11)
+
+
+def test_an_accelerator_s_sums_solve_as_well(monkeypatch):
+    """The whole solver with them: certified, in as many steps."""
+    m, reg = rr.problems.slippery_grid(8, 0.99), rr.kl(np.geomspace(0.1, 300, 5))
+    plain = rr.solve(m, reg, tol=1e-6)
+    monkeypatch.setattr(linear, "_sums", linear._sums_of_blocks)
+    jax.clear_caches()
+    blocks = rr.solve(m, reg, tol=1e-6)
+    jax.clear_caches()
+    assert (np.asarray(blocks.status) == rr.Status.CONVERGED).all()
+    assert np.abs(np.asarray(blocks.value) - np.asarray(plain.value)).max() <= 2e-6
+    assert np.abs(np.asarray(blocks.steps) - np.asarray(plain.steps)).max() <= 1
