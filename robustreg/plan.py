@@ -27,8 +27,11 @@ from robustreg.successors import Successors
 MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
 # Cells of a path, at least and at most: short ones are mostly beginnings, and a path that is cut off is lost.
 _SHORTEST, _LONGEST = 32, 64
-# Chunks at least, for cores to share.
+# Chunks at least, for the cores of a CPU to share.
 _CHUNKS = 4
+# Bytes of a vector [S, paths] that keep an accelerator busy: its steps take as long with fewer paths, and there are as
+# many of them on a path as there are cells.
+_BUSY = 2**21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,20 +122,28 @@ def make_plan(
     size = int(np.prod(shape))
     index = [np.arange(size)] * len(values) if zipped else np.unravel_index(np.arange(size), shape)
     keys = {n: coordinates[n][i] for n, i in zip(values, index)}
-    # Any device may get any chunk, so that each must be able to hold it.
-    width = chunk or min(device_width(mdp, device) for device in devices)
-    on_cpu = all(device.platform == "cpu" for device in devices)
-    chunks, shortest = (_CHUNKS, _SHORTEST) if on_cpu else (1, 1)
     lines = np.arange(size)[:, None]
     if "beta" in values and not zipped:
         lines = np.moveaxis(lines.reshape(shape), list(values).index("beta"), -1).reshape(-1, len(values["beta"]))
         lines = lines[:, np.argsort(values["beta"], kind="stable")]
-    line = lines.shape[1]
-    length = int(np.clip(-(-size // (width * chunks)), min(shortest, line), _LONGEST))
+    width, chunks, length = _sizes(mdp, size, lines.shape[1], chunk, devices)
     paths = _paths({n: x[lines[:, 0]] for n, x in keys.items()}, lines, length)
     width = min(width, -(-len(paths) // chunks))
     width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
-    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, line, width)
+    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], width)
+
+
+def _sizes(mdp: MDP, size: int, line: int, chunk: int | None, devices: Any) -> tuple[int, int, int]:
+    """Paths of a chunk at most, chunks at least, and cells of a path, for so many cells and cells of a line."""
+    # Any device may get any chunk, so that each must be able to hold it.
+    width = chunk or min(device_width(mdp, device) for device in devices)
+    if all(device.platform == "cpu" for device in devices):
+        chunks, enough, shortest = _CHUNKS, width * _CHUNKS, min(_SHORTEST, line)
+    else:
+        # Without a line there is nothing to be gained by going along a path.
+        busy = _BUSY // (mdp.n_states * mdp.dtype.itemsize) if line > 1 else width
+        chunks, enough, shortest = 1, int(np.clip(busy, 1, width)), 1
+    return width, chunks, int(np.clip(-(-size // enough), shortest, _LONGEST))
 
 
 def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np.ndarray:

@@ -82,6 +82,8 @@ def test_lanes_of_a_batch_are_about_as_hard():
 
 def test_paths_are_no_shorter_than_needed():
     """Few cells go along one path on a CPU, and all at once on an accelerator; many keep every core busy."""
+    many = plan.make_plan(M, rr.kl(1.0), {"beta": numbers(50_000)}, ("gap",), False, None, DEVICES["gpu"])
+    assert many.paths.shape == (3847, 13) and many.n_chunks == 1  # of at most 4,096 paths at once
     assert made("a short line", "cpu").paths.shape == (1, 5) and made("a short line", "gpu").paths.shape == (5, 1)
     assert made("a long line", "cpu").n_chunks >= 4 and made("a long line", "gpu").n_chunks == 1
 
