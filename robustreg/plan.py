@@ -138,7 +138,8 @@ def _sizes(mdp: MDP, size: int, line: int, chunk: int | None, devices: Any) -> t
     # Any device may get any chunk, so that each must be able to hold it.
     width = chunk or min(device_width(mdp, device) for device in devices)
     if all(device.platform == "cpu" for device in devices):
-        chunks, enough, shortest = _CHUNKS, width * _CHUNKS, min(_SHORTEST, line)
+        # Twice as many full chunks before paths grow: of five, the last would keep one core waiting for the other.
+        chunks, enough, shortest = _CHUNKS, 2 * _CHUNKS * width, min(_SHORTEST, line)
     else:
         # Without a line there is nothing to be gained by going along a path.
         busy = _BUSY // (mdp.n_states * mdp.dtype.itemsize) if line > 1 else width
