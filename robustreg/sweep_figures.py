@@ -100,6 +100,7 @@ def price(table: Table, *, title: str = "") -> Any:
 def step_map(table: Table, *, title: str = "") -> Any:
     """Steps of every cell over beta and alpha (a panel per discount), or over beta and discount if alpha is one.
 
+    A cell starts from its neighbours' values along beta. Columns that stand out had none: a path begins there.
     Over other axes of the grid the map shows the median, and a cross where any of its cells failed.
     """
     from matplotlib.colors import LogNorm, Normalize
@@ -128,7 +129,7 @@ def step_map(table: Table, *, title: str = "") -> Any:
         axes.set_yticks(kept, [f"{rows[order][k]:g}" for k in kept])
         axes.set(xscale="log", title=_panel_title(steps, i, by_alpha))
     crosses = "; ×: not converged" if failed[panels].any() else ""
-    subject = f"steps until the value is certified{crosses}{_omitted(steps, panels, by_alpha)}"
+    subject = f"steps from a neighbour's value to a certified one{crosses}{_omitted(steps, panels, by_alpha)}"
     _label(figure, all_axes, heading(title, subject, ": "), label)
     ticks = MaxNLocator(integer=True) if isinstance(norm, Normalize) and not isinstance(norm, LogNorm) else None
     figure.colorbar(mesh, ax=list(all_axes), label="steps", aspect=30, pad=0.02, ticks=ticks)
