@@ -257,9 +257,8 @@ def cells(dtype: Any, counts: list[int]) -> list[dict[str, Any]]:
         found.append(row("16x16 grid", discounts.size * betas.size, runs, 1 if count >= 1e6 else 3, tol=1e-3))
         show(found[-1])
     costs = [x["sweep"] / x["cells"] for x in found]
-    print(
-        f"    cost of a cell, over that in the smallest sweep: {min(costs) / costs[0]:.2f} to {max(costs) / costs[0]:.2f}"
-    )
+    least, most = (end(costs) / costs[0] for end in (min, max))
+    print(f"    cost of a cell, over that in the smallest sweep: {least:.2f} to {most:.2f}")
     return found
 
 
