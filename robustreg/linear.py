@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from robustreg import _tree, bellman
@@ -26,8 +27,8 @@ from robustreg import _tree, bellman
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
 _KRYLOV_STEPS, _ROUNDS = 1000, 8
-# States of a block of `_sums_of_blocks`.
-_ROWS = 16
+# States of a block of `_sums_of_blocks`, and lanes from which on a CPU does without.
+_ROWS, _FEW = 8, 16
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
@@ -48,8 +49,8 @@ def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
 def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int) -> Array:
     """`(I - K)^{-1} b`, up to a constant if no episode ends, to a residual of `reduction` times that of x = 0.
 
-    Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and never
-    returns anything with a larger residual than that.
+    Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and returns
+    nothing whose residual is larger than that, as far as the recursion of the residual can tell.
 
     Args:
         chain: the operator.
@@ -221,13 +222,19 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
 
 
 def _sums(*xs: Array) -> list[Array]:
-    """Sums over states of arrays `[S, *B]`."""
-    # On a CPU a reduction of many arrays at once is not vectorised.
+    """Sums over states of arrays `[S, *B]`.
+
+    A CPU adds up vectors of states, or of many lanes, by itself. For a few lanes it adds one number after the other,
+    which takes up to twice as long as the whole step should, and an accelerator has work for as many threads as lanes.
+    """
+    lanes = xs[0].shape[1:]
+    if lanes and int(np.prod(lanes)) < _FEW:
+        return _sums_of_blocks(*xs)
     return lax.platform_dependent(*xs, cpu=lambda *xs: [jnp.sum(x, axis=0) for x in xs], default=_sums_of_blocks)
 
 
 def _sums_of_blocks(*xs: Array) -> list[Array]:
-    """`_sums` in one pass over all arrays, by blocks of states: there are otherwise as many threads as lanes.
+    """`_sums` in one pass over all arrays, of a few states first and then of those sums.
 
     Over devices that share the states only the plain sum at the end adds up; they know no other.
     """

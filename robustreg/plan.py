@@ -4,8 +4,9 @@ A cell is one combination of grid values. Cells that differ in beta alone are a 
 a lane of the kernels goes along a *path*, a part of a line (or some short lines one after the other) with beta rising,
 and starts every cell from what the last few say of it. A chunk is as many paths side by side as work fastest together
 (cache-sized on a CPU), of the same betas and much the same discount where there are enough of them, so that nobody
-waits long for the slowest. Chunks do not grow with the sweep, nor does the memory, and they do not depend on how many
-devices or processes share the work: every cell is computed in the same company wherever it is computed.
+waits long for the slowest. Chunks and the memory do not grow with the sweep beyond what the device bounds, and they do
+not depend on how many devices or processes share the work: every cell is computed in the same company wherever it is
+computed.
 """
 
 import dataclasses
@@ -24,14 +25,18 @@ from robustreg.mdp import mdp as make_mdp
 from robustreg.regularisers import Regulariser
 from robustreg.successors import Successors
 
+# Outputs with an entry per state, and but for the value per action.
+ARRAYS = ("value", "policy", "perturbation", "occupancy")
 MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
-# Cells of a path, at least and at most: short ones are mostly beginnings, and a path that is cut off is lost.
+# Cells of a path, at least on a CPU and at most: short ones are mostly beginnings, and a path that is cut off is lost.
 _SHORTEST, _LONGEST = 32, 64
-# Chunks at least, for the cores of a CPU to share.
-_CHUNKS = 4
-# Bytes of a vector [S, paths] that keep an accelerator busy: its steps take as long with fewer paths, and there are as
-# many of them on a path as there are cells.
-_BUSY = 2**21
+# Chunks, before paths grow longer and, on an accelerator, more of them go side by side: for cores, devices and hosts to
+# share. Of five, the last would keep one core waiting for the other.
+_CHUNKS = 8
+# Bytes of a vector [S, paths] that keep an accelerator busy: with fewer paths its steps take nearly as long.
+_BUSY = 2**22
+# Bytes that array outputs of a chunk may take on a CPU.
+_ROOM = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Plan:
 
 
 def _filled(layout: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """With some cell in the place of every -1 that costs its lane nothing and keeps no other waiting."""
+    """With some cell in the place of every -1, one that costs its lane as little as may be."""
     layout = layout.copy()
     for i, row in enumerate(layout):
         # Where all begin anew, what the first lane does; elsewhere, what the lane has just done.
@@ -123,28 +128,41 @@ def make_plan(
     index = [np.arange(size)] * len(values) if zipped else np.unravel_index(np.arange(size), shape)
     keys = {n: coordinates[n][i] for n, i in zip(values, index)}
     lines = np.arange(size)[:, None]
-    if "beta" in values and not zipped:
+    if "beta" in values and (not zipped or len(values) == 1):
         lines = np.moveaxis(lines.reshape(shape), list(values).index("beta"), -1).reshape(-1, len(values["beta"]))
         lines = lines[:, np.argsort(values["beta"], kind="stable")]
-    width, chunks, length = _sizes(mdp, size, lines.shape[1], chunk, devices)
+    fewest, widest, chunks, length = _sizes(mdp, size, lines.shape[1], outputs, chunk, devices)
     paths = _paths({n: x[lines[:, 0]] for n, x in keys.items()}, lines, length)
-    width = min(width, -(-len(paths) // chunks))
+    width = int(np.clip(-(-len(paths) // chunks), fewest, min(widest, len(paths))))
     width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
     return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], width)
 
 
-def _sizes(mdp: MDP, size: int, line: int, chunk: int | None, devices: Any) -> tuple[int, int, int]:
-    """Paths of a chunk at most, chunks at least, and cells of a path, for so many cells and cells of a line."""
+def _sizes(
+    mdp: MDP, size: int, line: int, outputs: Sequence[str], chunk: int | None, devices: Any
+) -> tuple[int, int, int, int]:
+    """Paths of a chunk at least and at most, chunks at least, and cells of a path.
+
+    Args:
+        mdp: the problem.
+        size, line: cells in all, and of a line.
+        outputs, chunk, devices: as in `make_plan`.
+    """
     # Any device may get any chunk, so that each must be able to hold it.
-    width = chunk or min(device_width(mdp, device) for device in devices)
+    widest = chunk or min(device_width(mdp, device) for device in devices)
     if all(device.platform == "cpu" for device in devices):
-        # Twice as many full chunks before paths grow: of five, the last would keep one core waiting for the other.
-        chunks, enough, shortest = _CHUNKS, 2 * _CHUNKS * width, min(_SHORTEST, line)
+        fewest, usual, shortest, chunks, room = 1, widest, _SHORTEST, _CHUNKS // 2, _ROOM
     else:
-        # Without a line there is nothing to be gained by going along a path.
-        busy = _BUSY // (mdp.n_states * mdp.dtype.itemsize) if line > 1 else width
-        chunks, enough, shortest = 1, int(np.clip(busy, 1, width)), 1
-    return width, chunks, int(np.clip(-(-size // enough), shortest, _LONGEST))
+        fewest = usual = int(np.clip(_BUSY // (mdp.n_states * mdp.dtype.itemsize), 1, widest))
+        # Steps of a path come one after the other: all cells at once, if they are few.
+        shortest, chunks = min(-(-size // usual), _SHORTEST // 2), _CHUNKS
+        room = min(_memory(device) for device in devices) // 10
+    length = int(np.clip(-(-size // (_CHUNKS * usual)), min(shortest, line), _LONGEST))
+    # Array outputs of a chunk are on the device until it is done.
+    entries = sum({"value": 1}.get(name, mdp.n_actions) for name in outputs if name in ARRAYS)
+    most = max(1, int(room // max(1, entries * mdp.n_states * mdp.dtype.itemsize)))
+    widest = min(widest, most)
+    return min(fewest, widest), widest, chunks, min(length, max(1, most // widest))
 
 
 def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np.ndarray:
@@ -216,8 +234,12 @@ def device_width(mdp: MDP, device: Any) -> int:
     row = mdp.n_states * mdp.n_actions * mdp.dtype.itemsize
     if device.platform == "cpu":
         return int(np.clip(2 ** round(np.log2(max(1, 2**17 / row))), 4, 256))
-    limit = (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
-    return int(np.clip(0.1 * limit / (12 * row), 1, 4096))
+    return int(np.clip(0.1 * _memory(device) / (12 * row), 1, 4096))
+
+
+def _memory(device: Any) -> int:
+    """Bytes of an accelerator."""
+    return (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
 
 
 def digest(plan: Plan, options: tuple) -> dict[str, Any]:

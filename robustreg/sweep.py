@@ -294,10 +294,10 @@ def _cells(
 
 
 def _continued(values: jax.Array, xs: jax.Array, x: jax.Array) -> jax.Array:
-    """What the last values of a line say of the next one, `[width, S]`: the polynomial through the last k.
+    """What the last values of a line say of the next one, `[width, S]`: the polynomial through the last k, or 0.
 
-    Which k is told by how little the last of them changes: more follow a smooth line further, but blow errors up more,
-    and mislead where the line bends.
+    Which k is told by how little its guess differs from that with one value less (the guess from a single value, from
+    the value before it): more follow a smooth line further, but blow errors up more, and mislead where the line bends.
 
     Args:
         values: `[_PAST, width, S]`, the newest first; NaN where there is none.
@@ -314,11 +314,16 @@ def _continued(values: jax.Array, xs: jax.Array, x: jax.Array) -> jax.Array:
         return functools.reduce(jnp.add, (w[:, None] * v for w, v in zip(weights, values)))
 
     guesses = jnp.stack([through(k) for k in range(1, _PAST + 1)])
-    changes = jnp.max(jnp.abs(guesses[1:] - guesses[:-1]), axis=-1)
-    changes = jnp.where(jnp.isfinite(changes), changes, jnp.inf)
-    best = jnp.where(jnp.all(jnp.isinf(changes), axis=0), 0, 1 + jnp.argmin(changes, axis=0))
+    changes = jnp.max(jnp.abs(guesses - jnp.concatenate([values[1:2], guesses[:-1]])), axis=-1)
+    # With the factor, a line is followed no further than twice as far as its values lie apart: two that are neighbours
+    # but for rounding have no direction.
+    changes = jnp.where(jnp.isfinite(changes), changes, jnp.inf).at[0].multiply(2)
+    best = jnp.argmin(changes, axis=0)
     guess = jnp.take_along_axis(guesses, best[None, :, None], axis=0)[0]
-    return jnp.where(jnp.isfinite(guess), guess, 0)
+    change = jnp.take_along_axis(changes, best[None], axis=0)[0]
+    # A guess that may err by half of what states differ by is worse than none. (Of a single value nothing is known.)
+    lost = jnp.isfinite(change) & (change > 0.5 * jnp.ptp(values[0], axis=-1))
+    return jnp.where(jnp.isfinite(guess) & ~lost[:, None], guess, 0)
 
 
 # ---- results in memory and on disk

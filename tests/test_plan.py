@@ -83,9 +83,34 @@ def test_lanes_of_a_batch_are_about_as_hard():
 def test_paths_are_no_shorter_than_needed():
     """Few cells go along one path on a CPU, and all at once on an accelerator; many keep every core busy."""
     many = plan.make_plan(M, rr.kl(1.0), {"beta": numbers(50_000)}, ("gap",), False, None, DEVICES["gpu"])
-    assert many.paths.shape == (3847, 13) and many.n_chunks == 1  # of at most 4,096 paths at once
+    assert many.paths.shape == (3847, 13) and many.n_chunks == 1  # they are too small to keep it busy otherwise
     assert made("a short line", "cpu").paths.shape == (1, 5) and made("a short line", "gpu").paths.shape == (5, 1)
     assert made("a long line", "cpu").n_chunks >= 4 and made("a long line", "gpu").n_chunks == 1
+
+
+def test_an_accelerator_is_busy_and_shares():
+    """First paths of 16 cells, then chunks for eight devices, then longer paths, then more side by side."""
+    m = rr.problems.garnet(1024, 2, 2, 0.9)  # of which 512 paths keep an accelerator busy
+    big = [SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**36})]
+
+    def sizes(n, *outputs):
+        found = plan.make_plan(m, rr.kl(1.0), {"beta": np.geomspace(0.1, 10, n)}, outputs, False, None, big)
+        return found.paths.shape[1], found.width, found.n_chunks
+
+    assert sizes(500) == (1, 500, 1) and sizes(2000) == (4, 500, 1) and sizes(8000) == (16, 500, 1)
+    assert sizes(65536) == (16, 512, 8) and sizes(262144) == (64, 512, 8)
+    assert sizes(1_000_000) == (64, 1954, 8) and sizes(10_000_000)[1] > 4000
+    # A tenth of the memory holds the array outputs of a chunk.
+    length, width, _ = sizes(1_000_000, "policy", "value")
+    assert 8 * 1024 * 3 * length * width <= 2**36 / 10
+
+
+def test_array_outputs_of_a_cpu_are_bounded():
+    kernel = rr.Successors(jnp.zeros((1_000_000, 4, 1), jnp.int32), jnp.ones((1_000_000, 4, 1)))
+    m = rr.mdp(kernel, np.zeros((1_000_000, 4)), 0.9)
+    found = plan.make_plan(m, rr.kl(1.0), {"beta": numbers(100)}, ("policy", "gap"), False, None, DEVICES["cpu"])
+    assert found.width * found.paths.shape[1] * 8 * 4_000_000 <= 2**28
+    assert found.n_chunks * found.width * found.paths.shape[1] >= 100
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
@@ -100,7 +125,8 @@ def test_a_polynomial_is_continued_exactly(degree):
 
 def test_what_is_not_there_is_left_out():
     """Without a past the start is 0; with one value, that; a failed cell, or a repeated beta, cuts the past there."""
-    values = np.arange(1.0, 5.0)[::-1][:, None, None] * np.ones((4, 6, 2))
+    states = np.array([0.0, 10.0])
+    values = np.arange(1.0, 5.0)[::-1][:, None, None] * np.ones((4, 6, 1)) + states
     xs = np.arange(1.0, 5.0)[::-1][:, None] * np.ones((4, 6))
     values[:, 0] = np.nan
     values[1:, 1] = np.nan
@@ -108,7 +134,26 @@ def test_what_is_not_there_is_left_out():
     values[2:, 3] = np.nan
     xs[1, 4] = xs[0, 4]
     found = engine._continued(jnp.asarray(values), jnp.asarray(xs), jnp.full(6, 5.0))
-    np.testing.assert_allclose(found, np.array([0, 4, 0, 5, 4, 5.0])[:, None] * np.ones((6, 2)), rtol=1e-12)
+    expected = np.array([0, 4, 0, 5, 4, 5.0])[:, None] + np.array([0, 1, 0, 1, 1, 1])[:, None] * states
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_neighbours_but_for_rounding_have_no_direction():
+    """Nor do values that change by as much as they differ among states: the start is 0 then."""
+    values = np.array([[0.0, 10.0], [1e-6, 10.0], [5.0, 0.0]])
+    near = engine._continued(*(jnp.asarray(x) for x in _past(values, [1 + 1e-14, 1.0, 0.0])), jnp.asarray([5.0]))
+    np.testing.assert_array_equal(near[0], values[0])
+    far = engine._continued(*(jnp.asarray(x) for x in _past(values[1:], [1.0, 0.0])), jnp.asarray([2.0]))
+    np.testing.assert_array_equal(far[0], 0.0)
+    m, betas = rr.problems.ring(50, 0.99, slip=0.01), np.array([10, 10 * (1 + 1e-14), 1e3])
+    warm = rr.sweep(m, rr.kl(1.0), {"beta": betas}, tol=1e-3)["steps"]
+    assert warm.sum() <= np.asarray(rr.solve(m, rr.kl(betas), tol=1e-3).steps).sum()
+
+
+def _past(values, xs):
+    """Arguments of `_continued` for one path."""
+    values = np.concatenate([values[:, None], np.full((4 - len(values), 1, values.shape[1]), np.nan)])
+    return values, np.concatenate([np.array(xs)[:, None], np.zeros((4 - len(xs), 1))])
 
 
 def test_a_bend_is_not_extrapolated_through():
