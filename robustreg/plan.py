@@ -125,14 +125,14 @@ def make_plan(
     shape = (next(iter(lengths.values())),) if zipped else tuple(lengths.values())
     coordinates = {n: x if x.ndim == 1 else np.arange(len(x)) for n, x in values.items()}
     size = int(np.prod(shape))
-    index = [np.arange(size)] * len(values) if zipped else np.unravel_index(np.arange(size), shape)
-    keys = {n: coordinates[n][i] for n, i in zip(values, index)}
     lines = np.arange(size)[:, None]
     if "beta" in values and (not zipped or len(values) == 1):
         lines = np.moveaxis(lines.reshape(shape), list(values).index("beta"), -1).reshape(-1, len(values["beta"]))
         lines = lines[:, np.argsort(values["beta"], kind="stable")]
     fewest, widest, chunks, length = _sizes(mdp, size, lines.shape[1], outputs, chunk, devices)
-    paths = _paths({n: x[lines[:, 0]] for n, x in keys.items()}, lines, length)
+    first = lines[:, 0]
+    index = [first] * len(values) if zipped else np.unravel_index(first, shape)
+    paths = _paths({n: coordinates[n][i] for n, i in zip(values, index)}, lines, length)
     width = int(np.clip(-(-len(paths) // chunks), fewest, min(widest, len(paths))))
     width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
     return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], width)
