@@ -17,50 +17,69 @@
 
 Times are medians of warm calls, interleaved; peak memory is that of the process so far.
 
-Typical printout (2 shared CPU cores, float32, JAX 0.12.0), put together of three runs: one for each half of the table,
-and one for the ratios to `rr.solve`:
+Typical printout (2 shared CPU cores, float32, JAX 0.12.0), put together of three runs on 2026-11-27:
 
-    commit b451a1a, device cpu, machine x86_64, jax 0.12.0.1, dtype float32
+    commit 3ba5390, device cpu, machine x86_64, jax 0.12.0.1, dtype float32
       problem                    tol    cells   sweep s   cells/s  by hand s          peer loop  peak MB
-      slippery grid .9         1e-04        1     0.012        81       0.01     0.5x      0.3x      348
-      slippery grid .9         1e-04       16     0.021       770       0.03     1.6x      2.8x      400
-      slippery grid .9         1e-04       64     0.017      3764       0.12     7.3x     13.6x      455
-        of one rr.solve per cell: 0.54
-      slippery grid .9         1e-04      256     0.033      7876       0.51    15.8x     29.3x      505
-      slippery grid .9         1e-04     1024     0.087     11749       3.35    38.4x     42.9x      584
-      slippery grid .99        1e-03        1     0.024        42       0.06     2.4x      1.6x      584
-      slippery grid .99        1e-03       16     0.027       583       0.31    11.3x     17.0x      584
-      slippery grid .99        1e-03       64     0.069       925       1.01    14.6x     26.8x      584
-        of one rr.solve per cell: 0.79
-      slippery grid .99        1e-03      256     0.096      2677       5.26    55.0x     80.3x      584
-      slippery grid .99        1e-03     1024     0.283      3615      32.08   113.2x    102.5x      586
-      slippery grid .999       3e-02        1     0.016        61       0.38    23.2x     15.7x      586
-      slippery grid .999       3e-02       16     0.039       413       1.70    43.8x     33.2x      586
-      slippery grid .999       3e-02       64     0.099       648       7.66    77.5x     53.8x      586
-        of one rr.solve per cell: 0.87
-      slippery grid .999       3e-02      256     0.160      1602      31.61   197.9x    127.5x      586
-      slippery grid .999       3e-02     1024     0.443      2309                        182.4x      586
-      Garnet .99               1e-03        1     0.023        44       0.06     2.8x      2.8x      586
-      Garnet .99               1e-03       16     0.006      2580       0.30    48.2x    187.5x      586
-      Garnet .99               1e-03       64     0.010      6239       0.94    91.7x    477.3x      592
-        of one rr.solve per cell: 0.25
-      Garnet .99               1e-03      256     0.038      6687       6.65   173.8x    482.7x      702
-      Garnet .99               1e-03     1024     0.087     11796      36.08   415.7x    859.3x      891
-      256 Garnets .99          1e-03      256     0.031      8155       0.42    13.3x                891
-      256 Garnets .99          1e-03     1024     0.049     20777       1.27    25.7x                891
-      16x16 grid               1e-03     1000     0.028     35593                                    360
-      16x16 grid               1e-03    10000     0.270     37051                                    390
-      16x16 grid               1e-03   100000     2.504     39940                                    394
-      16x16 grid               1e-03  1000000    26.701     37451                                    433
-        cost of a cell, largest over smallest: 1.12
-      grid .9, 100 states      1e-04        1     0.000      4020                                    439
-      grid .9, 1024 states     1e-04        1     0.000      2564                                    441
-      grid .9, 10000 states    1e-04        1     0.002       527                                    488
-      grid .9, 99856 states    1e-04        1     0.010        96                                    608
-      grid .9, 1000000 states   1e-04        1     0.236         4                                   1783
-        cost of a state, most states over 1e4: 1.24
-      mixed discounts          3e-02      768     0.230      3339                                   1783
-        of the three apart: 0.99
+      slippery grid .9         1e-04        1     0.002       541       0.01     3.0x      2.0x      362
+      slippery grid .9         1e-04       16     0.007      2373       0.02     2.7x      8.5x      397
+      slippery grid .9         1e-04       64     0.010      6334       0.10     9.4x     22.6x      463
+        of one rr.solve per cell: 0.34
+      slippery grid .9         1e-04      256     0.032      7978       0.47    14.5x     28.6x      545
+      slippery grid .9         1e-04     1024     0.043     23584       3.08    70.9x     84.1x      513
+      slippery grid .99        1e-03        1     0.004       259       0.06    14.4x      9.9x      545
+      slippery grid .99        1e-03       16     0.015      1089       0.18    11.9x     30.6x      545
+      slippery grid .99        1e-03       64     0.019      3302       0.94    48.5x     94.4x      545
+        of one rr.solve per cell: 0.28
+      slippery grid .99        1e-03      256     0.050      5079       4.27    84.8x    138.7x      548
+      slippery grid .99        1e-03     1024     0.112      9160      30.04   268.7x    257.6x      520
+      slippery grid .999       3e-02        1     0.005       185       0.36    66.4x     44.7x      548
+      slippery grid .999       3e-02       16     0.021       758       1.14    53.8x     59.7x      548
+      slippery grid .999       3e-02       64     0.024      2689       6.13   257.5x    204.6x      549
+        of one rr.solve per cell: 0.23
+      slippery grid .999       3e-02      256     0.085      3002      32.18   377.4x    235.3x      549
+      slippery grid .999       3e-02     1024     0.206      4971                        402.9x      520
+      Garnet .99               1e-03        1     0.003       299       0.07    20.6x     20.5x      552
+      Garnet .99               1e-03       16     0.007      2245       0.32    44.8x    164.0x      554
+      Garnet .99               1e-03       64     0.009      7214       0.99   111.1x    536.8x      604
+        of one rr.solve per cell: 0.23
+      Garnet .99               1e-03      256     0.025     10290       6.18   248.4x    778.3x      674
+      Garnet .99               1e-03     1024     0.062     16476      35.07   564.4x   1205.8x      678
+      256 Garnets .99          1e-03      256     0.012     20985       0.46    38.0x                724
+      256 Garnets .99          1e-03     1024     0.039     25957       2.02    51.1x                686
+      16x16 grid               1e-03     1000     0.017     59033                                    380
+      16x16 grid               1e-03    10000     0.085    117901                                    483
+      16x16 grid               1e-03   100000     0.697    143391                                    525
+      16x16 grid               1e-03  1000000     6.912    144685                                    580
+        cost of a cell, over that in the smallest sweep: 0.41 to 1.00
+      grid .9, 100 states      1e-04        1     0.000      3004                                    580
+      grid .9, 1024 states     1e-04        1     0.000      2387                                    580
+      grid .9, 10000 states    1e-04        1     0.002       578                                    624
+      grid .9, 99856 states    1e-04        1     0.012        83                                    746
+      grid .9, 1000000 states   1e-04        1     0.202         5                                   1918
+        cost of a state, most states over 1e4: 1.17
+      mixed discounts          3e-02      768     0.139      5519                                   1918
+        of the three apart: 0.91
+
+On one H100, on the same day, where a step of few lanes takes as long as one of a thousand (host memory in the last
+column):
+
+    commit 8fb84c6, device NVIDIA H100 80GB HBM3, machine x86_64, jax 0.11.2, dtype float32
+      problem                    tol    cells   sweep s   cells/s  by hand s          peer loop  peak MB
+      slippery grid .9         1e-04      256     0.014     18460       0.00     0.4x     35.0x     2782
+      slippery grid .9         1e-04     4096     0.024    170773       0.04     1.6x    364.6x     2828
+      slippery grid .99        1e-03      256     0.030      8595       0.05     1.6x    115.8x     2829
+      slippery grid .99        1e-03     4096     0.079     51642       0.40     5.0x    802.1x     2831
+      slippery grid .999       3e-02      256     0.056      4594       0.30     5.5x    200.9x     2833
+      slippery grid .999       3e-02     4096     0.242     16918                        719.8x     2833
+      Garnet .99               1e-03      256     0.009     28044       0.13    13.7x    964.5x     2857
+      Garnet .99               1e-03     4096     0.019    215621       1.70    89.4x   6521.3x     2902
+      256 Garnets .99          1e-03      256     0.008     31511       0.03     4.0x               3015
+      256 Garnets .99          1e-03     4096     0.019    210716       0.03     1.4x               3135
+      16x16 grid               1e-03     1000     0.022     46381                                   2727
+      16x16 grid               1e-03    10000     0.035    284592                                   2753
+      16x16 grid               1e-03   100000     0.103    969553                                   2785
+      grid .9, 1000000 states   1e-04        1     0.005       195                                   4103
 """
 
 import argparse
