@@ -11,7 +11,7 @@
   to 256 cells. "Peer loop" is a Python loop of one compiled solve per cell by the quickest single-problem library that
   is installed and solves regularised problems (optimistix or jaxopt, extra: bench), timed on four cells, per cell.
 * `mixed`: discounts .9, .99 and .999 in one sweep against the three apart.
-* `cells`: cost of a cell from a thousand to a million (16x16 grid), and peak memory.
+* `cells`: cost of a cell from a thousand to a million (32x32 grid), and peak memory.
 * `states`: one solve of a square grid with four moves and three successors each, at a discount of .9 that fixes how
   fast it mixes, certified to 1e-4, from a hundred to a million states.
 
@@ -268,12 +268,12 @@ def cells(dtype: Any, counts: list[int]) -> list[dict[str, Any]]:
     """Cost of a cell and peak memory by number of cells: a thousand betas by as many discounts in [.985, .99]."""
     from robustreg import problems
 
-    m = problems.slippery_grid(16, 0.99, dtype=dtype)
+    m = problems.slippery_grid(32, 0.99, dtype=dtype)
     found = []
     for count in counts:
         betas, discounts = np.geomspace(0.1, 300, 1000), np.linspace(0.985, 0.99, -(-count // 1000))
         runs = {"sweep": sweep(m, betas, 1e-3, discount=discounts)}
-        found.append(row("16x16 grid", discounts.size * betas.size, runs, 1 if count >= 1e6 else 3, tol=1e-3))
+        found.append(row("32x32 grid", discounts.size * betas.size, runs, 1 if count >= 1e6 else 3, tol=1e-3))
         show(found[-1])
     costs = [x["sweep"] / x["cells"] for x in found]
     least, most = (end(costs) / costs[0] for end in (min, max))

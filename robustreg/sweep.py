@@ -148,7 +148,8 @@ class Run:
         self, kept: "Store | _Collector", shard: tuple[int, int] | None, progress: Any, check: Callable[[], None]
     ) -> None:
         """Compute what is not kept yet of one part of the chunks; `check` is called now and then, and may raise."""
-        jobs = [] if shard is None else list(range(shard[0], self.plan.n_chunks, shard[1]))
+        # The hard chunks, which are the last, come first: at the end nobody waits long for another's.
+        jobs = [] if shard is None else list(range(shard[0], self.plan.n_chunks, shard[1]))[::-1]
         missing = [job for job in jobs if not kept.holds(job)]
         cells, left = (sum(self.plan.cells(job).size for job in some) for some in (jobs, missing))
         if missing:
