@@ -17,7 +17,7 @@
 
 Times are medians of warm calls, interleaved; peak memory is that of the process so far.
 
-Typical printout (2 shared CPU cores, float32, JAX 0.12.0), put together of three runs on 2026-11-27:
+Typical printout (2 shared CPU cores, float32, JAX 0.12.0), put together of four runs on 2026-11-27:
 
     commit 3ba5390, device cpu, machine x86_64, jax 0.12.0.1, dtype float32
       problem                    tol    cells   sweep s   cells/s  by hand s          peer loop  peak MB
@@ -47,11 +47,11 @@ Typical printout (2 shared CPU cores, float32, JAX 0.12.0), put together of thre
       Garnet .99               1e-03     1024     0.062     16476      35.07   564.4x   1205.8x      678
       256 Garnets .99          1e-03      256     0.012     20985       0.46    38.0x                724
       256 Garnets .99          1e-03     1024     0.039     25957       2.02    51.1x                686
-      16x16 grid               1e-03     1000     0.017     59033                                    380
-      16x16 grid               1e-03    10000     0.085    117901                                    483
-      16x16 grid               1e-03   100000     0.697    143391                                    525
-      16x16 grid               1e-03  1000000     6.912    144685                                    580
-        cost of a cell, over that in the smallest sweep: 0.41 to 1.00
+      32x32 grid               1e-03     1000     0.077     13055                                    374
+      32x32 grid               1e-03    10000     0.608     16451                                    377
+      32x32 grid               1e-03   100000     5.898     16955                                    384
+      32x32 grid               1e-03  1000000    59.092     16923                                    412
+        cost of a cell, over that in the smallest sweep: 0.77 to 1.00
       grid .9, 100 states      1e-04        1     0.000      3004                                    580
       grid .9, 1024 states     1e-04        1     0.000      2387                                    580
       grid .9, 10000 states    1e-04        1     0.002       578                                    624
