@@ -100,7 +100,8 @@ def _filled(layout: np.ndarray, begins: np.ndarray) -> np.ndarray:
     layout = layout.copy()
     for i, row in enumerate(layout):
         # Where all begin anew, what the first lane does; elsewhere, what the lane has just done.
-        row[row < 0] = (np.full_like(row, row[0]) if begins[i] and row[0] >= 0 else layout[i - 1])[row < 0]
+        none = row < 0
+        row[none] = row[0] if begins[i] and row[0] >= 0 else layout[i - 1][none]
     return layout
 
 

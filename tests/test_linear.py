@@ -28,7 +28,7 @@ def test_systems_of_many_lanes(monkeypatch, where, centred):
     """Each lane by itself to its own reduction; if centred, up to a constant; a NaN lane disturbs none."""
     monkeypatch.setattr(linear, "_sums", SUMS[where])
     rng = np.random.default_rng(0)
-    n, lanes = 50, 6
+    n, lanes = 50, linear._FEW + 2  # so many that a CPU does without blocks
     # All lead to a few states: what is centred is far from it after a product.
     kernel = 0.5 * rng.dirichlet(np.full(n, 0.1), (lanes, n)) + 0.5 * rng.dirichlet(np.full(n, 0.02), (lanes, 1))
     kernel *= np.linspace(0.1, 0.999, lanes)[:, None, None]
@@ -55,9 +55,9 @@ def test_systems_of_many_lanes(monkeypatch, where, centred):
 def test_corners(monkeypatch, where):
     """A zero right-hand side, K = 0, and a half step that is exact leave no NaN."""
     monkeypatch.setattr(linear, "_sums", SUMS[where])
-    one = jnp.ones(3)
+    one = jnp.ones(3 * linear._FEW)  # the three lanes over and over: so many that a CPU does without blocks
     for k in (0.0, 0.5):
-        b = jnp.asarray([[0.0, 1.0, 1e-300], [0.0, -1.0, 2e-300]])
+        b = jnp.tile(jnp.asarray([[0.0, 1.0, 1e-300], [0.0, -1.0, 2e-300]]), (1, linear._FEW))
         x = linear.bicgstab(lambda x, k=k: k * x, b, jnp.max(jnp.abs(b), axis=0), 1e-12 * one, 50)
         np.testing.assert_allclose(x, b / (1 - k), rtol=1e-11)
 
