@@ -168,6 +168,16 @@ class Chain:
     backwards: Transitions | None
     ends: bool = _tree.static()
 
+    @property
+    def horizon(self) -> Array:
+        """Bound on discounted steps, `[*B]`: on `(I - K)^{-1} 1`, hence on how much the inverse enlarges anything."""
+        return 1 / jnp.min(self.leave, axis=0)
+
+    def pick(self, index: tuple[Array, ...]) -> "Chain":
+        """The lanes at `index`, one array `[n]` per batch axis."""
+        policy, discount, leave = (_tree.pick_lanes(x, index) for x in (self.policy, self.discount, self.leave))
+        return Chain(self.transitions._pick(index), policy, discount, leave, None, self.ends)
+
     def apply(self, x: Array, add: Callable[[Array], Array] = _tree.total) -> Array:
         """`K x`, `[S, *B]`. `add` sums over actions; to transpose this function, give one that has a transpose."""
         return self.discount[None] * add(self.policy * self.transitions._expect(x))

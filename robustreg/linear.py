@@ -22,11 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _tree, bellman
+from robustreg import _tree, bellman, elimination
 
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
 _KRYLOV_STEPS, _ROUNDS = 1000, 8
+# States up to which a lane that Krylov solves fail on is written out and eliminated: its matrix takes 32 MiB in float64.
+# Beyond, it is swept, at most so often: enough for a discount of .9999 in float64.
+_DENSE, _SWEEPS = 2048, 300_000
 # States of a block of `_sums_of_blocks`, and lanes from which on a CPU does without.
 _ROWS, _FEW = 8, 16
 
@@ -71,26 +74,34 @@ class Method:
     direct: bool = False
 
 
-def solve(chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, method: Method) -> Array:
-    """`(I - K)^{-1} b`, `[S, *B]`, differentiable in the chain and in b; its transpose is an occupancy.
+def solve(
+    chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, method: Method, inexact: Array | float = 0.0
+) -> Array:
+    """Solve `(I - K) x = b`, differentiably in the chain and in b; the transpose is an occupancy.
 
     Args:
         chain: the operator.
         b: `[S, *B]`.
         accuracy: residual of the system relative to b at which to stop, `[*B]`; 0: where rounding ends progress.
-        probe: None, or a tangent `[*B]` of nothing at all. Backwards its cotangent is the error bound of `_backward`,
-            a number that a backward pass has no other way to hand out.
+        probe: None, or a tangent `[*B]` of nothing at all. Backwards its cotangent is a bound on the relative error of
+            the occupancy, a number that a backward pass has no other way to hand out.
         method: LU or Krylov.
+        inexact: bound on the relative error that the chain itself brings into an occupancy, `[*B]`, for that number.
+
+    Returns:
+        `[S, *B]`; NaN in lanes of which the residual proves no error below `_trusted`, or the accuracy asked for.
     """
 
     def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
         return x[0] - chain.apply(x[0], _tree.plain_sum), *x[1:]
 
     def forward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
-        return _forward(chain, right[0], accuracy, method), *right[1:]
+        x, _, solved = _forward(chain, right[0], accuracy, method)
+        return jnp.where(solved[None], x, jnp.nan), *right[1:]
 
     def backward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
-        return _backward(chain, right[0], accuracy, method)[: len(right)]
+        y, error, solved = _backward(chain, right[0], accuracy, method)
+        return (jnp.where(solved[None], y, jnp.nan), jnp.where(solved, error + inexact, jnp.inf))[: len(right)]
 
     # Transposition wants every right-hand side linear in what is differentiated, also if b alone is not.
     right = (b,) if probe is None else (b + 0 * probe[None], probe)
@@ -98,39 +109,140 @@ def solve(chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, 
 
 
 def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Array:
-    """`(I - K^T)^{-1} b`, `[S, *B]`: discounted visits if b is where episodes start. Differentiable like `solve`."""
-    return lax.custom_linear_solve(
-        lambda y: y - chain.transpose(y),
-        b,
-        lambda _, right: _backward(chain, right, accuracy, method)[0],
-        lambda _, right: _forward(chain, right, accuracy, method),
-    )
+    """Solve `(I - K^T) y = b`: discounted visits if b is where episodes start.
+
+    Arguments and result are those of `solve`, and so are derivatives.
+    """
+
+    def backward(_: object, right: Array) -> Array:
+        y, _, solved = _backward(chain, right, accuracy, method)
+        return jnp.where(solved[None], y, jnp.nan)
+
+    def forward(_: object, right: Array) -> Array:
+        x, _, solved = _forward(chain, right, accuracy, method)
+        return jnp.where(solved[None], x, jnp.nan)
+
+    return lax.custom_linear_solve(lambda y: y - chain.transpose(y), b, backward, forward)
 
 
-def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Array:
+# Solution, bound on its relative error, and whether that is small enough to hand the solution out.
+Solved = tuple[Array, Array, Array]
+
+
+def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Solved:
     if method.direct:
-        return direct(chain, b)
-    # (I - K) 1 is the exit rate.
-    return _refined(chain, chain.apply, b, accuracy, jnp.ones_like(b), chain.leave)[0]
+        x = direct(chain, b)
+    else:
+        # (I - K) 1 is the exit rate.
+        x = _refined(chain, chain.apply, b, accuracy, jnp.ones_like(b), chain.leave)
+    return _checked(chain, chain.apply, b, x, accuracy, False)
 
 
-def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> tuple[Array, Array]:
-    """The solution, and a bound on its relative error in the 1-norm, `[*B]`: the residual over the least exit rate."""
+def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Solved:
     if method.direct:
         y = direct(chain, b, transpose=True)
-        r = b - (y - chain.transpose(y))
     else:
         start = jnp.full_like(b, 1 / b.shape[0])
-        y, r = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start))
-    size = jnp.sum(jnp.abs(y), axis=0)
-    error = jnp.sum(jnp.abs(r), axis=0) / jnp.min(chain.leave, axis=0)
-    return y, jnp.where(size > 0, error / jnp.where(size > 0, size, 1), error)
+        y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start))
+    return _checked(chain, chain.transpose, b, y, accuracy, True)
+
+
+def _norm(x: Array, transpose: bool) -> Array:
+    """Norm in which `(I - K)^{-1}`, or its transpose, is at most `chain.horizon`: largest entry, or sum, `[*B]`."""
+    return jnp.sum(jnp.abs(x), axis=0) if transpose else jnp.max(jnp.abs(x), axis=0)
+
+
+def _trusted(dtype: np.dtype) -> float:
+    """Relative error that a solution may have."""
+    return 5e-9 if dtype.itemsize > 4 else 1e-3
+
+
+def _checked(
+    chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy: Array, transpose: bool
+) -> Solved:
+    """Read off the residual what a solution is worth, and solve again, in another way, the lanes that it does not prove.
+
+    `|x - x*| <= horizon |b - (x - apply(x))|` in the norm of `_norm`. BiCGSTAB breaks down on chains that are nearly
+    deterministic, and may stagnate on others; whatever x is, nothing else is believed of it.
+    """
+
+    def look(x: Array) -> tuple[Array, Array]:
+        size, left = _norm(x, transpose), _norm(b - (x - apply(x)), transpose)
+        return chain.horizon * left / jnp.where(size > 0, size, 1), left
+
+    trusted, nothing = _trusted(b.dtype), _norm(b, transpose) == 0
+    x = jnp.where(nothing[None], 0, x)  # also where the chain is NaN: no error where nothing was asked
+    error, left = look(x)
+    solved = (error <= trusted) | (left <= 1.01 * accuracy * _norm(b, transpose)) | nothing
+    again = _eliminated if b.shape[0] <= _DENSE else _swept
+    x, error, solved = again(chain, apply, b, x, error, solved, transpose)
+    return x, jnp.where(nothing, 0, error), solved
+
+
+def _eliminated(
+    chain: bellman.Chain, apply: Operator, b: Array, x: Array, error: Array, solved: Array, transpose: bool
+) -> Solved:
+    """Solve the lanes that are not `solved` by elimination, one after the other; the others cost and feel nothing."""
+    batch, n = b.shape[1:], b.shape[0]
+    flat = (n, int(np.prod(batch)))
+    right, unit = b.reshape(flat), float(jnp.finfo(b.dtype).eps)
+
+    def one(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, error, solved, todo = state
+        lane = jnp.argmax(todo)
+        alone = chain.pick(tuple(i[None] for i in jnp.unravel_index(lane, batch)))
+        found = elimination.solve(alone.matrix()[0], alone.leave[:, 0], right[:, lane], transpose)[:, None]
+        product = alone.transpose(found) if transpose else alone.apply(found)
+        left, size = (_norm(v, transpose)[0] for v in (right[:, lane, None] - (found - product), found))
+        # Elimination errs by a few S units in every entry. What the residual says of it (a bound larger by the horizon)
+        # is that it is no accident: rounding of the product, and no more.
+        proved = left <= 8 * (4 + n**0.5) * unit * (size + _norm(right[:, lane, None], transpose)[0])
+        return (
+            x.at[:, lane].set(found[:, 0]),
+            error.at[lane].set(4 * n * unit),
+            solved.at[lane].set(proved),
+            todo.at[lane].set(False),
+        )
+
+    start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), ~solved.reshape(flat[1:]))
+    x, error, solved, _ = lax.while_loop(lambda state: jnp.any(state[3]), one, start)
+    return x.reshape(b.shape), error.reshape(batch), solved.reshape(batch)
+
+
+def _swept(
+    chain: bellman.Chain, apply: Operator, b: Array, x: Array, error: Array, solved: Array, transpose: bool
+) -> Solved:
+    """Sweep `x <- b + apply(x)`, which contracts, in the lanes that are not `solved`, if that can help.
+
+    Each sweep takes a share of `1/horizon` off the residual. Lanes that would take too many, and those whose rounding
+    alone is too much, are given up at once.
+    """
+    trusted, unit = _trusted(b.dtype), 0.5 * float(jnp.finfo(b.dtype).eps)
+    x = jnp.where(jnp.all(jnp.isfinite(x), axis=0)[None], x, b)
+    needed = chain.horizon * jnp.log(4 * chain.horizon / trusted)
+    start = ~solved & (needed <= _SWEEPS) & (4 * unit * chain.horizon <= trusted)
+
+    def sweep(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, error, active, count = state
+        new = b + apply(x)
+        size = _norm(x, transpose)
+        now = chain.horizon * _norm(new - x, transpose) / jnp.where(size > 0, size, 1)
+        active = active & (count <= needed)
+        error = jnp.where(active, now, error)
+        running = active & ~(now <= trusted)
+        return jnp.where(running[None], new, x), error, running, count + 1
+
+    def running(state: tuple[Array, ...]) -> Array:
+        return jnp.any(state[2])
+
+    x, error, *_ = lax.while_loop(running, sweep, (x, error, start, jnp.asarray(0, jnp.int32)))
+    return x, error, solved | (start & (error <= trusted))
 
 
 def _refined(
     chain: bellman.Chain, apply: Operator, b: Array, accuracy: Array, mode: Array, image: Array
-) -> tuple[Array, Array]:
-    """Solution and residual of `x - apply(x) = b`, by Krylov solves for what is left until rounding ends progress.
+) -> Array:
+    """Solve `x - apply(x) = b` by Krylov solves for what is left until rounding ends progress.
 
     Every residual is first freed of its sum by a multiple of `mode`, whose image under `I - apply` is `image`. If no
     episode ends, this removes the slowest mode of both systems exactly: constants are what `I - K` nearly loses, and
@@ -159,8 +271,7 @@ def _refined(
     goal = accuracy * size(b)
     x, r = balance(jnp.zeros_like(b), b)
     start = (x, r, size(r) > goal, jnp.asarray(0, jnp.int32))
-    x, r, *_ = lax.while_loop(lambda state: jnp.any(state[2]), improve, start)
-    return x, r
+    return lax.while_loop(lambda state: jnp.any(state[2]), improve, start)[0]
 
 
 def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int, centred: bool = False) -> Array:
