@@ -69,6 +69,9 @@ class Fixed(Regulariser):
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         return jnp.sum(self.policy * self._where_taken(q), axis=0) - self.cost, self.policy
 
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        return jnp.broadcast_to(self.policy, jnp.broadcast_shapes(self.policy.shape, gap.shape))
+
     def _where_taken(self, q: Array) -> Array:
         """q with 0 in the place of what is infinite at actions never taken."""
         return jnp.where((self.policy == 0) & ~jnp.isfinite(q), 0, q)
@@ -95,6 +98,9 @@ class Unregularised(Regulariser):
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
         return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
+
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        return jnp.where(gap > 0, 0, jnp.ones_like(gap))
 
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "Unregularised") -> Array:
         zero = jnp.zeros(q.shape[1:], q.dtype)
@@ -173,8 +179,7 @@ def _nominal_optimum(mdp: MDP) -> Array:
 
 def fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -> Array:
     """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`."""
-    sizes = bellman.sizes(operator, reward)
-    problem = dataclasses.replace(problem, regulariser=operator, reward=reward, sizes=sizes)
+    problem = bellman.with_operator(problem, operator, reward)
     dtype = problem.dtype
     tol, limit = jnp.full(problem.batch, -1, dtype), jnp.asarray(10_000, jnp.int32)
     start = jnp.zeros((problem.n_states, *problem.batch), dtype)

@@ -17,22 +17,57 @@ so that a constant costs nothing and rounding is that of the small `h`, not of `
 
     T V + g/(1-g) min d  <=  V*  <=  T V + g/(1-g) max d,
 
-where min d is replaced by min(min d, 0) and max d by max(max d, 0) if episodes end. In floating point `T` is computed
+where min d is replaced by min(min d, 0) and max d by max(max d, 0) if episodes end. Then 1/(1-g) may also be replaced by
+any `w >= 1 + g P_a w` for every action a that may be taken (`horizon`): from `T V <= V + x`, x >= 0, follows
+`T(V + x w) <= T V + x max_a g P_a w <= V + x w`, hence `V* <= V + x w`, and likewise from below. In floating point `T` is computed
 with an error; an error of `delta` in every entry widens each side by `delta/(1-g)`, except for the error in `c e`:
 along every trajectory the discounted exit rates add up to exactly 1, so that it widens them by `u |c|` only.
 `rounding` bounds both, from the size of every summand of the backup.
+
+**Rows.** All this is said of rows of P that sum to `1 - termination`. How far they miss it is measured at every solve
+(inside jit nobody else can): by rounding, or by more, which `deviation_cost` adds to the bounds, or by so much that the
+lane is refused.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from robustreg import _tree
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
 from robustreg.transitions import Transitions
+
+
+# Share of a row of P, or of a prior, that may be missing: what is further off is no probability.
+_MISSING = 1e-3
+# Discounts above 1 - this are worth a look at how soon episodes end, of at most so many sweeps.
+_LONG, _SWEEPS = 1e-3, 1024
+# A reward this many times as large as the best ones of all states may be that of an action nobody takes.
+_WILD = 16
+
+
+class Magnitudes(NamedTuple):
+    """Bound what the rounding of a backup grows with and no iteration changes, `[*b]` each.
+
+    Attributes:
+        reward: largest |r|.
+        charged: the same where an action counts by the largest probability that a policy may give it, while V is within
+            `limit`.
+        limit: on `max |h|` (plus |c| if episodes end).
+        temperature: largest 1/beta.
+        log_prior: largest |log p0|.
+    """
+
+    reward: Array
+    charged: Array
+    limit: Array
+    temperature: Array
+    log_prior: Array
 
 
 @_tree.dataclass
@@ -44,8 +79,12 @@ class Lanes:
         reward: `[A, S, *b]`.
         leave: exit rate `(1-g) + g termination`, `[A, S, *b]` with axes of 1 where nothing depends on them.
         discount, complement: g and 1 - g, `[*b]`.
-        sizes: see `sizes`.
+        horizon: bound on the discounted steps of an episode, at most 1/(1-g), `[*b]`.
+        deviation: largest share by which a row of P misses `1 - termination`, beyond rounding, `[*b]`.
+        valid: whether discount, strength, rows and prior are in range, `[*b]`.
+        magnitudes: what rounding grows with.
         ends: whether termination is part of the problem (else T commutes with constants up to g).
+        strict: whether rounding is bounded for the worst case (else long sums count by the root of their length).
     """
 
     transitions: Transitions
@@ -54,9 +93,13 @@ class Lanes:
     leave: Array
     discount: Array
     complement: Array
-    sizes: tuple[Array, Array, Array]
+    horizon: Array
+    deviation: Array
+    valid: Array
+    magnitudes: Magnitudes
     batch: tuple[int, ...] = _tree.static()
     ends: bool = _tree.static()
+    strict: bool = _tree.static(default=False)
 
     @property
     def n_states(self) -> int:
@@ -69,13 +112,14 @@ class Lanes:
         return self.reward.dtype
 
 
-def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...]) -> Lanes:
+def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: bool = False) -> Lanes:
     """Lay an MDP and a regulariser out for the kernels.
 
     Args:
         mdp: any batch axes.
         regulariser: any batch axes.
         *others: batch shapes of further arrays (a policy, an initial value) that broadcast with them.
+        strict: see `Lanes`.
 
     Raises:
         ValueError: batch axes that do not broadcast.
@@ -94,28 +138,127 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...]) -> Lanes
     if mdp.termination is not None:
         leave = leave + discount[None, None] * _tree.lanes_last(mdp.termination.astype(dtype), n, 2)
     reward = _tree.lanes_last(mdp.reward, n, 2)
+    transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
+    fixed = lax.stop_gradient((transitions, bound, reward, leave, discount, complement))
+    horizon = _horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
+    deviation, valid = _validity(*fixed, ends)
     return Lanes(
-        transitions=mdp.transitions.bind(n, dtype),
+        transitions=transitions,
         regulariser=bound,
         reward=reward,
         leave=leave,
         discount=discount,
         complement=complement,
-        sizes=sizes(bound, reward),
+        horizon=horizon,
+        deviation=deviation,
+        valid=valid,
+        magnitudes=magnitudes(fixed[1], fixed[2], horizon),
         batch=batch,
-        ends=mdp.termination is not None,
+        ends=ends,
+        strict=strict,
     )
 
 
-def sizes(regulariser: Regulariser, reward: Array) -> tuple[Array, Array, Array]:
-    """What `rounding` grows with and no iteration changes: largest |r|, 1/beta and |log p0|, `[*b]` each."""
+def with_operator(problem: Lanes, operator: Regulariser, reward: Array) -> Lanes:
+    """Put another bound regulariser and another reward in the place of a problem's own."""
+    known = magnitudes(*lax.stop_gradient((operator, reward)), problem.horizon)
+    return dataclasses.replace(problem, regulariser=operator, reward=reward, magnitudes=known)
+
+
+def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magnitudes:
+    """Measure what `rounding` grows with and no iteration changes."""
     masked = jnp.isneginf(regulariser._prior)
-    largest = jnp.max(jnp.where(masked, 0, jnp.abs(reward)), axis=(0, 1))
-    return (
+    size = jnp.where(masked, 0, jnp.abs(reward))
+    largest = jnp.max(size, axis=(0, 1))
+    top = jnp.max(jnp.abs(jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)), axis=0)
+    limit = jnp.broadcast_to(2 * horizon * top, jnp.broadcast_shapes(horizon.shape, largest.shape))
+
+    def charge() -> Array:
+        """`max_s sum_a w_a |r_a|`, with w_a the most that a policy gives to a while `max |h|` is within the limit.
+
+        Then the best reward's action is better than a by `gap / beta` at least, whatever the successors are worth.
+        """
+        gap = jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)[None] - reward - 2 * limit
+        # Less what rounding may move either by.
+        gap = gap - 16 * float(jnp.finfo(reward.dtype).eps) * (size + top)
+        weight = regulariser._largest_weight(jnp.where(masked, 0, reward), jnp.maximum(gap, 0))
+        weighed = jnp.sum(jnp.where(size == 0, 0, weight * size), axis=0)
+        return jnp.max(jnp.minimum(weighed, jnp.max(size, axis=0)), axis=0)
+
+    shape = jnp.broadcast_shapes(limit.shape, regulariser.beta.shape[1:], regulariser._prior.shape[2:])
+    plain = jnp.broadcast_to(largest, shape)
+    wild = jnp.any(largest > _WILD * top)
+    charged = lax.cond(wild, lambda: jnp.broadcast_to(charge(), shape), lambda: plain)
+    return Magnitudes(
         largest,
+        jnp.minimum(charged, plain),
+        limit,
         1 / jnp.min(regulariser.beta, axis=0),
         -jnp.min(jnp.where(masked, 0, regulariser._prior), axis=(0, 1)),
     )
+
+
+def _validity(
+    transitions: Transitions,
+    regulariser: Regulariser,
+    reward: Array,
+    leave: Array,
+    discount: Array,
+    complement: Array,
+    ends: bool,
+) -> tuple[Array, Array]:
+    """How far rows of P miss `1 - termination` beyond rounding, and whether a lane's numbers are in range, `[*b]`."""
+    masked = jnp.isneginf(regulariser._prior)
+    total, size = transitions._row_sums(discount.ndim, reward.dtype)
+    # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.
+    safe = jnp.where(discount > 0, discount, 1)
+    target = jnp.where(discount > 0, (1 - leave) / safe, 1) if ends else jnp.ones_like(leave)
+    missing = jnp.maximum(jnp.abs(total - target), size - target)
+    missing = jnp.where(masked | (discount == 0), 0, missing)
+    deviation = jnp.max(missing, axis=(0, 1))
+    # Each probability is rounded, and so are their sum and the target.
+    unit = 0.5 * float(jnp.finfo(reward.dtype).eps)
+    allowed = (4 + min(transitions.fan_out, 4 * transitions.fan_out**0.5)) * unit + (4 * unit / safe if ends else 0)
+    deviation = jnp.where(deviation <= allowed, 0, deviation)
+    valid = (discount >= 0) & (discount < 1) & (complement > 0) & jnp.all(regulariser.beta > 0, axis=0)
+    valid = valid & (deviation <= _MISSING) & (discount * deviation <= 0.5 * complement)
+    if ends:
+        close = (leave >= (1 - 1e-5) * complement) & (leave <= 1 + 1e-5)
+        valid = valid & jnp.all(close | masked, axis=(0, 1))
+    if regulariser.has_reference:
+        mass = jnp.sum(jnp.exp(regulariser._prior), axis=0)
+        valid = valid & jnp.all(jnp.abs(mass - 1) <= _MISSING, axis=0)
+    return deviation, valid
+
+
+def _horizon(transitions: Transitions, regulariser: Regulariser, discount: Array, complement: Array) -> Array:
+    """Bound the discounted steps of any episode, `[*b]`: by `max w` with `w >= 1 + g P_a w`, or by 1/(1-g).
+
+    Sweeps `w <- 1 + g max_a P_a w` from w = 1 count the steps of longer and longer episodes. Where one raises w by at
+    most x < 1, `w/(1-x)` is such a bound. Only for discounts so close to 1 that it is worth the sweeps, and as long as
+    they may come to less than half of 1/(1-g).
+    """
+    masked = jnp.isneginf(regulariser._prior)
+    own = jnp.broadcast_shapes(transitions._lane_axes(discount.ndim), discount.shape, masked.shape[2:])
+    discount, complement = jnp.broadcast_to(discount, own), jnp.broadcast_to(complement, own)
+    plain = 1 / complement
+
+    def sweep(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        w, bound, active, count = state
+        ahead = 1 + discount[None, None] * transitions._expect(w)
+        new = jnp.maximum(jnp.max(jnp.where(masked, 1, ahead), axis=0), w)
+        rise = jnp.max(new - w, axis=0)
+        # (The last factor is for rounding: some units for every sweep.)
+        found = jnp.max(w, axis=0) / jnp.maximum(1 - rise, 0.5) * (1 + 1e-3)
+        bound = jnp.where(active & (rise <= 0.5), found, bound)
+        active = active & ~(rise <= 0.5) & (jnp.max(new, axis=0) < 0.5 * plain)
+        return new, bound, active, count + 1
+
+    start = (jnp.ones((transitions.n_states, *own), discount.dtype), plain, complement < _LONG)
+    w, bound, *_ = lax.while_loop(
+        lambda state: jnp.any(state[2]) & (state[3] < _SWEEPS), sweep, (*start, jnp.asarray(0, jnp.int32))
+    )
+    return jnp.minimum(bound, plain)
 
 
 def _complement(mdp: MDP) -> Array:
@@ -145,9 +288,8 @@ def cost(problem: Lanes, th: Array, q: Array) -> Array:
 
 
 def sound(problem: Lanes) -> Array:
-    """Whether discount and strength of a lane are in range, `[*B]`. NaN and infinity show in the first backup."""
-    proper = (problem.discount >= 0) & (problem.discount < 1) & (problem.complement > 0)
-    return jnp.broadcast_to(proper & jnp.all(problem.regulariser.beta > 0, axis=0), problem.batch)
+    """Tell whether the numbers of a lane are in range, `[*B]`. NaN in a reward shows in the first backup."""
+    return jnp.broadcast_to(problem.valid, problem.batch)
 
 
 @_tree.dataclass
@@ -158,6 +300,7 @@ class Chain:
         transitions, policy: bound to the kernels' layout, `[A, S, *B]`; whichever kernel and policy on it make `P_pi`.
         discount: `[*b]`.
         leave: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
+        longest: the problem's own bound on discounted steps, `[*b]`.
         backwards: `P_pi` from the other end, or None; see `Transitions`.
     """
 
@@ -165,18 +308,20 @@ class Chain:
     policy: Array
     discount: Array
     leave: Array
+    longest: Array
     backwards: Transitions | None
     ends: bool = _tree.static()
 
     @property
     def horizon(self) -> Array:
         """Bound on discounted steps, `[*B]`: on `(I - K)^{-1} 1`, hence on how much the inverse enlarges anything."""
-        return 1 / jnp.min(self.leave, axis=0)
+        return jnp.minimum(1 / jnp.min(self.leave, axis=0), self.longest)
 
     def pick(self, index: tuple[Array, ...]) -> "Chain":
         """The lanes at `index`, one array `[n]` per batch axis."""
-        policy, discount, leave = (_tree.pick_lanes(x, index) for x in (self.policy, self.discount, self.leave))
-        return Chain(self.transitions._pick(index), policy, discount, leave, None, self.ends)
+        own = (self.policy, self.discount, self.leave, self.longest)
+        policy, discount, leave, longest = (_tree.pick_lanes(x, index) for x in own)
+        return Chain(self.transitions._pick(index), policy, discount, leave, longest, None, self.ends)
 
     def apply(self, x: Array, add: Callable[[Array], Array] = _tree.total) -> Array:
         """`K x`, `[S, *B]`. `add` sums over actions; to transpose this function, give one that has a transpose."""
@@ -203,7 +348,8 @@ def chain(problem: Lanes, policy: Array) -> Chain:
     leave = _tree.total(policy * problem.leave) if problem.ends else problem.leave[0]
     leave = jnp.broadcast_to(leave, policy.shape[1:])
     transitions, policy, backwards = problem.transitions._under(policy)
-    return Chain(transitions, policy, problem.discount, leave, backwards, problem.ends)
+    longest = jnp.broadcast_to(problem.horizon, problem.discount.shape) if not problem.ends else problem.horizon
+    return Chain(transitions, policy, problem.discount, leave, longest, backwards, problem.ends)
 
 
 def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
@@ -219,40 +365,61 @@ def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
     return jnp.where(broken > 0, jnp.nan, low), jnp.where(broken > 0, jnp.nan, high)
 
 
+def ratio(problem: Lanes) -> Array:
+    """`g/(1-g)`, or less where episodes end sooner, `[*b]`: what a residual still costs after the backup."""
+    plain = problem.discount / problem.complement
+    return jnp.minimum(plain, problem.horizon - 1) if problem.ends else plain
+
+
 def value_bounds(problem: Lanes, h: Array, c: Array, th: Array, cost: Array) -> tuple[Array, Array]:
     """Certified bounds on V*, `[S, *B]` each, from one backup `th = T V - c` at `V = h + c`; rounding included."""
     low, high = extremes(th - h, problem.ends)
-    ratio = problem.discount / problem.complement
+    share, size = ratio(problem), jnp.max(jnp.abs(h), axis=0)
+    moved = share * jnp.maximum(jnp.abs(low), jnp.abs(high))
     # Forming the bounds themselves rounds by a few units of their size.
-    slack = rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
-    slack = slack + 4 * float(jnp.finfo(problem.dtype).eps) * ratio * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    slack = rounding(problem, size, c, cost) + deviation_cost(problem, size + jnp.abs(c) + moved)
+    slack = slack + 4 * float(jnp.finfo(problem.dtype).eps) * moved
     middle = th + c[None]
-    return middle + (ratio * low - slack)[None], middle + (ratio * high + slack)[None]
+    return middle + (share * low - slack)[None], middle + (share * high + slack)[None]
+
+
+def deviation_cost(problem: Lanes, size: Array) -> Array:
+    """Bound what rows of P that miss `1 - termination` by `x` change in a value of `size`, `[*B]`.
+
+    With such rows T is off by at most `g x size`, and contracts by `g (1 + x)`, where `g x <= (1 - g)/2` (else the lane
+    is refused): the two together cost at most `2 g x size / (1 - g)`, and as much again for the bounds themselves.
+    """
+    return 4 * problem.discount * problem.deviation * size / problem.complement
 
 
 def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
-    """Bound on the error that floating point adds to each side of the certificate, `[*B]`.
+    """Bound the error that floating point adds to each side of the certificate, `[*B]`.
 
     The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are
-    bounded by their number for short sums and behave like its square root for long ones [Higham and Mary 2019]),
+    bounded by their number; unless the problem is `strict`, long sums count by four times the square root of their
+    length, which holds with a probability close to 1 [Higham and Mary 2019]),
     the storage of P, r and g, and the conjugate, whose logarithms err by `u (2 + log A)/beta` or a small multiple of
     that (the regulariser's `_roughness`) and whose parameters,
-    stored with relative error u, by `u` times the cost of regularisation.
+    stored with relative error u, by `u` times the cost of regularisation. The error of a reward counts by the
+    probability of the action: a penalty of 1e6 on what nobody does is exact enough.
 
     Args:
         size, c: of the iterate `V = h + c`: `max_s |h|` and c, `[*B]`.
         cost: `max_a q - T V`, `[*B]`, largest over states: the size of what the regulariser takes off.
     """
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
-    terms = 4 + min(problem.transitions.fan_out, 4 * problem.transitions.fan_out**0.5)
+    length = problem.transitions.fan_out
+    terms = 4 + (length if problem.strict else min(length, 4 * length**0.5))
     n_actions = problem.reward.shape[0]
     log_actions = float(np.log(n_actions))
-    reward, temperature, log_prior = problem.sizes
+    known = problem.magnitudes
+    reach = size + jnp.abs(c) if problem.ends else size
+    reward = jnp.where(reach <= known.limit, known.charged, known.reward)
     per_step = (
         (terms + 2 + n_actions**0.5) * size
         + (2 + n_actions**0.5) * jnp.abs(cost)
-        + (2 + log_actions + log_prior) * jnp.minimum(jnp.abs(cost), temperature)
-        + problem.regulariser._roughness * (2 + log_actions) * temperature
+        + (2 + log_actions + known.log_prior) * jnp.minimum(jnp.abs(cost), known.temperature)
+        + problem.regulariser._roughness * (2 + log_actions) * known.temperature
         + 3 * reward
     )
-    return unit * (per_step / problem.complement + 4 * jnp.abs(c) + 2 * size)
+    return unit * (per_step * problem.horizon + 4 * jnp.abs(c) + 2 * size)

@@ -99,6 +99,24 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
     return jnp.where(overflow, far, near), rho
 
 
+def largest_weight(reward: Array, gap: Array, beta: Array, log_prior: Array, alpha: Array) -> Array:
+    """Bound the probability of actions that are worth less than the one of the largest reward, `[A, ...]`.
+
+    The better one has at most probability 1, hence a log-ratio of at most `-log p0`; that of an action which is worth
+    less by `gap` follows from it.
+
+    Args:
+        reward: `[A, ...]`, whose largest allowed entry tells the better action.
+        gap: by how much less, `[A, ...]`, in reward units.
+        beta, log_prior, alpha: as in `kl_maximiser`.
+    """
+    masked = jnp.isneginf(log_prior)
+    best = jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)
+    known = jnp.max(jnp.where(masked | (reward < best[None]), -jnp.inf, log_prior), axis=0)
+    ratio = _ratios(-known, beta[None] * gap, alpha - 1)[0]
+    return jnp.where(masked, 0, jnp.minimum(jnp.exp(log_prior + ratio), 1))
+
+
 def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
     """The policy whose log-ratios are those of `_ratios` and whose sum is 1, and those log-ratios.
 

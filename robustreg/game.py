@@ -248,7 +248,7 @@ def _record(board: play.Board, tol: Array, index: Array, position: play.Position
     """Bounds of what is being played (and of its means), the best kept; a verdict on each lane that runs."""
     done = books.status != _RUNNING
     # Of a lane's returns, the critic's is an estimate; before it has seen anything, the reward.
-    size = jnp.where(position.steps == 0, board.problem.sizes[0], jnp.abs(_from_start(board, position.value)))
+    size = jnp.where(position.steps == 0, board.problem.magnitudes.reward, jnp.abs(_from_start(board, position.value)))
     accuracy = jnp.where(done, jnp.inf, jnp.where(tol < 0, -1, _ACCURACY * tol * size))
 
     def look(state: tuple[_Books, Array], pair: tuple[Array, Array]) -> tuple[tuple[_Books, Array], None]:
@@ -303,8 +303,7 @@ def _value(
     board: play.Board, operator: Regulariser, reward: Array, start: Array, accuracy: Array, solver: solvers.Solver
 ) -> tuple[Array, Array]:
     """Value from the start of an operator's fixed point and a bound on its error, `[*B]`."""
-    sizes = bellman.sizes(operator, reward)
-    problem = dataclasses.replace(board.problem, regulariser=operator, reward=reward, sizes=sizes)
+    problem = bellman.with_operator(board.problem, operator, reward)
     loop = iterate(problem, solver, accuracy, jnp.asarray(np.iinfo(np.int32).max, jnp.int32), start)
     return _from_start(board, loop.h + loop.c[None]), loop.half_width
 

@@ -83,14 +83,7 @@ def _pick(problem: bellman.Lanes, index: tuple[Array, ...]) -> bellman.Lanes:
     def pick(tree: Any) -> Any:
         return jax.tree.map(lambda x: _tree.pick_lanes(x, index), tree)
 
-    return dataclasses.replace(
-        problem,
-        transitions=problem.transitions._pick(index),
-        regulariser=pick(problem.regulariser),
-        reward=pick(problem.reward),
-        leave=pick(problem.leave),
-        discount=pick(problem.discount),
-        complement=pick(problem.complement),
-        sizes=pick(problem.sizes),
-        batch=index[0].shape,
-    )
+    names = ("regulariser", "reward", "leave", "discount", "complement", "horizon", "deviation", "valid", "magnitudes")
+    leaves: Any = {name: pick(getattr(problem, name)) for name in names}
+    kernel = problem.transitions._pick(index)
+    return dataclasses.replace(problem, transitions=kernel, batch=index[0].shape, **leaves)

@@ -49,6 +49,15 @@ class Regulariser:
     def _worst_case(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case")
 
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        """Bound the probability of an action that is worth less than that of the largest `reward` by `gap`, `[A, ...]`.
+
+        Args:
+            reward: `[A, ...]`, finite; whose largest entry among the allowed ones tells the better action.
+            gap: in reward units, `[A, ...]`.
+        """
+        return jnp.ones_like(gap)
+
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
         """Change of `Omega*(q)` at its maximiser, `[...]`; `change` is the regulariser's own, leaf by leaf."""
         raise TypeError(f"{type(self).__name__} does not define _conjugate_tangent")
@@ -223,6 +232,9 @@ class KL(Regulariser):
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         return conjugates.policy_tangent(policy, *self._as_alpha(), self._change(dq, change))
 
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        return conjugates.largest_weight(reward, gap, self.beta, self._prior, jnp.ones_like(self.beta))
+
     def _as_alpha(self) -> tuple[Array, Array, Array]:
         return self._prior, jnp.ones_like(self.beta), self.beta
 
@@ -260,6 +272,9 @@ class Alpha(Regulariser):
 
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         return conjugates.policy_tangent(policy, self._prior, self.alpha, self.beta, self._change(dq, change))
+
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        return conjugates.largest_weight(reward, gap, self.beta, self._prior, self.alpha)
 
     def _worst_case(self, policy: Array) -> Array:
         return divergences.alpha_gradient(policy, self._prior, self.alpha) / self.beta[None]

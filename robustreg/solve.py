@@ -197,6 +197,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
     # The shift is a quotient and a sum; c itself is in the rounding bound already.
     noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, q)) + 4 * unit * jnp.abs(shift)
+    noise = noise + bellman.deviation_cost(problem, state.size + jnp.abs(state.c) + jnp.abs(shift) + width)
     goal = jnp.where(tol < 0, noise, tol - noise)
     improved = width + noise < state.half_width
     stalled = jnp.where(improved, 0, state.stalled + 1)
@@ -258,7 +259,7 @@ def _centre(problem: bellman.Lanes, d: Array) -> tuple[Array, Array, Array, Arra
     """
     low, high = bellman.extremes(d, problem.ends)
     # The half-width itself is a difference, a quotient and two products.
-    ratio = (1 + 4 * float(jnp.finfo(problem.dtype).eps)) * problem.discount / problem.complement
+    ratio = (1 + 4 * float(jnp.finfo(problem.dtype).eps)) * bellman.ratio(problem)
     if problem.ends:
         largest = jnp.maximum(-low, high)
         return d, jnp.zeros_like(largest), largest, ratio * largest

@@ -104,6 +104,12 @@ class BoundSuccessors(Transitions):
     def _pick(self, index: tuple[Array, ...]) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index), self.pattern)
 
+    def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
+        return jnp.sum(self.probabilities, axis=0), jnp.sum(jnp.abs(self.probabilities), axis=0)
+
+    def _lane_axes(self, ndim: int) -> tuple[int, ...]:
+        return self.probabilities.shape[3:]
+
     def _widen(self) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, self.probabilities[..., None])
 

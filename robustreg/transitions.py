@@ -71,6 +71,16 @@ class Transitions:
         """A bound kernel for lanes with one more, trailing, batch axis."""
         raise TypeError(f"{type(self).__name__} does not define _widen")
 
+    def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
+        """Sums of a bound kernel's rows, and of their absolute values, `[A, S, *b]` with `ndim` axes of lanes."""
+        # A function shows its sums only.
+        sums = self._expect(jnp.ones((self.n_states, *(1,) * ndim), dtype))
+        return sums, jnp.abs(sums)
+
+    def _lane_axes(self, ndim: int) -> tuple[int, ...]:
+        """Sizes of a bound kernel's own lanes' axes, of which there are `ndim`; 1 where lanes share it."""
+        return (1,) * ndim
+
     def _under(self, policy: Array) -> "tuple[Transitions, Array, Transitions | None]":
         """A kernel and a policy on it that make the same chain as `policy` makes of this one, at less cost a product.
 
@@ -169,6 +179,13 @@ class Dense(Transitions):
     def _pick(self, index: tuple[Array, ...]) -> "Dense":
         lanes_last = jnp.moveaxis(self.probabilities, (-3, -2, -1), (0, 1, 2))
         return Dense(jnp.moveaxis(_tree.pick_lanes(lanes_last, index), -1, 0))
+
+    def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
+        p = jnp.moveaxis(self.probabilities, (-2, -3), (0, 1))
+        return jnp.sum(p, axis=-1), jnp.sum(jnp.abs(p), axis=-1)
+
+    def _lane_axes(self, ndim: int) -> tuple[int, ...]:
+        return self.batch_shape
 
     def _widen(self) -> "Dense":
         return Dense(self.probabilities.reshape(*self.batch_shape, 1, *self.probabilities.shape[-3:]))
