@@ -143,6 +143,11 @@ def batch_first(x: Array, core_ndim: int) -> Array:
     return jnp.transpose(x, (*range(core_ndim, x.ndim), *range(core_ndim - 1, -1, -1)))
 
 
+def shared_by(lost: Array, sizes: tuple[int, ...]) -> Array:
+    """Of `lost [*B]`, whether all lanes are that share a leaf whose lanes' axes have these `sizes`: `[*b]`."""
+    return jnp.all(lost, axis=tuple(i for i, n in enumerate(sizes) if n == 1), keepdims=True)
+
+
 def pick_lanes(x: Array, index: tuple[Array, ...]) -> Array:
     """Lanes of an array that ends in `len(index)` lanes' axes, as one last axis: of size 1 where all lanes share x."""
     sizes = x.shape[x.ndim - len(index) :]

@@ -189,9 +189,9 @@ def fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) ->
     size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
     poor = loop.half_width > float(jnp.finfo(dtype).eps) ** 0.5 * size
     failed = (loop.status >= int(Status.NONFINITE_INPUT)) | ((loop.status != int(Status.CONVERGED)) & poor)
-    h = jnp.where(failed[None], jnp.nan, loop.h)
-    h = implicit.attach(linear.Method(), problem, h, loop.c, jnp.zeros_like(size), None)[0]
-    return _tree.batch_first(h + loop.c[None], 1)
+    h, c, zero = (jnp.where(failed, 0, x) for x in (loop.h, loop.c, jnp.zeros_like(size)))
+    h = implicit.attach(linear.Method(), problem, h, c, zero, None, zero, failed)[0]
+    return _tree.batch_first(implicit.mark(h + c[None], failed), 1)
 
 
 def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
@@ -223,8 +223,10 @@ def _occupancy(mdp: MDP, policy: Array) -> Array:
     n = len(problem.batch)
     p = jnp.broadcast_to(_tree.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     initial = jnp.broadcast_to(_tree.lanes_last(mdp.initial, n, 1), p.shape[1:])
+    lost = lax.stop_gradient(~bellman.sound(problem) | ~jnp.all(jnp.isfinite(p), axis=(0, 1)))
+    problem, p = implicit.harmless(problem, lost), jnp.where(lost[None, None], 1 / p.shape[0], p)
     chain = bellman.chain(problem, p)
     states = linear.occupy(chain, initial, jnp.zeros(problem.batch, mdp.dtype), linear.Method())
     # Rounding leaves states that nobody visits at either side of 0; the derivative there is that of the system.
     states = states + lax.stop_gradient(jnp.maximum(states, 0) - states)
-    return _tree.batch_first(p * states[None], 2)
+    return _tree.batch_first(implicit.mark(p * states[None], lost), 2)

@@ -99,6 +99,21 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
     return jnp.where(overflow, far, near), rho
 
 
+def lipschitz(beta: Array, log_prior: Array, alpha: Array) -> Array:
+    """Bound the change of the maximiser in the 1-norm by that of q in the largest entry, `[*b]`.
+
+    The derivative is `beta (diag w - w w^T / W)`, of norm at most `beta W`, with `w = p0^{alpha-1} p^{2-alpha}`: W is
+    at most 1 for alpha from 1 to 2 [Hoelder], at most `p0^{alpha-1}` of the least p0 below, and unbounded above.
+
+    Args:
+        beta, alpha: `[1 or S, *b]`.
+        log_prior: `[A, 1 or S, *b]`.
+    """
+    least = jnp.min(jnp.where(jnp.isneginf(log_prior), 0, log_prior), axis=0)
+    stiff = beta * jnp.exp(jnp.minimum(alpha - 1, 0) * least)
+    return jnp.max(jnp.where(alpha > 2, jnp.inf, stiff), axis=0)
+
+
 def largest_weight(reward: Array, gap: Array, beta: Array, log_prior: Array, alpha: Array) -> Array:
     """Bound the probability of actions that are worth less than the one of the largest reward, `[A, ...]`.
 

@@ -204,7 +204,9 @@ def _eliminated(
             todo.at[lane].set(False),
         )
 
-    start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), ~solved.reshape(flat[1:]))
+    # What was asked for is lost itself where it is NaN.
+    todo = ~solved & jnp.isfinite(_norm(b, transpose))
+    start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), todo.reshape(flat[1:]))
     x, error, solved, _ = lax.while_loop(lambda state: jnp.any(state[3]), one, start)
     return x.reshape(b.shape), error.reshape(batch), solved.reshape(batch)
 

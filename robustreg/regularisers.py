@@ -49,6 +49,10 @@ class Regulariser:
     def _worst_case(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case")
 
+    def _lipschitz(self) -> Array:
+        """Bound the change of the maximiser in the 1-norm by that of q in the largest entry, `[*b]`."""
+        return jnp.full(self.beta.shape[1:], jnp.inf, self.beta.dtype)
+
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
         """Bound the probability of an action that is worth less than that of the largest `reward` by `gap`, `[A, ...]`.
 
@@ -232,6 +236,9 @@ class KL(Regulariser):
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         return conjugates.policy_tangent(policy, *self._as_alpha(), self._change(dq, change))
 
+    def _lipschitz(self) -> Array:
+        return jnp.max(self.beta, axis=0)
+
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
         return conjugates.largest_weight(reward, gap, self.beta, self._prior, jnp.ones_like(self.beta))
 
@@ -272,6 +279,9 @@ class Alpha(Regulariser):
 
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         return conjugates.policy_tangent(policy, self._prior, self.alpha, self.beta, self._change(dq, change))
+
+    def _lipschitz(self) -> Array:
+        return conjugates.lipschitz(self.beta, self._prior, self.alpha)
 
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
         return conjugates.largest_weight(reward, gap, self.beta, self._prior, self.alpha)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from robustreg import _tree
 
@@ -78,6 +79,21 @@ class Solution:
     def gap(self) -> Array:
         """Certified uncertainty `max_s upper - lower`, `[*B]`."""
         return jnp.max(self.upper - self.lower, axis=-1)
+
+    def where_converged(self, x: ArrayLike, fallback: ArrayLike = 0.0) -> Array:
+        """Replace what belongs to lanes that did not converge.
+
+        Gradients of the result are those of the lanes that did: a failed lane gets and gives none, also where it
+        shares parameters with them. Apply it to fields of the solution before anything else is computed of them.
+
+        Args:
+            x: `[*B, ...]`, for example `objective`.
+            fallback: what stands in their place, broadcastable to x.
+        """
+        x = jnp.asarray(x)
+        kept = self.converged.reshape(self.status.shape + (1,) * (x.ndim - self.status.ndim))
+        fallback = jnp.asarray(fallback, x.dtype)
+        return jnp.where(kept, x, jnp.broadcast_to(fallback, x.shape))
 
     def raise_if_failed(self) -> "Solution":
         """Return the solution if every lane converged.

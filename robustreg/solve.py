@@ -8,7 +8,8 @@ itself carries values only; policy and perturbation come from one more backup at
 **Stopping.** With the half-width `w = g/(1-g) span(d)/2` and the rounding bound `u` of `bellman.rounding`, a lane
 stops when `w + u <= tol`, and returns the midpoint of its interval, so that `max_s |value - V*| <= tol`. (If episodes
 end, constants are no null direction of the residual: `w = g/(1-g) max|d|` then, around `T V`.) Without a
-`tol` it stops at `w <= u`: as tight as the precision supports within a factor of two. A lane whose `w` is far below
+`tol` it stops at `w <= u`: as tight as the precision supports within a factor of two (and STAGNATED, if the interval is
+then still wider than half of the value). A lane whose `w` is far below
 `u` but whose `u` exceeds `tol`, or whose `w + u` has not improved for `_PATIENCE` steps, has STAGNATED and returns its
 best value. Whatever the status, `lower` and `upper` are the returned value with `w + u` on either side.
 """
@@ -43,6 +44,7 @@ def solve(
     max_steps: int | Array | None = None,
     init: ArrayLike | None = None,
     adjoint_error: ArrayLike | None = None,
+    strict: bool = False,
 ) -> Solution:
     """Solve a regularised MDP, which is the minimax game against its adversary, with a certificate.
 
@@ -58,12 +60,17 @@ def solve(
         max_steps: cap on backups; None: the solver's own.
         init: value to start from, `[*B, S]`; never differentiated.
         adjoint_error: zeros `[*B]` that do nothing, except that their gradient is a bound on the relative error (in
-            the 1-norm) of the occupancy that the backward pass solved for: a check of a gradient from inside jit.
+            the 1-norm) of the occupancy that the backward pass solved for, that of a policy which is not optimal yet
+            included: a check of a gradient from inside jit. Infinite where the linear system was not solved.
+        strict: whether rounding is bounded for the worst case. By default the roundings of a sum of more than 16
+            successors count by four times the square root of their number, a bound that random errors meet with a
+            probability close to 1; strictly, by their number, which makes dense problems' bounds wider.
 
     Returns:
         A `Solution`. Where `status` is CONVERGED, `lower <= V* <= upper` with `upper - lower <= 2 tol`.
         Its floating outputs are differentiable in every leaf of `mdp` and `reg`, in both modes and to any order (see
-        `robustreg.implicit`); in a lane with status NONFINITE or NONFINITE_INPUT gradients are NaN.
+        `robustreg.implicit`); in a lane with status NONFINITE or NONFINITE_INPUT gradients are NaN. What is not used of
+        a failed lane spoils no gradient of the others (`Solution.where_converged`).
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind or shape. Failures of lanes are no exceptions; see `status`
@@ -78,7 +85,7 @@ def solve(
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {init.shape}")
     limit = jnp.asarray(max_steps, jnp.int32)
     probe = None if adjoint_error is None else jnp.asarray(adjoint_error, dtype)
-    return _solve(mdp._prepared(), reg, solver, tol, limit, init, probe)
+    return _solve(mdp._prepared(), reg, solver, tol, limit, init, probe, strict=bool(strict))
 
 
 def _check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
@@ -101,7 +108,7 @@ def _check_steps(max_steps: int | Array | None) -> int | Array:
     return min(_host.count("max_steps", max_steps), largest)
 
 
-@functools.partial(jax.jit, static_argnames="solver")
+@functools.partial(jax.jit, static_argnames=("solver", "strict"))
 def _solve(
     mdp: MDP,
     reg: Regulariser,
@@ -110,9 +117,10 @@ def _solve(
     limit: Array,
     init: Array | None,
     probe: Array | None = None,
+    strict: bool = False,
 ) -> Solution:
     shapes = [x.shape[: x.ndim - core] for x, core in ((tol, 0), (init, 1), (probe, 0)) if x is not None]
-    problem = bellman.lanes(mdp, reg, *shapes)
+    problem = bellman.lanes(mdp, reg, *shapes, strict=strict)
     batch = problem.batch
     tol = jnp.broadcast_to(tol, batch)
     init = jnp.zeros((mdp.n_states,), mdp.dtype) if init is None else init
@@ -288,23 +296,37 @@ def _finish(
 ) -> Solution:
     """Policy and perturbation from one more backup at each lane's answer, in the public layout, with derivatives."""
     # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
-    h = jnp.where((loop.status >= int(Status.NONFINITE_INPUT))[None], jnp.nan, loop.h)
-    # A value that errs by w changes log-probabilities by up to 2 beta w: no use in solving linear systems of the policy
-    # more accurately than that.
-    accuracy = jnp.max(problem.regulariser.beta, axis=0) * loop.half_width
-    h, th, policy, q = implicit.attach(method, problem, h, loop.c, jnp.minimum(accuracy, 1e-3), probe)
-    value = h + loop.c[None]
+    lost = loop.status >= int(Status.NONFINITE_INPUT)
+    h, c, half_width = (jnp.where(lost, 0, x) for x in (loop.h, loop.c, loop.half_width))
+    # A value that errs by w changes log-probabilities by up to 2 beta w: where that was asked for, linear systems of
+    # the policy need not be solved more accurately.
+    accuracy = jnp.minimum(jnp.max(problem.regulariser.beta, axis=0) * half_width, 1e-3)
+    accuracy = jnp.where((tol < 0) | lost, 0, accuracy)
+    inexact = implicit.policy_error(problem, half_width)
+    h, th, policy, q = implicit.attach(method, problem, h, c, accuracy, probe, *lax.stop_gradient((inexact, lost)))
+    value = h + c[None]
     masked = jnp.isneginf(problem.regulariser._prior)
     perturbation = jnp.where(masked, 0, q - th[None])
+
+    def public(x: Array, core: int) -> Array:
+        return _tree.batch_first(implicit.mark(x, lost), core)
+
     return Solution(
-        value=_tree.batch_first(value, 1),
-        q=_tree.batch_first(q + loop.c[None, None], 2),
-        policy=_tree.batch_first(policy, 2),
-        perturbation=_tree.batch_first(perturbation, 2),
-        lower=_tree.batch_first(value - loop.half_width[None], 1),
-        upper=_tree.batch_first(value + loop.half_width[None], 1),
-        objective=jnp.sum(initial * value, axis=0),
-        status=loop.status,
+        value=public(value, 1),
+        q=public(q + c[None, None], 2),
+        policy=public(policy, 2),
+        perturbation=public(perturbation, 2),
+        lower=public(value - half_width[None], 1),
+        upper=public(value + half_width[None], 1),
+        objective=public(jnp.sum(initial * value, axis=0), 0),
+        status=_honest(problem, loop, tol),
         steps=loop.steps,
         tol=jnp.where(tol < 0, loop.half_width, tol),
     )
+
+
+def _honest(problem: bellman.Lanes, loop: Loop, tol: Array) -> Array:
+    """Take CONVERGED off lanes that were not told how close, and ended with an interval wider than half their value."""
+    size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
+    wide = (tol < 0) & (loop.half_width > 0.25 * size) & (problem.magnitudes.reward > 0)
+    return jnp.where(wide & (loop.status == int(Status.CONVERGED)), int(Status.STAGNATED), loop.status)

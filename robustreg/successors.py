@@ -107,6 +107,10 @@ class BoundSuccessors(Transitions):
     def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
         return jnp.sum(self.probabilities, axis=0), jnp.sum(jnp.abs(self.probabilities), axis=0)
 
+    def _silenced(self, lost: Array) -> "BoundSuccessors":
+        where = _tree.shared_by(lost, self.probabilities.shape[3:])
+        return BoundSuccessors(self.indices, jnp.where(where[None, None, None], 0, self.probabilities), self.pattern)
+
     def _lane_axes(self, ndim: int) -> tuple[int, ...]:
         return self.probabilities.shape[3:]
 

@@ -77,6 +77,10 @@ class Transitions:
         sums = self._expect(jnp.ones((self.n_states, *(1,) * ndim), dtype))
         return sums, jnp.abs(sums)
 
+    def _silenced(self, lost: Array) -> Any:
+        """A bound kernel without transitions in the lanes that are `lost`, `[*B]`; also where it is NaN there."""
+        raise TypeError(f"{type(self).__name__} does not define _silenced")
+
     def _lane_axes(self, ndim: int) -> tuple[int, ...]:
         """Sizes of a bound kernel's own lanes' axes, of which there are `ndim`; 1 where lanes share it."""
         return (1,) * ndim
@@ -184,6 +188,10 @@ class Dense(Transitions):
         p = jnp.moveaxis(self.probabilities, (-2, -3), (0, 1))
         return jnp.sum(p, axis=-1), jnp.sum(jnp.abs(p), axis=-1)
 
+    def _silenced(self, lost: Array) -> "Dense":
+        where = _tree.shared_by(lost, self.batch_shape)
+        return Dense(jnp.where(where[..., None, None, None], 0, self.probabilities))
+
     def _lane_axes(self, ndim: int) -> tuple[int, ...]:
         return self.batch_shape
 
@@ -274,6 +282,13 @@ class MatrixFree(Transitions):
 
     def bind(self, batch_ndim: int, dtype: Any) -> "MatrixFree":
         return self
+
+    def _silenced(self, lost: Array) -> "MatrixFree":
+        def put(x: Any) -> Any:
+            return jnp.where(jnp.all(lost), 0, x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+
+        static = self.tree_flatten()[1]
+        return self.tree_unflatten(static, (jax.tree.map(put, self.parameters),))
 
     def _pick(self, index: tuple[Array, ...]) -> "MatrixFree":
         return self
