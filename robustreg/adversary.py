@@ -23,7 +23,7 @@ from robustreg import _host, _tree, bellman, implicit, linear, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Status
-from robustreg.solve import iterate
+from robustreg.solve import Loop, iterate
 
 
 def worst_case(reg: Regulariser, policy: ArrayLike) -> Array:
@@ -185,13 +185,32 @@ def fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) ->
     start = jnp.zeros((problem.n_states, *problem.batch), dtype)
     fixed = lax.stop_gradient(problem)
     loop = lax.stop_gradient(iterate(fixed, solvers.automatic(fixed), tol, limit, start))
-    # No status goes with a bare value: one that missed half its digits must not pass for one that has them.
-    size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
-    poor = loop.half_width > float(jnp.finfo(dtype).eps) ** 0.5 * size
-    failed = (loop.status >= int(Status.NONFINITE_INPUT)) | ((loop.status != int(Status.CONVERGED)) & poor)
-    h, c, zero = (jnp.where(failed, 0, x) for x in (loop.h, loop.c, jnp.zeros_like(size)))
+    h, c, failed = _settled(fixed, loop)
+    h, c, zero = (jnp.where(failed, 0, x) for x in (h, c, jnp.zeros_like(c)))
     h = implicit.attach(linear.Method(), problem, h, c, zero, None, zero, failed)[0]
     return _tree.batch_first(implicit.mark(h + c[None], failed), 1)
+
+
+def _settled(problem: bellman.Lanes, loop: Loop) -> tuple[Array, Array, Array]:
+    """The fixed point `h + c` that a loop found, and the lanes in which it found none, `[*B]`.
+
+    No status goes with a bare value: one that missed half its digits must not pass for one that has them. The value of
+    a policy is the solution of one linear system, which elimination solves to all of them where the loop cannot.
+    """
+    h, c, size = loop.h, loop.c, jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
+    lost = loop.status >= int(Status.NONFINITE_INPUT)
+    poor = (loop.status != int(Status.CONVERGED)) & (
+        loop.half_width > float(jnp.finfo(problem.dtype).eps) ** 0.5 * size
+    )
+    if isinstance(problem.regulariser, Fixed):
+        reward, policy = problem.regulariser._maximiser(problem.reward)
+        certain = lost | (loop.half_width <= linear.trusted(problem.dtype) * size)
+        value = h + c[None]
+        exact, solved = linear.eliminate(bellman.chain(problem, policy), reward, value, certain)
+        better = solved & ~certain
+        h, c = jnp.where(better[None], exact, h), jnp.where(better, 0, c)
+        poor = poor & ~better
+    return h, c, lost | poor
 
 
 def occupancy(mdp: MDP, policy: ArrayLike) -> Array:

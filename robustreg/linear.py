@@ -89,7 +89,7 @@ def solve(
         inexact: bound on the relative error that the chain itself brings into an occupancy, `[*B]`, for that number.
 
     Returns:
-        `[S, *B]`; NaN in lanes of which the residual proves no error below `_trusted`, or the accuracy asked for.
+        `[S, *B]`; NaN in lanes of which the residual proves no error below `trusted`, or the accuracy asked for.
     """
 
     def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -152,14 +152,12 @@ def _norm(x: Array, transpose: bool) -> Array:
     return jnp.sum(jnp.abs(x), axis=0) if transpose else jnp.max(jnp.abs(x), axis=0)
 
 
-def _trusted(dtype: np.dtype) -> float:
+def trusted(dtype: np.dtype) -> float:
     """Relative error that a solution may have."""
     return 5e-9 if dtype.itemsize > 4 else 1e-3
 
 
-def _checked(
-    chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy: Array, transpose: bool
-) -> Solved:
+def _checked(chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy: Array, transpose: bool) -> Solved:
     """Read off the residual what a solution is worth, and solve again, in another way, the lanes that it does not prove.
 
     `|x - x*| <= horizon |b - (x - apply(x))|` in the norm of `_norm`. BiCGSTAB breaks down on chains that are nearly
@@ -170,13 +168,26 @@ def _checked(
         size, left = _norm(x, transpose), _norm(b - (x - apply(x)), transpose)
         return chain.horizon * left / jnp.where(size > 0, size, 1), left
 
-    trusted, nothing = _trusted(b.dtype), _norm(b, transpose) == 0
+    enough, nothing = trusted(b.dtype), _norm(b, transpose) == 0
     x = jnp.where(nothing[None], 0, x)  # also where the chain is NaN: no error where nothing was asked
     error, left = look(x)
-    solved = (error <= trusted) | (left <= 1.01 * accuracy * _norm(b, transpose)) | nothing
+    solved = (error <= enough) | (left <= 1.01 * accuracy * _norm(b, transpose)) | nothing
     again = _eliminated if b.shape[0] <= _DENSE else _swept
     x, error, solved = again(chain, apply, b, x, error, solved, transpose)
     return x, jnp.where(nothing, 0, error), solved
+
+
+def eliminate(chain: bellman.Chain, b: Array, x: Array, solved: Array) -> tuple[Array, Array]:
+    """Solve `(I - K) x = b` by elimination in the lanes that are not `solved` yet, if the chain is small enough.
+
+    Returns:
+        x, `[S, *B]`, and which lanes are solved now, `[*B]`.
+    """
+    b = jnp.broadcast_to(b, x.shape)
+    if b.shape[0] > _DENSE:
+        return x, solved
+    x, _, solved = _eliminated(chain, chain.apply, b, x, jnp.zeros_like(b[0]), solved, False)
+    return x, solved
 
 
 def _eliminated(
@@ -219,10 +230,10 @@ def _swept(
     Each sweep takes a share of `1/horizon` off the residual. Lanes that would take too many, and those whose rounding
     alone is too much, are given up at once.
     """
-    trusted, unit = _trusted(b.dtype), 0.5 * float(jnp.finfo(b.dtype).eps)
+    enough, unit = trusted(b.dtype), 0.5 * float(jnp.finfo(b.dtype).eps)
     x = jnp.where(jnp.all(jnp.isfinite(x), axis=0)[None], x, b)
-    needed = chain.horizon * jnp.log(4 * chain.horizon / trusted)
-    start = ~solved & (needed <= _SWEEPS) & (4 * unit * chain.horizon <= trusted)
+    needed = chain.horizon * jnp.log(4 * chain.horizon / enough)
+    start = ~solved & (needed <= _SWEEPS) & (4 * unit * chain.horizon <= enough)
 
     def sweep(state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, error, active, count = state
@@ -231,19 +242,17 @@ def _swept(
         now = chain.horizon * _norm(new - x, transpose) / jnp.where(size > 0, size, 1)
         active = active & (count <= needed)
         error = jnp.where(active, now, error)
-        running = active & ~(now <= trusted)
+        running = active & ~(now <= enough)
         return jnp.where(running[None], new, x), error, running, count + 1
 
     def running(state: tuple[Array, ...]) -> Array:
         return jnp.any(state[2])
 
     x, error, *_ = lax.while_loop(running, sweep, (x, error, start, jnp.asarray(0, jnp.int32)))
-    return x, error, solved | (start & (error <= trusted))
+    return x, error, solved | (start & (error <= enough))
 
 
-def _refined(
-    chain: bellman.Chain, apply: Operator, b: Array, accuracy: Array, mode: Array, image: Array
-) -> Array:
+def _refined(chain: bellman.Chain, apply: Operator, b: Array, accuracy: Array, mode: Array, image: Array) -> Array:
     """Solve `x - apply(x) = b` by Krylov solves for what is left until rounding ends progress.
 
     Every residual is first freed of its sum by a multiple of `mode`, whose image under `I - apply` is `image`. If no
