@@ -178,9 +178,9 @@ def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magni
 
         Then the best reward's action is better than a by `gap / beta` at least, whatever the successors are worth.
         """
-        gap = jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)[None] - reward - 2 * limit
+        gap = jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)[None] - reward - 2 * limit[None, None]
         # Less what rounding may move either by.
-        gap = gap - 16 * float(jnp.finfo(reward.dtype).eps) * (size + top)
+        gap = gap - 16 * float(jnp.finfo(reward.dtype).eps) * (size + top[None, None])
         weight = regulariser._largest_weight(jnp.where(masked, 0, reward), jnp.maximum(gap, 0))
         weighed = jnp.sum(jnp.where(size == 0, 0, weight * size), axis=0)
         return jnp.max(jnp.minimum(weighed, jnp.max(size, axis=0)), axis=0)
@@ -212,9 +212,9 @@ def _validity(
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
     # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.
     safe = jnp.where(discount > 0, discount, 1)
-    target = jnp.where(discount > 0, (1 - leave) / safe, 1) if ends else jnp.ones_like(leave)
+    target = jnp.where((discount > 0)[None, None], (1 - leave) / safe[None, None], 1) if ends else jnp.ones_like(leave)
     missing = jnp.maximum(jnp.abs(total - target), size - target)
-    missing = jnp.where(masked | (discount == 0), 0, missing)
+    missing = jnp.where(masked | (discount == 0)[None, None], 0, missing)
     deviation = jnp.max(missing, axis=(0, 1))
     # Each probability is rounded, and so are their sum and the target.
     unit = 0.5 * float(jnp.finfo(reward.dtype).eps)
@@ -223,7 +223,7 @@ def _validity(
     valid = (discount >= 0) & (discount < 1) & (complement > 0) & jnp.all(regulariser.beta > 0, axis=0)
     valid = valid & (deviation <= _MISSING) & (discount * deviation <= 0.5 * complement)
     if ends:
-        close = (leave >= (1 - 1e-5) * complement) & (leave <= 1 + 1e-5)
+        close = (leave >= (1 - 1e-5) * complement[None, None]) & (leave <= 1 + 1e-5)
         valid = valid & jnp.all(close | masked, axis=(0, 1))
     if regulariser.has_reference:
         mass = jnp.sum(jnp.exp(regulariser._prior), axis=0)
