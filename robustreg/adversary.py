@@ -12,8 +12,6 @@ that of a maximum: both are "regularisers" whose conjugate is trivial, and the l
 other, certificate included.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax

@@ -17,10 +17,11 @@ so that a constant costs nothing and rounding is that of the small `h`, not of `
 
     T V + g/(1-g) min d  <=  V*  <=  T V + g/(1-g) max d,
 
-where min d is replaced by min(min d, 0) and max d by max(max d, 0) if episodes end. Then 1/(1-g) may also be replaced by
-any `w >= 1 + g P_a w` for every action a that may be taken (`horizon`): from `T V <= V + x`, x >= 0, follows
-`T(V + x w) <= T V + x max_a g P_a w <= V + x w`, hence `V* <= V + x w`, and likewise from below. In floating point `T` is computed
-with an error; an error of `delta` in every entry widens each side by `delta/(1-g)`, except for the error in `c e`:
+where min d is replaced by min(min d, 0) and max d by max(max d, 0) if episodes end. Then 1/(1-g) may also be replaced
+by any `w >= 1 + g P_a w` for every action a that may be taken (`_horizon`): from `T V <= V + x`, x >= 0, follows
+`T(V + x w) <= T V + x max_a g P_a w <= V + x w`, hence `V* <= V + x w`, and likewise from below.
+
+**Rounding.** In floating point `T` is computed with an error; an error of `delta` in every entry widens each side by `delta/(1-g)`, except for the error in `c e`:
 along every trajectory the discounted exit rates add up to exactly 1, so that it widens them by `u |c|` only.
 `rounding` bounds both, from the size of every summand of the backup.
 
@@ -41,7 +42,6 @@ from robustreg import _tree
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
 from robustreg.transitions import Transitions
-
 
 # Share of a row of P, or of a prior, that may be missing: what is further off is no probability.
 _MISSING = 1e-3
