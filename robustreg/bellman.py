@@ -21,8 +21,8 @@ where min d is replaced by min(min d, 0) and max d by max(max d, 0) if episodes 
 by any `w >= 1 + g P_a w` for every action a that may be taken (`_horizon`): from `T V <= V + x`, x >= 0, follows
 `T(V + x w) <= T V + x max_a g P_a w <= V + x w`, hence `V* <= V + x w`, and likewise from below.
 
-**Rounding.** In floating point `T` is computed with an error; an error of `delta` in every entry widens each side by `delta/(1-g)`, except for the error in `c e`:
-along every trajectory the discounted exit rates add up to exactly 1, so that it widens them by `u |c|` only.
+**Rounding.** In floating point `T` is computed with an error; an error of `delta` in every entry widens each side by
+`delta/(1-g)`, except for the error in `c e`: along every trajectory the discounted exit rates add up to exactly 1, so that it widens them by `u |c|` only.
 `rounding` bounds both, from the size of every summand of the backup.
 
 **Rows.** All this is said of rows of P that sum to `1 - termination`. How far they miss it is measured at every solve

@@ -102,9 +102,11 @@ def test_occupancy_value_and_gradients(n, dtype):
         scale, 1e-9
     )
     for name, error in found.items():
-        # (In float32 the discount 1 - 1e-6 is 1 to the last digit but one; its complement is not.)
-        assert not np.isnan(error).any(), (name, np.flatnonzero(np.isnan(error)))
-        assert (error <= LIMITS[dtype]).all(), (name, error.max(), g[error.argmax()])
+        # A tangent may be what is left of terms a million times as large: nothing, in float32. It says so.
+        lost = np.isnan(error) & ((name == "tangent") & (dtype == np.float32) & (g > 0.9999))
+        assert not np.isnan(error[~lost]).any(), (name, np.flatnonzero(np.isnan(error)))
+        assert lost.sum() <= 0.1 * len(g)
+        assert (error[~lost] <= LIMITS[dtype]).all(), (name, np.nanmax(error), g[np.nanargmax(error)])
 
 
 def test_a_lane_that_breaks_down_costs_the_others_nothing():

@@ -1,0 +1,146 @@
+"""A lane that fails has no gradient, and takes none from the lanes that share parameters with it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import robustreg as rr
+
+S, A = 6, 3
+RNG = np.random.default_rng(0)
+P = RNG.dirichlet(np.ones(S), (2, S, A))
+R = RNG.normal(size=(2, S, A))
+START = RNG.dirichlet(np.ones(S))
+
+
+def shared():
+    """What both lanes have in common, and what each has of its own."""
+    return {"scale": jnp.asarray(1.0), "initial": jnp.asarray(START), "reward": jnp.asarray(R), "P": jnp.asarray(P)} | {
+        "beta": jnp.asarray([2.0, 2.0]),
+        "discount": jnp.asarray([0.9, 0.9]),
+        "prior": jnp.asarray(np.full((2, S, A), 1 / A)),
+    }
+
+
+def problem(x):
+    m = rr.MDP(rr.Dense(x["P"]), x["scale"] * x["reward"], x["discount"], 1 - x["discount"], x["initial"])
+    return m, rr.Alpha(jnp.asarray(1.5) * x["scale"], x["beta"], jnp.log(x["prior"]))
+
+
+def solved(x):
+    m, reg = problem(x)
+    return rr.solve(m, reg)
+
+
+FAILURES = {
+    "reward": ("reward", (1, 0, 0), np.nan),
+    "reward infinite": ("reward", (1, 0, 0), np.inf),
+    "beta negative": ("beta", (1,), -2.0),
+    "beta NaN": ("beta", (1,), np.nan),
+    "P": ("P", (1, 2, 1, 0), np.nan),
+    "rows": ("P", (1, 2, 1, 0), 7.0),
+    "discount": ("discount", (1,), 1.5),
+    "prior": ("prior", (1, 3, 0), np.nan),
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_cotangent_of_zero_is_a_gradient_of_zero(how):
+    """Gradients of what the other lane says are those of that lane alone, in every leaf, shared or not."""
+    leaf, index, value = FAILURES[how]
+    x = shared()
+    broken = x | {leaf: x[leaf].at[index].set(value)}
+    assert int(solved(broken).status[1]) == rr.Status.NONFINITE_INPUT
+
+    def of_converged(x):
+        sol = solved(x)
+        policy = sol.where_converged(sol.policy)
+        return sol.where_converged(sol.objective, 3.0).sum() + (policy**2).sum() + sol.where_converged(sol.value).sum()
+
+    def of_first(x):
+        sol = solved(x)
+        return sol.objective[0] + (sol.policy[0] ** 2).sum() + sol.value[0].sum()
+
+    found, truth = jax.grad(of_converged)(broken), jax.grad(of_first)(x)
+    for name in x:
+        np.testing.assert_allclose(found[name], truth[name], atol=1e-9, err_msg=name)
+
+
+def test_what_is_asked_of_a_failed_lane_is_nan():
+    x = shared()
+    broken = x | {"reward": x["reward"].at[1, 0, 0].set(np.nan)}
+    for ask in (lambda s: s.objective.sum(), lambda s: s.policy[1, 0, 0], lambda s: s.lower[1].sum()):
+        assert np.isnan(jax.grad(lambda x, ask=ask: ask(solved(x)))(broken)["scale"])
+    tangent = jax.jvp(lambda b: solved(broken | {"beta": b}).objective, (x["beta"],), (jnp.ones(2),))[1]
+    assert np.isfinite(tangent[0]) and np.isnan(tangent[1])
+
+
+@pytest.mark.parametrize("name", ["evaluate", "regularised", "occupancy", "optimum"])
+def test_values_and_visits_of_other_lanes(name):
+    """`evaluate`, `occupancy` and `nominal_optimum` in the same way."""
+
+    def run(x):
+        m, reg = problem(x)
+        policy = jax.nn.softmax(jnp.broadcast_to(x["scale"] * jnp.arange(A, dtype=float), (S, A)))
+        if name == "evaluate":
+            return rr.evaluate(m, policy)
+        if name == "regularised":
+            return rr.evaluate(m, policy, reg)
+        return rr.occupancy(m, policy).sum(-1) if name == "occupancy" else rr.nominal_optimum(m)
+
+    x = shared()
+    weights = jnp.asarray(RNG.normal(size=S))
+    truth = jax.grad(lambda x: run(x)[0] @ weights)(x)
+    cases = [("P", (1, 2, 1, 0), np.nan), ("discount", (1,), 1.5)]
+    cases += [] if name == "occupancy" else [("reward", (1, 0, 0), np.nan)]
+    for leaf, index, value in cases:
+        broken = x | {leaf: x[leaf].at[index].set(value)}
+        out = np.asarray(run(broken))
+        assert np.isnan(out[1]).all() and np.isfinite(out[0]).all()
+
+        def safe(x):
+            found = run(x)
+            return jnp.where(jnp.isnan(found), 0, found)[0] @ weights
+
+        found = jax.grad(safe)(broken)
+        for key in x:
+            np.testing.assert_allclose(found[key], truth[key], atol=1e-9, err_msg=key)
+
+
+def test_vmapped_and_forward_over_reverse():
+    """A mask inside vmap, and the Hessian of what is left."""
+    x = shared()
+
+    def one(scale, reward):
+        sol = solved(x | {"scale": scale, "reward": jnp.broadcast_to(reward, (2, S, A))})
+        return sol.where_converged(sol.objective)[0]
+
+    rewards = jnp.asarray(R).at[1, 0, 0].set(np.nan)
+    total = jax.grad(lambda s: jax.vmap(one, (None, 0))(s, rewards).sum())
+    alone = jax.grad(lambda s: one(s, rewards[0]))
+    np.testing.assert_allclose(total(x["scale"]), alone(x["scale"]), atol=1e-10)
+    np.testing.assert_allclose(jax.grad(total)(x["scale"]), jax.grad(alone)(x["scale"]), atol=1e-8)
+
+
+def test_the_number_that_bounds_a_gradient_taken_too_early():
+    """At MAX_STEPS the occupancy is that of another policy: the bound holds, readable inside jit, and tightens."""
+    m = rr.problems.garnet(8, 3, 3, 0.9)
+
+    @jax.jit
+    def run(reward, beta, alpha, steps):
+        def objective(r, probe):
+            mm = dataclasses.replace(m, reward=r)
+            return rr.solve(mm, rr.alpha(alpha, beta), max_steps=steps, adjoint_error=probe).objective
+
+        return jax.grad(objective, (0, 1))(reward, jnp.zeros(()))
+
+    for alpha, beta in ((1.0, 2.0), (1.5, 10.0), (0.5, 1.0), (3.0, 2.0)):
+        truth, settled = (np.asarray(x) for x in run(m.reward, beta, alpha, jnp.asarray(1000)))
+        assert settled <= (1e-9 if alpha <= 2 else 200)
+        for steps in (1, 2, 3, 5):
+            gradient, bound = (np.asarray(x) for x in run(m.reward, beta, alpha, jnp.asarray(steps)))
+            error = np.abs(gradient - truth).sum() / np.abs(truth).sum()
+            assert error <= bound, (alpha, steps, error, bound)
