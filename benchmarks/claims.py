@@ -1,0 +1,434 @@
+"""What `honesty.py` holds the library to: every claim against the reference, with the rounding that is allowed.
+
+Notation: u is half the unit of the working precision, g the discount, |r| the largest allowed reward, |V| and span V
+the size and the range of a value over states, D the policy's divergence. Each check says how far an answer lies beyond
+what its claim and rounding allow; beyond 0 is a violation. The reference's own error is always taken into account.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import reference
+from draws import Draw
+from reference import LD
+
+CLAIMS = {
+    "solve: lower <= V* <= upper": "no allowance",
+    "solve: CONVERGED, upper - lower <= 2 tol": "8 u |V| for writing the bounds down",
+    "solve to tol: lower <= V* <= upper": "no allowance",
+    "solve to tol: upper - lower <= 2 tol": "8 u |V|",
+    "evaluate, random policy": "32 u (|r| + span V)/(1-g) + 16 u |V|",
+    "evaluate, solution's policy": "the same",
+    "evaluate regularised, random policy": "the same, and (16 + 4 (|alpha log p/p0| + |log p0|)) u (summands of D)/beta/(1-g)",
+    "evaluate regularised, solution's policy": "the same",
+    "occupancy, random policy": "1e-8 (float64) or 2e-3 (float32), relative in the 1-norm",
+    "occupancy, solution's policy": "the same, and 2 |sum p - 1|/(1-g)",
+    "certify: lower <= policy's guarantee": "|sum p - 1| (|r| + span V + (1 + |alpha|) D/beta)/(1-g)",
+    "certify: V* <= upper": "no allowance",
+    "certify: lower <= upper": "no allowance",
+    "certify, random policy: lower <= guarantee": "no allowance",
+    "certify, random policy: V* <= upper": "no allowance",
+    "certify: CONVERGED passes tol + rounding": "no allowance",
+    "guarantee: total_slack": "occupancy's, times the slacks visited, and slack's",
+    "guarantee: actual >= bound": "evaluate's and total_slack's",
+    "guarantee: covered, so margin >= 0": "64 u (|guaranteed| + |actual|), evaluate's and total_slack's",
+    "slack": "(128 + 4 |log p0|) u |dr|",
+    "critical_beta: Omega* changes sign": "1e-4 (float32) or 1e-9 (float64) of beta, and slack's",
+    "gradient in the reward = occupancy": "occupancy's, and what beta (upper - lower) moves the policy, at most 1e-3",
+    "derivative along a direction, forwards": "the same",
+    "game: primal <= value <= dual": "32 u (|r| + span V)/(1-g) + 16 u |V|",
+}
+
+
+@dataclass
+class Tally:
+    """Counts of one claim: lanes tried, not checked, unanswered (NaN), violated; and the worst violation."""
+
+    tried: int = 0
+    unchecked: int = 0
+    unanswered: int = 0
+    violated: int = 0
+    worst: float = 0.0
+    example: str = ""
+
+
+@dataclass
+class Table:
+    """The tally of every claim."""
+
+    tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in CLAIMS})
+
+    @property
+    def violated(self) -> int:
+        """Claims violated, over all lanes."""
+        return sum(tally.violated for tally in self.tallies.values())
+
+
+@dataclass
+class Batch:
+    """One batch under test: the problem, the library's objects for it, what the reference says, where to write.
+
+    Attributes:
+        rr: the library (or a stand-in for it, in tests of this campaign).
+        where: the batch in words, for examples.
+        precise: double precision.
+    """
+
+    rr: Any
+    table: Table
+    draw: Draw
+    mdp: Any
+    reg: Any
+    sol: Any
+    truth: reference.Answer
+    where: str
+    precise: bool
+
+    @property
+    def unit(self) -> float:
+        """u."""
+        return float(np.finfo(self.draw.P.dtype).eps) / 2
+
+    @property
+    def close(self) -> float:
+        """What the sum of a policy's visits may be wrong by."""
+        return 1e-8 if self.precise else 2e-3
+
+    @property
+    def reward(self) -> np.ndarray:
+        """|r|, `[B]`."""
+        return np.abs(self.draw.exact.reward).max((1, 2)).astype(float)
+
+    def record(self, claim: str, beyond: Any, size: Any, answered: Any = True, checked: Any = True, applies: Any = True):
+        """Count one claim over the lanes.
+
+        Args:
+            claim: key of `CLAIMS`.
+            beyond: how far the answer is beyond what is allowed, `[B]`; NaN where answered and checked is a violation.
+            size: what that is relative to in the table, `[B]`.
+            answered, checked, applies: `[B]` each: the library gave numbers; the reference is sharp enough; the claim
+                is made of this lane at all.
+        """
+        beyond = np.asarray(beyond, float)
+        answered, checked, applies = (np.broadcast_to(x, beyond.shape) for x in (answered, checked, applies))
+        tally = self.table.tallies[claim]
+        tally.tried += int(applies.sum())
+        tally.unanswered += int((applies & ~answered).sum())
+        tally.unchecked += int((applies & answered & ~checked).sum())
+        bad = applies & answered & checked & ~(beyond <= 0)
+        tally.violated += int(bad.sum())
+        if bad.any():
+            relative = np.where(np.isnan(beyond), np.inf, beyond / np.maximum(np.asarray(size, float), 1e-300))
+            lane = int(np.where(bad, relative, -1).argmax())
+            if relative[lane] > tally.worst:
+                tally.worst = float(relative[lane])
+                tally.example = f"{self.where}, lane {lane}: {self.draw.describe(lane)}"
+
+
+def finite(*arrays: Any) -> np.ndarray:
+    """Whether all entries of a lane are finite numbers, `[B]`."""
+    ok = [np.isfinite(np.asarray(x)).reshape(len(x), -1).all(-1) for x in arrays]
+    return np.logical_and.reduce(ok)
+
+
+def extent(x: np.ndarray) -> np.ndarray:
+    """Range over states, `[B]`."""
+    return (x.max(-1) - x.min(-1)).astype(float)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the optimum
+
+
+def solution(batch: Batch, sol: Any, name: str) -> None:
+    """Bounds of a solve, and their width where it CONVERGED."""
+    lower, upper = (np.asarray(x, LD) for x in (sol.lower, sol.upper))
+    converged = np.asarray(sol.converged)
+    size = np.abs(batch.truth.upper).max(-1).astype(float)
+    beyond = np.maximum(lower - batch.truth.upper, batch.truth.lower - upper).max(-1)
+    # A lane that says CONVERGED has no right to NaN.
+    answered = finite(lower, upper) | converged
+    sharp = extent_of(batch.truth) <= 0.5 * (upper - lower).max(-1)
+    batch.record(f"{name}: lower <= V* <= upper", beyond, size, answered, sharp | ~finite(lower, upper))
+    width = "solve: CONVERGED, upper - lower <= 2 tol" if name == "solve" else f"{name}: upper - lower <= 2 tol"
+    written = 8 * batch.unit * np.abs(np.stack([lower, upper])).max((0, 2))
+    excess = (upper - lower).max(-1) - 2 * np.asarray(sol.tol, LD) - written
+    batch.record(width, excess, np.asarray(sol.tol), applies=converged)
+
+
+def extent_of(truth: reference.Answer) -> np.ndarray:
+    """Width of the reference's own interval, `[B]`."""
+    return (truth.upper - truth.lower).max(-1).astype(float)
+
+
+def certificates(batch: Batch) -> None:
+    """`certify` of the solution, and its verdict."""
+    proof = batch.rr.certify(batch.mdp, batch.reg, batch.sol)
+    lower, upper = (np.asarray(x, LD) for x in (proof.lower, proof.upper))
+    answered, size = finite(lower, upper), np.abs(batch.truth.upper).max(-1).astype(float)
+    policy = np.asarray(batch.sol.policy, LD)
+    value, error, missing, cost = guaranteed(batch, policy)
+    order = 1 + np.abs(batch.draw.exact.alpha)
+    spread = batch.reward + extent(value) + order * cost
+    allowed = error + missing * spread * batch.draw.exact.horizon
+    known, sharp = finite(batch.truth.lower, batch.truth.upper), finite(value, allowed)
+    beyond = (lower - value).max(-1) - allowed
+    batch.record("certify: lower <= policy's guarantee", beyond, size, answered, sharp, finite(policy))
+    batch.record("certify: V* <= upper", (batch.truth.lower - upper).max(-1), size, answered, known)
+    batch.record("certify: lower <= upper", (lower - upper).max(-1), size, answered)
+    limit = np.asarray(batch.sol.tol, float) + np.asarray(proof.rounding, float)
+    loose = ~_passes(batch, proof, limit)
+    worst = np.where(loose, (upper - lower).max(-1).astype(float) / 2, 0)
+    claim = "certify: CONVERGED passes tol + rounding"
+    batch.record(claim, np.where(loose, np.fmax(worst, 1e-300), 0), limit, answered, applies=batch.sol.converged)
+
+
+def _passes(batch: Batch, proof: Any, limit: np.ndarray) -> np.ndarray:
+    """Whether `raise_if_loose` lets each lane pass, `[B]`."""
+    import jax
+
+    host = jax.tree.map(np.asarray, proof)
+
+    def passes(lane: int) -> bool:
+        try:
+            jax.tree.map(lambda x: x[lane], host).raise_if_loose(limit[lane])
+        except batch.rr.SolveError:
+            return False
+        return True
+
+    return np.array([passes(lane) for lane in range(len(limit))])
+
+
+@dataclass
+class Claimed:
+    """A policy with a value for `certify`, from a user and not from `solve`."""
+
+    value: Any
+    policy: Any
+    perturbation: Any
+
+
+def certificate_of_policy(batch: Batch, value: np.ndarray) -> None:
+    """`certify` of a random policy at its own regularised value."""
+    claimed = Claimed(value, batch.draw.policy, np.zeros_like(batch.draw.policy))
+    proof = batch.rr.certify(batch.mdp, batch.reg, claimed)
+    lower, upper = (np.asarray(x, LD) for x in (proof.lower, proof.upper))
+    answered, size = finite(lower, upper), np.abs(batch.truth.upper).max(-1).astype(float)
+    exact, error, _, cost = guaranteed(batch, batch.draw.policy.astype(LD))
+    known = finite(exact, error)
+    applies = finite(cost)  # a policy that omits an action costs an infinite amount where alpha <= 0
+    claim = "certify, random policy: lower <= guarantee"
+    batch.record(claim, (lower - exact).max(-1) - error, np.abs(exact).max(-1), answered, known, applies)
+    beyond = (batch.truth.lower - upper).max(-1)
+    batch.record("certify, random policy: V* <= upper", beyond, size, answered, finite(batch.truth.lower), applies)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fixed policies
+
+
+def guaranteed(batch: Batch, policy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Regularised value of a policy (divided by its sum) `[B, S]`, bound on its error, `|sum p - 1|`, largest cost."""
+    exact = batch.draw.exact
+    total = policy.sum(-1, keepdims=True)
+    policy = policy / total
+    order = np.broadcast_to(exact.alpha[:, None], policy.shape[:2])
+    with np.errstate(all="ignore"):
+        cost = reference.divergence(order, exact.prior, policy) / exact.beta[:, None]
+        value, error = reference.evaluate(exact, policy, (policy * exact.reward).sum(-1) - cost)
+    missing = np.abs(total - 1).max((1, 2)).astype(float)
+    return value, error.astype(float), missing, cost.max(-1).astype(float)
+
+
+def values(batch: Batch, policy: Any, whose: str) -> np.ndarray:
+    """`evaluate`, plain and regularised; the regularised value comes back."""
+    exact, u, rr = batch.draw.exact, batch.unit, batch.rr
+    given = np.asarray(policy, LD)
+    p = given / given.sum(-1, keepdims=True)
+    plain, error = reference.evaluate(exact, p, (p * exact.reward).sum(-1))
+    got = np.asarray(rr.evaluate(batch.mdp, policy), LD)
+
+    def allowed(value: np.ndarray) -> np.ndarray:
+        steps = 32 * u * (batch.reward + extent(value)) * exact.horizon
+        return steps + 16 * u * np.abs(value).max(-1).astype(float)
+
+    size, applies = np.abs(plain).max(-1).astype(float) + batch.reward, finite(given)
+    beyond = np.abs(got - plain).max(-1) - error - allowed(plain)
+    batch.record(f"evaluate, {whose} policy", beyond, size, finite(got), finite(plain, error), applies)
+    value, error, _, cost = guaranteed(batch, given)
+    with np.errstate(all="ignore"):
+        power, summands = _summands(batch, p)
+        extra = u * power * summands * exact.horizon
+        got = np.asarray(rr.evaluate(batch.mdp, policy, reg=batch.reg), LD)
+        beyond = np.abs(got - value).max(-1) - error - allowed(value) - extra
+    claim, known = f"evaluate regularised, {whose} policy", finite(value, error, extra)
+    size = np.abs(value).max(-1).astype(float) + batch.reward
+    batch.record(claim, beyond, size, finite(got), known, applies & finite(cost))
+    return np.asarray(got, batch.draw.P.dtype)
+
+
+def _summands(batch: Batch, policy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What D/beta is a sum of, in size, and units of rounding that each may err by: `[B]` both, largest over states.
+
+    `p^alpha p0^(1-alpha)` is made of logarithms, whose own rounding is a unit of each.
+    """
+    exact = batch.draw.exact
+    on = (policy > 0) & (exact.prior > 0)
+    ratio = np.where(on, np.log(np.where(on, policy, 1)) - np.log(np.where(on, exact.prior, 1)), 0)
+    order = exact.alpha[:, None, None]
+    forward, mirror = np.where(order >= 0.5, order, 1), np.where(order >= 0.5, 0, order)
+    one = policy * np.abs(reference.log_alpha(forward - 1, ratio)) / forward
+    two = exact.prior * np.abs(reference.log_alpha(mirror, ratio)) / (1 - mirror)
+    size = np.where(order >= 0.5, one, two).sum(-1).max(-1) / exact.beta
+    logs = np.where(on, -np.log(np.where(on, exact.prior, 1)), 0)
+    power = 16 + 4 * (np.abs(order * ratio) + logs).max((1, 2))
+    return power.astype(float), size.astype(float)
+
+
+def visits(batch: Batch, policy: Any, whose: str) -> None:
+    """`occupancy` in the 1-norm."""
+    given = np.asarray(policy, LD)
+    total = given.sum(-1, keepdims=True)
+    p = given / total
+    d, error = reference.visits(batch.draw.exact, p)
+    got = np.asarray(batch.rr.occupancy(batch.mdp, policy), LD)
+    size = d.sum(-1).astype(float)
+    missing = np.abs(total - 1).max((1, 2)).astype(float)
+    relative = batch.close + 2 * missing * batch.draw.exact.horizon
+    beyond = np.abs(got - d[..., None] * p).sum((1, 2)) - error - relative * size
+    known = finite(d, error) & (error <= 0.1 * batch.close * size)
+    batch.record(f"occupancy, {whose} policy", beyond, size, finite(got), known, finite(given))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# perturbations
+
+
+def perturbations(batch: Batch, rng: np.random.Generator) -> np.ndarray:
+    """Random `dr [B, S, A]` of the sizes of the reward and of 1/beta: on the boundary of the robust set, in it, out."""
+    exact, dtype = batch.draw.exact, batch.draw.P.dtype
+    lanes = len(exact.beta)
+    sizes = np.stack([batch.draw.scale, np.clip(1 / exact.beta.astype(float), 1e-9, 1e9)])
+    size = np.where(rng.random(lanes) < 0.5, *sizes)[:, None, None] * 10 ** rng.uniform(-1, 1, (lanes, 1, 1))
+    x = rng.standard_normal(exact.reward.shape) * size
+    top = _conjugate(batch, x)[1].astype(float)[..., None]
+    shift = rng.integers(4, size=(lanes, 1, 1)).choose([0 * top, top, top + 0.1 * size, top - 0.1 * size])
+    return np.where(exact.prior > 0, x - shift, 0).astype(dtype)
+
+
+def _conjugate(batch: Batch, x: np.ndarray, beta: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    exact = batch.draw.exact
+    order = np.broadcast_to(exact.alpha[:, None], x.shape[:2])
+    strength = np.broadcast_to(exact.beta[:, None], x.shape[:2]) if beta is None else beta.astype(LD)
+    return reference.conjugate(x, order, strength, exact.prior)
+
+
+def _near(batch: Batch, x: np.ndarray) -> np.ndarray:
+    """What the slack of a perturbation may err by, `[B, S]`."""
+    prior = batch.draw.exact.prior
+    logs = np.abs(np.log(np.where(prior > 0, prior, 1))).max(-1)
+    return batch.unit * (128 + 4 * logs) * np.abs(np.where(prior > 0, x, 0)).max(-1)
+
+
+def slacks(batch: Batch, dr: np.ndarray) -> None:
+    """`slack` against the reference's conjugate, and the critical beta against its sign."""
+    low, high = _conjugate(batch, dr.astype(LD))
+    got, near = -np.asarray(batch.rr.slack(batch.reg, dr), LD), _near(batch, dr)
+    beyond = (np.maximum(got - high, low - got) - near).max(-1)
+    size = np.abs(dr).max((1, 2))
+    batch.record("slack", beyond, size, finite(got), finite(low, high))
+    prior = batch.draw.exact.prior
+    critical = np.asarray(batch.rr.critical_beta(batch.reg, dr), LD)
+    share, regular = 1e-9 if batch.precise else 1e-4, np.isfinite(critical) & (critical > 0)
+    at = np.where(regular, critical, 1)
+    with np.errstate(all="ignore"):
+        inside = _conjugate(batch, dr.astype(LD), at * (1 - share))[0]
+        outside = _conjugate(batch, dr.astype(LD), at * (1 + share))[1]
+    best = np.where(prior > 0, dr, -np.inf).max(-1)
+    mean = (prior * dr).sum(-1)
+    beyond = np.where(regular, np.maximum(inside, -outside) - near, np.where(critical > 0, best, -mean - near))
+    batch.record("critical_beta: Omega* changes sign", beyond.max(-1), size, ~np.isnan(critical).any(-1), finite(beyond))
+
+
+def guarantees(batch: Batch, dr: np.ndarray) -> None:
+    """`guarantee` of the random policy under `reward - dr`."""
+    exact, u, policy = batch.draw.exact, batch.unit, batch.draw.policy.astype(LD)
+    deployed = batch.draw.reward - dr
+    got = batch.rr.guarantee(batch.mdp, batch.reg, batch.draw.policy, deployed)
+    x = np.where(exact.prior > 0, batch.draw.reward.astype(LD) - deployed.astype(LD), 0)
+    low, high = _conjugate(batch, x)
+    d, error = reference.visits(exact, policy)
+    room = -(low + high) / 2
+    total, slips = (d * room).sum(-1), (d * ((high - low) + _near(batch, x))).sum(-1)
+    seen = (d * np.abs(room)).sum(-1)
+    off = batch.close * seen + slips + error * np.abs(room).max(-1)
+    size = np.maximum(seen, (d * np.abs(x).max(-1)).sum(-1))
+    answer = np.asarray(got.total_slack, LD)
+    known = finite(total, off)
+    batch.record("guarantee: total_slack", np.abs(answer - total) - off, size, finite(answer), known)
+    reward = np.where(exact.prior > 0, deployed, 0).astype(LD)
+    value, slip = reference.evaluate(exact, policy, (policy * reward).sum(-1))
+    promised, promised_slip, _, cost = guaranteed(batch, policy)
+    with np.errstate(all="ignore"):
+        power, summands = _summands(batch, policy)
+        sizes = batch.reward + np.abs(reward).max((1, 2)).astype(float) + extent(value) + extent(promised)
+        steps = u * (32 * sizes + power * summands) * exact.horizon + slip + promised_slip
+        steps = steps + 16 * u * (np.abs(value).max(-1) + np.abs(promised).max(-1))
+        actual, bound = np.asarray(got.actual, LD), np.asarray(got.bound, LD)
+        beyond = bound - actual - off - steps
+        answered, known = finite(actual, bound), known & finite(steps)
+        size = np.abs(value).max(-1) + np.abs(promised).max(-1)
+        batch.record("guarantee: actual >= bound", beyond, size, answered, known, finite(cost))
+        # The library's own words against the true values.
+        margin = ((value - promised) * exact.initial).sum(-1)
+        beyond = -margin - off - steps - 64 * u * (np.abs(actual) + np.abs(np.asarray(got.guaranteed, LD)))
+    covered = np.asarray(got.covered) & finite(cost)
+    batch.record("guarantee: covered, so margin >= 0", beyond, size, answered, known, covered)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# derivatives
+
+
+def derivatives(batch: Batch, rng: np.random.Generator) -> None:
+    """Both modes of the derivative of a solve's objective in the reward: visits of its policy."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    def objective(reward: Any) -> Any:
+        return batch.rr.solve(dataclasses.replace(batch.mdp, reward=reward), batch.reg).objective
+
+    reward = jnp.asarray(batch.draw.reward)
+    converged = np.asarray(batch.sol.converged)
+    gradient = np.asarray(jax.grad(lambda r: objective(r).sum())(reward), LD)
+    given = np.asarray(batch.sol.policy, LD)
+    p = given / given.sum(-1, keepdims=True)
+    d, error = reference.visits(batch.draw.exact, p)
+    size = d.sum(-1).astype(float)
+    missing = np.abs(given.sum(-1) - 1).max(-1).astype(float)
+    width = np.asarray(batch.sol.upper - batch.sol.lower, float).max(-1)
+    moved = np.minimum(batch.draw.exact.beta.astype(float) * width, 1e-3)
+    relative = batch.close + moved + 2 * missing * batch.draw.exact.horizon
+    known = finite(d, error) & (error <= 0.1 * batch.close * size)
+    beyond = np.abs(gradient - d[..., None] * p).sum((1, 2)) - error - relative * size
+    claim = "gradient in the reward = occupancy"
+    batch.record(claim, beyond, size, finite(gradient), known, converged)
+    direction = np.where(batch.draw.prior > 0, rng.choice([-1.0, 1.0], reward.shape), 0).astype(reward.dtype)
+    along = np.asarray(jax.jvp(objective, (reward,), (jnp.asarray(direction),))[1], LD)
+    beyond = np.abs(along - (d[..., None] * p * direction).sum((1, 2))) - error - relative * size
+    batch.record("derivative along a direction, forwards", beyond, size, finite(along), known, converged)
+
+
+def game(batch: Batch) -> None:
+    """`solve_game`: both bounds hold, however well it was played."""
+    played = batch.rr.solve_game(batch.mdp, batch.reg, steps=30)
+    primal, dual = (np.asarray(x, LD) for x in (played.primal, played.dual))
+    exact = batch.draw.exact
+    low, high = ((exact.initial * x).sum(-1) for x in (batch.truth.lower, batch.truth.upper))
+    size = np.abs(batch.truth.upper).max(-1).astype(float)
+    steps = 32 * batch.unit * (batch.reward + extent(batch.truth.upper)) * exact.horizon + 16 * batch.unit * size
+    beyond = np.maximum(primal - high, low - dual) - steps
+    batch.record("game: primal <= value <= dual", beyond, size, finite(primal, dual), finite(low, high))
