@@ -1,8 +1,9 @@
 """What `honesty.py` holds the library to: every claim against the reference, with the rounding that is allowed.
 
 Notation: u is half the unit of the working precision, g the discount, |r| the largest allowed reward, |V| and span V
-the size and the range of a value over states, D the policy's divergence. Each check says how far an answer lies beyond
-what its claim and rounding allow; beyond 0 is a violation. The reference's own error is always taken into account.
+the size and the range of a value over states, D the policy's divergence and sum|D| the sizes of what it is a sum of.
+Each check says how far an answer lies beyond what its claim and rounding allow; beyond 0 is a violation. The
+reference's own error is always taken into account.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ CLAIMS = {
     "solve to tol: upper - lower <= 2 tol": "8 u |V|",
     "evaluate, random policy": "32 u (|r| + span V)/(1-g) + 16 u |V|",
     "evaluate, solution's policy": "the same",
-    "evaluate regularised, random policy": "the same, and (16 + 4 (|alpha log p/p0| + |log p0|)) u (summands of D)/beta/(1-g)",
+    "evaluate regularised, random policy": "the same, and (16 + 4 |alpha log p/p0| + 4 |log p0|) u sum|D|/beta/(1-g)",
     "evaluate regularised, solution's policy": "the same",
     "occupancy, random policy": "1e-8 (float64) or 2e-3 (float32), relative in the 1-norm",
     "occupancy, solution's policy": "the same, and 2 |sum p - 1|/(1-g)",
@@ -100,7 +101,9 @@ class Batch:
         """|r|, `[B]`."""
         return np.abs(self.draw.exact.reward).max((1, 2)).astype(float)
 
-    def record(self, claim: str, beyond: Any, size: Any, answered: Any = True, checked: Any = True, applies: Any = True):
+    def record(
+        self, claim: str, beyond: Any, size: Any, answered: Any = True, checked: Any = True, applies: Any = True
+    ):
         """Count one claim over the lanes.
 
         Args:
@@ -146,18 +149,18 @@ def solution(batch: Batch, sol: Any, name: str) -> None:
     lower, upper = (np.asarray(x, LD) for x in (sol.lower, sol.upper))
     converged = np.asarray(sol.converged)
     size = np.abs(batch.truth.upper).max(-1).astype(float)
-    beyond = np.maximum(lower - batch.truth.upper, batch.truth.lower - upper).max(-1)
-    # A lane that says CONVERGED has no right to NaN.
+    beyond = np.maximum(np.maximum(lower - batch.truth.upper, batch.truth.lower - upper), lower - upper).max(-1)
+    # A lane that says CONVERGED has no right to NaN. A wide reference may still prove a bound false, but not true.
     answered = finite(lower, upper) | converged
-    sharp = extent_of(batch.truth) <= 0.5 * (upper - lower).max(-1)
-    batch.record(f"{name}: lower <= V* <= upper", beyond, size, answered, sharp | ~finite(lower, upper))
+    sharp = (width_of(batch.truth) <= 0.5 * (upper - lower).max(-1)) | (beyond > 0) | ~finite(lower, upper)
+    batch.record(f"{name}: lower <= V* <= upper", beyond, size, answered, sharp)
     width = "solve: CONVERGED, upper - lower <= 2 tol" if name == "solve" else f"{name}: upper - lower <= 2 tol"
     written = 8 * batch.unit * np.abs(np.stack([lower, upper])).max((0, 2))
     excess = (upper - lower).max(-1) - 2 * np.asarray(sol.tol, LD) - written
     batch.record(width, excess, np.asarray(sol.tol), applies=converged)
 
 
-def extent_of(truth: reference.Answer) -> np.ndarray:
+def width_of(truth: reference.Answer) -> np.ndarray:
     """Width of the reference's own interval, `[B]`."""
     return (truth.upper - truth.lower).max(-1).astype(float)
 
@@ -338,17 +341,15 @@ def slacks(batch: Batch, dr: np.ndarray) -> None:
     beyond = (np.maximum(got - high, low - got) - near).max(-1)
     size = np.abs(dr).max((1, 2))
     batch.record("slack", beyond, size, finite(got), finite(low, high))
-    prior = batch.draw.exact.prior
     critical = np.asarray(batch.rr.critical_beta(batch.reg, dr), LD)
-    share, regular = 1e-9 if batch.precise else 1e-4, np.isfinite(critical) & (critical > 0)
-    at = np.where(regular, critical, 1)
-    with np.errstate(all="ignore"):
-        inside = _conjugate(batch, dr.astype(LD), at * (1 - share))[0]
-        outside = _conjugate(batch, dr.astype(LD), at * (1 + share))[1]
-    best = np.where(prior > 0, dr, -np.inf).max(-1)
-    mean = (prior * dr).sum(-1)
-    beyond = np.where(regular, np.maximum(inside, -outside) - near, np.where(critical > 0, best, -mean - near))
-    batch.record("critical_beta: Omega* changes sign", beyond.max(-1), size, ~np.isnan(critical).any(-1), finite(beyond))
+    # Zero and infinity say that it lies beyond what the precision can write down.
+    share, ends = (1e-9 if batch.precise else 1e-4), np.finfo(dr.dtype)
+    at = np.clip(np.where(np.isnan(critical), 1, critical), LD(ends.tiny), LD(ends.max))
+    inside = np.where(critical > 0, _conjugate(batch, dr.astype(LD), at * (1 - share))[0], -np.inf)
+    outside = np.where(critical < np.inf, _conjugate(batch, dr.astype(LD), at * (1 + share))[1], np.inf)
+    beyond = (np.maximum(inside, -outside) - near).max(-1)
+    answered = ~np.isnan(critical).any(-1)
+    batch.record("critical_beta: Omega* changes sign", beyond, size, answered, ~np.isnan(beyond))
 
 
 def guarantees(batch: Batch, dr: np.ndarray) -> None:

@@ -4,15 +4,16 @@
 
 Draws random problems (`draws.py`), asks the library everything it claims to know about them, and compares every answer
 with a slow reference in extended precision (`reference.py`) that carries its own bounds. 20,480 float32 and 6,144
-float64 problems, solved twice each where a tolerance is given too: KL and alpha in [-5, 5], a share at or beside 0, 1/2,
-1 and 2; beta and the size of the rewards each log-uniform in [1e-6, 1e6]; discounts 0 to .9999; forbidden actions and
-priors to 1e-12; episodes that end; Garnets, permutations, deterministic and nearly deterministic maps, cycles with exits,
-absorbing chains, two-cycles, skew walks, nearly decomposable chains; 2 to 40 states, 1 to 6 actions; in batches of 1,024.
+float64 problems, solved twice where a tolerance is given too: KL and alpha in [-5, 5], a share at or beside 0, 1/2, 1
+and 2; beta and the size of the rewards each log-uniform in [1e-6, 1e6]; discounts 0 to .9999; forbidden actions and
+priors to 1e-12; episodes that end; Garnets, permutations, deterministic and nearly deterministic maps, cycles with
+exits, absorbing chains, two-cycles, skew walks, nearly decomposable chains; 2 to 40 states, 1 to 6 actions; in batches
+of 1,024.
 
 A claim is *violated* where an answer is beyond what was claimed plus the rounding that the table states (`claims.py`;
-multiples of the unit times the sizes involved, chosen before the first run). NaN is *unanswered*, not a violation, unless
-the status says CONVERGED. Where the reference's own bounds are too wide to tell, the lane is *not checked*. Exit status 1
-if anything is violated.
+multiples of the unit times the sizes involved, chosen before the first run). NaN is *unanswered*, not a violation,
+unless the status says CONVERGED. Where the reference's own bounds are too wide to tell, the lane is *not checked*. Exit
+status 1 if anything is violated.
 
 Typical printout (2 shared CPU cores, JAX 0.12.0):
 

@@ -282,7 +282,9 @@ def solve(problem: Problem, turns: int = 100) -> Answer:
     return Answer(lower, upper)
 
 
-def _improve(problem: Problem, h: np.ndarray, c: np.ndarray, rows: np.ndarray, policy: np.ndarray, residual: np.ndarray):
+def _improve(
+    problem: Problem, h: np.ndarray, c: np.ndarray, rows: np.ndarray, policy: np.ndarray, residual: np.ndarray
+):
     """One step of policy iteration in correction form, in place."""
     part = Problem(*(getattr(problem, name)[rows] for name in Problem.__dataclass_fields__))
     matrix = np.eye(h.shape[-1]) - under(part, policy)[0].astype(float)
