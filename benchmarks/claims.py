@@ -21,7 +21,7 @@ CLAIMS = {
     "solve to tol: upper - lower <= 2 tol": "8 u |V|",
     "evaluate, random policy": "32 u (|r| + span V)/(1-g) + 16 u |V|",
     "evaluate, solution's policy": "the same",
-    "evaluate regularised, random policy": "the same, and (16 + 4 |alpha log p/p0| + 4 |log p0|) u sum|D|/beta/(1-g)",
+    "evaluate regularised, random policy": "the same, and (16 + 4 |alpha log p/p0| + 4 |log p0|) u sum|D|/beta/(1-g), and N/(1-g)",
     "evaluate regularised, solution's policy": "the same",
     "occupancy, random policy": "1e-8 (float64) or 2e-3 (float32), relative in the 1-norm",
     "occupancy, solution's policy": "the same, and 2 |sum p - 1|/(1-g)",
@@ -31,10 +31,10 @@ CLAIMS = {
     "certify, random policy: lower <= guarantee": "no allowance",
     "certify, random policy: V* <= upper": "no allowance",
     "certify: CONVERGED passes tol + rounding": "no allowance",
-    "guarantee: total_slack": "occupancy's, times the slacks visited, and slack's",
+    "guarantee: total_slack": "occupancy's, times the largest slack, and slack's",
     "guarantee: actual >= bound": "evaluate's and total_slack's",
     "guarantee: covered, so margin >= 0": "64 u (|guaranteed| + |actual|), evaluate's and total_slack's",
-    "slack": "(128 + 4 |log p0|) u |dr|",
+    "slack": "(128 + 4 |log p0|) u |dr| + N, N = 64 (u (1 + |log p0|))^2/beta",
     "critical_beta: Omega* changes sign": "1e-4 (float32) or 1e-9 (float64) of beta, and slack's",
     "gradient in the reward = occupancy": "occupancy's, and what beta (upper - lower) moves the policy, at most 1e-3",
     "derivative along a direction, forwards": "the same",
@@ -262,7 +262,7 @@ def values(batch: Batch, policy: Any, whose: str) -> np.ndarray:
     value, error, _, cost = guaranteed(batch, given)
     with np.errstate(all="ignore"):
         power, summands = _summands(batch, p)
-        extra = u * power * summands * exact.horizon
+        extra = (u * power * summands + _noise(batch).max(-1).astype(float)) * exact.horizon
         got = np.asarray(rr.evaluate(batch.mdp, policy, reg=batch.reg), LD)
         beyond = np.abs(got - value).max(-1) - error - allowed(value) - extra
     claim, known = f"evaluate regularised, {whose} policy", finite(value, error, extra)
@@ -327,11 +327,21 @@ def _conjugate(batch: Batch, x: np.ndarray, beta: np.ndarray | None = None) -> t
     return reference.conjugate(x, order, strength, exact.prior)
 
 
+def _logs(batch: Batch) -> np.ndarray:
+    """Largest `|log p0|`, `[B, S]`: priors are kept as logarithms, and err by so many units."""
+    prior = batch.draw.exact.prior
+    return np.abs(np.log(np.where(prior > 0, prior, 1))).max(-1)
+
+
+def _noise(batch: Batch) -> np.ndarray:
+    """What those units do to a divergence that is 0, in reward units, `[B, S]`: their square."""
+    return 64 * (batch.unit * (1 + _logs(batch))) ** 2 / batch.draw.exact.beta[:, None]
+
+
 def _near(batch: Batch, x: np.ndarray) -> np.ndarray:
     """What the slack of a perturbation may err by, `[B, S]`."""
-    prior = batch.draw.exact.prior
-    logs = np.abs(np.log(np.where(prior > 0, prior, 1))).max(-1)
-    return batch.unit * (128 + 4 * logs) * np.abs(np.where(prior > 0, x, 0)).max(-1)
+    size = np.abs(np.where(batch.draw.exact.prior > 0, x, 0)).max(-1)
+    return batch.unit * (128 + 4 * _logs(batch)) * size + _noise(batch)
 
 
 def slacks(batch: Batch, dr: np.ndarray) -> None:
@@ -342,9 +352,10 @@ def slacks(batch: Batch, dr: np.ndarray) -> None:
     size = np.abs(dr).max((1, 2))
     batch.record("slack", beyond, size, finite(got), finite(low, high))
     critical = np.asarray(batch.rr.critical_beta(batch.reg, dr), LD)
-    # Zero and infinity say that it lies beyond what the precision can write down.
+    # Zero and infinity say that it lies beyond what the precision (and, in double precision, 1e+-150) can hold.
     share, ends = (1e-9 if batch.precise else 1e-4), np.finfo(dr.dtype)
-    at = np.clip(np.where(np.isnan(critical), 1, critical), LD(ends.tiny), LD(ends.max))
+    at = np.where(np.isnan(critical), 1, critical)
+    at = np.clip(at, max(float(ends.tiny), 1e-150), min(float(ends.max), 1e150))
     inside = np.where(critical > 0, _conjugate(batch, dr.astype(LD), at * (1 - share))[0], -np.inf)
     outside = np.where(critical < np.inf, _conjugate(batch, dr.astype(LD), at * (1 + share))[1], np.inf)
     beyond = (np.maximum(inside, -outside) - near).max(-1)
@@ -362,9 +373,9 @@ def guarantees(batch: Batch, dr: np.ndarray) -> None:
     d, error = reference.visits(exact, policy)
     room = -(low + high) / 2
     total, slips = (d * room).sum(-1), (d * ((high - low) + _near(batch, x))).sum(-1)
-    seen = (d * np.abs(room)).sum(-1)
-    off = batch.close * seen + slips + error * np.abs(room).max(-1)
-    size = np.maximum(seen, (d * np.abs(x).max(-1)).sum(-1))
+    # Visits that err by so much in the 1-norm may do so in any state.
+    size = d.sum(-1) * np.abs(room).max(-1)
+    off = batch.close * size + slips + error * np.abs(room).max(-1)
     answer = np.asarray(got.total_slack, LD)
     known = finite(total, off)
     batch.record("guarantee: total_slack", np.abs(answer - total) - off, size, finite(answer), known)

@@ -133,10 +133,11 @@ def campaign(rr: Any, groups: tuple[Group, ...], seed: int = 0, say: Any = None)
 
 def show(table: Table) -> None:
     """Print the table, and the worst example of each violated claim."""
-    print(f"  {'claim':<46}{'tried':>8}{'not checked':>13}{'unanswered':>12}{'violated':>10}   allowed for rounding")
+    print(f"  {'claim':<46}{'tried':>8}{'not checked':>13}{'unanswered':>17}{'violated':>10}   allowed for rounding")
     tried = {name: tally for name, tally in table.tallies.items() if tally.tried}
     for name, tally in tried.items():
-        counts = f"{tally.tried:>8}{tally.unchecked:>13}{tally.unanswered:>12}{tally.violated:>10}"
+        lost = f"{tally.unanswered} ({tally.unanswered / tally.tried:.1%})"
+        counts = f"{tally.tried:>8}{tally.unchecked:>13}{lost:>17}{tally.violated:>10}"
         print(f"  {name:<46}{counts}   {CLAIMS[name]}")
     for name, tally in tried.items():
         if tally.violated:
