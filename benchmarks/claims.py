@@ -1,144 +1,12 @@
-"""What `honesty.py` holds the library to: every claim against the reference, with the rounding that is allowed.
+"""What `honesty.py` holds the library to: a function for every part of it, which fills the table of `tallies.py`."""
 
-Notation: u is half the unit of the working precision, g the discount, |r| the largest allowed reward, |V| and span V
-the size and the range of a value over states, D the policy's divergence and sum|D| the sizes of what it is a sum of.
-Each check says how far an answer lies beyond what its claim and rounding allow; beyond 0 is a violation. The
-reference's own error is always taken into account.
-"""
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import reference
-from draws import Draw
 from reference import LD
-
-CLAIMS = {
-    "solve: lower <= V* <= upper": "no allowance",
-    "solve: CONVERGED, upper - lower <= 2 tol": "8 u |V| for writing the bounds down",
-    "solve to tol: lower <= V* <= upper": "no allowance",
-    "solve to tol: upper - lower <= 2 tol": "8 u |V|",
-    "evaluate, random policy": "32 u (|r| + span V)/(1-g) + 16 u |V|",
-    "evaluate, solution's policy": "the same",
-    "evaluate regularised, random policy": "the same, and (16 + 4 |alpha log p/p0| + 4 |log p0|) u sum|D|/beta/(1-g), and N/(1-g)",
-    "evaluate regularised, solution's policy": "the same",
-    "occupancy, random policy": "1e-8 (float64) or 2e-3 (float32), relative in the 1-norm",
-    "occupancy, solution's policy": "the same, and 2 |sum p - 1|/(1-g)",
-    "certify: lower <= policy's guarantee": "|sum p - 1| (|r| + span V + (1 + |alpha|) D/beta)/(1-g)",
-    "certify: V* <= upper": "no allowance",
-    "certify: lower <= upper": "no allowance",
-    "certify, random policy: lower <= guarantee": "no allowance",
-    "certify, random policy: V* <= upper": "no allowance",
-    "certify: CONVERGED passes tol + rounding": "no allowance",
-    "guarantee: total_slack": "occupancy's, times the largest slack, and slack's",
-    "guarantee: actual >= bound": "evaluate's and total_slack's",
-    "guarantee: covered, so margin >= 0": "64 u (|guaranteed| + |actual|), evaluate's and total_slack's",
-    "slack": "(128 + 4 |log p0|) u |dr| + N, N = 64 (u (1 + |log p0|))^2/beta",
-    "critical_beta: Omega* changes sign": "1e-4 (float32) or 1e-9 (float64) of beta, and slack's",
-    "gradient in the reward = occupancy": "occupancy's, and what beta (upper - lower) moves the policy, at most 1e-3",
-    "derivative along a direction, forwards": "the same",
-    "game: primal <= value <= dual": "32 u (|r| + span V)/(1-g) + 16 u |V|",
-}
-
-
-@dataclass
-class Tally:
-    """Counts of one claim: lanes tried, not checked, unanswered (NaN), violated; and the worst violation."""
-
-    tried: int = 0
-    unchecked: int = 0
-    unanswered: int = 0
-    violated: int = 0
-    worst: float = 0.0
-    example: str = ""
-
-
-@dataclass
-class Table:
-    """The tally of every claim."""
-
-    tallies: dict[str, Tally] = field(default_factory=lambda: {name: Tally() for name in CLAIMS})
-
-    @property
-    def violated(self) -> int:
-        """Claims violated, over all lanes."""
-        return sum(tally.violated for tally in self.tallies.values())
-
-
-@dataclass
-class Batch:
-    """One batch under test: the problem, the library's objects for it, what the reference says, where to write.
-
-    Attributes:
-        rr: the library (or a stand-in for it, in tests of this campaign).
-        where: the batch in words, for examples.
-        precise: double precision.
-    """
-
-    rr: Any
-    table: Table
-    draw: Draw
-    mdp: Any
-    reg: Any
-    sol: Any
-    truth: reference.Answer
-    where: str
-    precise: bool
-
-    @property
-    def unit(self) -> float:
-        """u."""
-        return float(np.finfo(self.draw.P.dtype).eps) / 2
-
-    @property
-    def close(self) -> float:
-        """What the sum of a policy's visits may be wrong by."""
-        return 1e-8 if self.precise else 2e-3
-
-    @property
-    def reward(self) -> np.ndarray:
-        """|r|, `[B]`."""
-        return np.abs(self.draw.exact.reward).max((1, 2)).astype(float)
-
-    def record(
-        self, claim: str, beyond: Any, size: Any, answered: Any = True, checked: Any = True, applies: Any = True
-    ):
-        """Count one claim over the lanes.
-
-        Args:
-            claim: key of `CLAIMS`.
-            beyond: how far the answer is beyond what is allowed, `[B]`; NaN where answered and checked is a violation.
-            size: what that is relative to in the table, `[B]`.
-            answered, checked, applies: `[B]` each: the library gave numbers; the reference is sharp enough; the claim
-                is made of this lane at all.
-        """
-        beyond = np.asarray(beyond, float)
-        answered, checked, applies = (np.broadcast_to(x, beyond.shape) for x in (answered, checked, applies))
-        tally = self.table.tallies[claim]
-        tally.tried += int(applies.sum())
-        tally.unanswered += int((applies & ~answered).sum())
-        tally.unchecked += int((applies & answered & ~checked).sum())
-        bad = applies & answered & checked & ~(beyond <= 0)
-        tally.violated += int(bad.sum())
-        if bad.any():
-            relative = np.where(np.isnan(beyond), np.inf, beyond / np.maximum(np.asarray(size, float), 1e-300))
-            lane = int(np.where(bad, relative, -1).argmax())
-            if relative[lane] > tally.worst:
-                tally.worst = float(relative[lane])
-                tally.example = f"{self.where}, lane {lane}: {self.draw.describe(lane)}"
-
-
-def finite(*arrays: Any) -> np.ndarray:
-    """Whether all entries of a lane are finite numbers, `[B]`."""
-    ok = [np.isfinite(np.asarray(x)).reshape(len(x), -1).all(-1) for x in arrays]
-    return np.logical_and.reduce(ok)
-
-
-def extent(x: np.ndarray) -> np.ndarray:
-    """Range over states, `[B]`."""
-    return (x.max(-1) - x.min(-1)).astype(float)
-
+from tallies import Batch, extent, finite
 
 # ---------------------------------------------------------------------------------------------------------------
 # the optimum
@@ -150,9 +18,9 @@ def solution(batch: Batch, sol: Any, name: str) -> None:
     converged = np.asarray(sol.converged)
     size = np.abs(batch.truth.upper).max(-1).astype(float)
     beyond = np.maximum(np.maximum(lower - batch.truth.upper, batch.truth.lower - upper), lower - upper).max(-1)
-    # A lane that says CONVERGED has no right to NaN. A wide reference may still prove a bound false, but not true.
+    # A lane that says CONVERGED has no right to NaN.
     answered = finite(lower, upper) | converged
-    sharp = (width_of(batch.truth) <= 0.5 * (upper - lower).max(-1)) | (beyond > 0) | ~finite(lower, upper)
+    sharp = (width_of(batch.truth) <= 0.5 * (upper - lower).max(-1)) | ~finite(lower, upper)
     batch.record(f"{name}: lower <= V* <= upper", beyond, size, answered, sharp)
     width = "solve: CONVERGED, upper - lower <= 2 tol" if name == "solve" else f"{name}: upper - lower <= 2 tol"
     written = 8 * batch.unit * np.abs(np.stack([lower, upper])).max((0, 2))
@@ -175,7 +43,8 @@ def certificates(batch: Batch) -> None:
     order = 1 + np.abs(batch.draw.exact.alpha)
     spread = batch.reward + extent(value) + order * cost
     allowed = error + missing * spread * batch.draw.exact.horizon
-    known, sharp = finite(batch.truth.lower, batch.truth.upper), finite(value, allowed)
+    width = (upper - lower).max(-1)
+    known, sharp = width_of(batch.truth) <= 0.5 * width, error <= 0.5 * (allowed - error + width)
     beyond = (lower - value).max(-1) - allowed
     batch.record("certify: lower <= policy's guarantee", beyond, size, answered, sharp, finite(policy))
     batch.record("certify: V* <= upper", (batch.truth.lower - upper).max(-1), size, answered, known)
@@ -219,12 +88,13 @@ def certificate_of_policy(batch: Batch, value: np.ndarray) -> None:
     lower, upper = (np.asarray(x, LD) for x in (proof.lower, proof.upper))
     answered, size = finite(lower, upper), np.abs(batch.truth.upper).max(-1).astype(float)
     exact, error, _, cost = guaranteed(batch, batch.draw.policy.astype(LD))
-    known = finite(exact, error)
+    width = (upper - lower).max(-1)
+    known, sharp = error <= 0.5 * width, width_of(batch.truth) <= 0.5 * width
     applies = finite(cost)  # a policy that omits an action costs an infinite amount where alpha <= 0
     claim = "certify, random policy: lower <= guarantee"
     batch.record(claim, (lower - exact).max(-1) - error, np.abs(exact).max(-1), answered, known, applies)
     beyond = (batch.truth.lower - upper).max(-1)
-    batch.record("certify, random policy: V* <= upper", beyond, size, answered, finite(batch.truth.lower), applies)
+    batch.record("certify, random policy: V* <= upper", beyond, size, answered, sharp, applies)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -258,14 +128,15 @@ def values(batch: Batch, policy: Any, whose: str) -> np.ndarray:
 
     size, applies = np.abs(plain).max(-1).astype(float) + batch.reward, finite(given)
     beyond = np.abs(got - plain).max(-1) - error - allowed(plain)
-    batch.record(f"evaluate, {whose} policy", beyond, size, finite(got), finite(plain, error), applies)
+    batch.record(f"evaluate, {whose} policy", beyond, size, finite(got), error <= 0.5 * allowed(plain), applies)
     value, error, _, cost = guaranteed(batch, given)
     with np.errstate(all="ignore"):
         power, summands = _summands(batch, p)
         extra = (u * power * summands + _noise(batch).max(-1).astype(float)) * exact.horizon
         got = np.asarray(rr.evaluate(batch.mdp, policy, reg=batch.reg), LD)
         beyond = np.abs(got - value).max(-1) - error - allowed(value) - extra
-    claim, known = f"evaluate regularised, {whose} policy", finite(value, error, extra)
+        known = error <= 0.5 * (allowed(value) + extra)
+    claim = f"evaluate regularised, {whose} policy"
     size = np.abs(value).max(-1).astype(float) + batch.reward
     batch.record(claim, beyond, size, finite(got), known, applies & finite(cost))
     return np.asarray(got, batch.draw.P.dtype)
@@ -350,7 +221,7 @@ def slacks(batch: Batch, dr: np.ndarray) -> None:
     got, near = -np.asarray(batch.rr.slack(batch.reg, dr), LD), _near(batch, dr)
     beyond = (np.maximum(got - high, low - got) - near).max(-1)
     size = np.abs(dr).max((1, 2))
-    batch.record("slack", beyond, size, finite(got), finite(low, high))
+    batch.record("slack", beyond, size, finite(got), (high - low <= 0.5 * near).all(-1))
     critical = np.asarray(batch.rr.critical_beta(batch.reg, dr), LD)
     # Zero and infinity say that it lies beyond what the precision (and, in double precision, 1e+-150) can hold.
     share, ends = (1e-9 if batch.precise else 1e-4), np.finfo(dr.dtype)
@@ -377,7 +248,7 @@ def guarantees(batch: Batch, dr: np.ndarray) -> None:
     size = d.sum(-1) * np.abs(room).max(-1)
     off = batch.close * size + slips + error * np.abs(room).max(-1)
     answer = np.asarray(got.total_slack, LD)
-    known = finite(total, off)
+    known = finite(total, off) & (error <= 0.1 * batch.close * d.sum(-1))
     batch.record("guarantee: total_slack", np.abs(answer - total) - off, size, finite(answer), known)
     reward = np.where(exact.prior > 0, deployed, 0).astype(LD)
     value, slip = reference.evaluate(exact, policy, (policy * reward).sum(-1))
@@ -385,11 +256,13 @@ def guarantees(batch: Batch, dr: np.ndarray) -> None:
     with np.errstate(all="ignore"):
         power, summands = _summands(batch, policy)
         sizes = batch.reward + np.abs(reward).max((1, 2)).astype(float) + extent(value) + extent(promised)
-        steps = u * (32 * sizes + power * summands) * exact.horizon + slip + promised_slip
+        steps = u * (32 * sizes + power * summands) * exact.horizon
         steps = steps + 16 * u * (np.abs(value).max(-1) + np.abs(promised).max(-1))
+        known = known & (slip + promised_slip <= 0.5 * (off + steps))
+        steps = steps + slip + promised_slip
         actual, bound = np.asarray(got.actual, LD), np.asarray(got.bound, LD)
         beyond = bound - actual - off - steps
-        answered, known = finite(actual, bound), known & finite(steps)
+        answered = finite(actual, bound)
         size = np.abs(value).max(-1) + np.abs(promised).max(-1)
         batch.record("guarantee: actual >= bound", beyond, size, answered, known, finite(cost))
         # The library's own words against the true values.
@@ -442,5 +315,6 @@ def game(batch: Batch) -> None:
     low, high = ((exact.initial * x).sum(-1) for x in (batch.truth.lower, batch.truth.upper))
     size = np.abs(batch.truth.upper).max(-1).astype(float)
     steps = 32 * batch.unit * (batch.reward + extent(batch.truth.upper)) * exact.horizon + 16 * batch.unit * size
-    beyond = np.maximum(primal - high, low - dual) - steps
-    batch.record("game: primal <= value <= dual", beyond, size, finite(primal, dual), finite(low, high))
+    beyond = np.maximum(np.maximum(primal - high, low - dual), primal - dual) - steps
+    sharp = high - low <= 0.5 * (dual - primal + steps)
+    batch.record("game: primal <= value <= dual", beyond, size, finite(primal, dual), sharp)

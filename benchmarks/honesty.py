@@ -10,7 +10,7 @@ priors to 1e-12; episodes that end; Garnets, permutations, deterministic and nea
 exits, absorbing chains, two-cycles, skew walks, nearly decomposable chains; 2 to 40 states, 1 to 6 actions; in batches
 of 1,024.
 
-A claim is *violated* where an answer is beyond what was claimed plus the rounding that the table states (`claims.py`;
+A claim is *violated* where an answer is beyond what was claimed plus the rounding that the table states (`tallies.py`;
 multiples of the unit times the sizes involved, chosen before the first run). NaN is *unanswered*, not a violation,
 unless the status says CONVERGED. Where the reference's own bounds are too wide to tell, the lane is *not checked*. Exit
 status 1 if anything is violated.
@@ -34,9 +34,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import claims  # noqa: E402
 import reference  # noqa: E402
-from claims import CLAIMS, Batch, Table  # noqa: E402
 from draws import draw  # noqa: E402
 from solvers import commit  # noqa: E402
+from tallies import CLAIMS, Batch, Table  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,9 +110,9 @@ def divergence(alpha: np.ndarray, prior: np.ndarray, policy: np.ndarray, ratio: 
 
 def bracket(gap: np.ndarray, log_prior: np.ndarray, h: np.ndarray, fine: bool) -> tuple[np.ndarray, np.ndarray]:
     """Levels `[..., 1]` around the one whose policy sums to one: bisection in double, then in extended precision."""
-    narrow = [x.astype(float) for x in (gap, log_prior, h)]
     best = np.where(gap == 0, log_prior, -np.inf).max(-1, keepdims=True)
-    low, high = _bisect(np.zeros(best.shape), -best.astype(float), *narrow, 54)
+    low, high = np.zeros(best.shape), -best.astype(float)
+    low, high = _bisect(low, high, gap.astype(float), log_prior.astype(float), h.astype(float), 54)
     if fine:
         reach = 256 * float(np.finfo(float).eps) * (1 + high)
         wide = np.maximum(low - reach, 0).astype(LD), np.minimum(high + reach, -best)

@@ -14,8 +14,9 @@ from oracle import exact_conjugate
 
 import robustreg as rr
 
+MODULES = ("claims", "draws", "honesty", "reference", "tallies")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-claims, draws, honesty, reference = (importlib.import_module(x) for x in ("claims", "draws", "honesty", "reference"))
+claims, draws, honesty, reference, tallies = map(importlib.import_module, MODULES)
 
 
 def random_decisions(n, seed):
@@ -80,7 +81,7 @@ def batch():
     m = rr.mdp(drawn.P, drawn.reward, drawn.discount, drawn.initial, layout="sas")
     reg = rr.alpha(drawn.alpha, drawn.beta, drawn.prior)
     sol, truth = rr.solve(m, reg), reference.solve(drawn.exact)
-    return claims.Batch(rr, claims.Table(), drawn, m, reg, sol, truth, "planted", False)
+    return tallies.Batch(rr, tallies.Table(), drawn, m, reg, sol, truth, "planted", False)
 
 
 def lose(x, lane=7):
@@ -98,7 +99,7 @@ def wrong(name: str, change: Any) -> Any:
 
 def found(batch, spoilt, check):
     """Claims that are violated with a changed library, and those without an answer."""
-    table = claims.Table()
+    table = tallies.Table()
     check(dataclasses.replace(batch, rr=spoilt, table=table))
     return (
         {name for name, tally in table.tallies.items() if tally.violated},
@@ -121,7 +122,7 @@ def checks(batch):
 @pytest.mark.parametrize("name", ["evaluate", "occupancy", "slack", "critical_beta"])
 def test_wrong_numbers_are_found_and_lost_ones_counted(batch, name):
     check, claim = checks(batch)[name]
-    tables = claims.Table(), claims.Table(), claims.Table()
+    tables = tallies.Table(), tallies.Table(), tallies.Table()
     for table, library in zip(tables, (rr, wrong(name, lambda x: 1.02 * x), wrong(name, lose))):
         check(dataclasses.replace(batch, rr=library, table=table))
     sound, spoilt, lost = (table.tallies[claim] for table in tables)
@@ -137,7 +138,7 @@ def test_false_bounds_of_a_solve_are_found(batch):
         (dataclasses.replace(batch.sol, tol=0.4 * batch.sol.tol), "solve: CONVERGED, upper - lower <= 2 tol"),
         (dataclasses.replace(batch.sol, lower=np.nan * batch.sol.lower), "solve: lower <= V* <= upper"),
     ):
-        table = claims.Table()
+        table = tallies.Table()
         claims.solution(dataclasses.replace(batch, table=table), sol, "solve")
         assert table.tallies[claim].violated > 0.5 * table.tallies[claim].tried
 
