@@ -49,7 +49,7 @@ def certificates(batch: Batch) -> None:
     batch.record("certify: lower <= policy's guarantee", beyond, size, answered, sharp, finite(policy))
     batch.record("certify: V* <= upper", (batch.truth.lower - upper).max(-1), size, answered, known)
     batch.record("certify: lower <= upper", (lower - upper).max(-1), size, answered)
-    limit = np.asarray(batch.sol.tol, float) + np.asarray(proof.rounding, float)
+    limit = np.asarray(batch.sol.tol, float) + np.asarray(proof.rounding, float).reshape(len(lower), -1).max(-1)
     loose = ~_passes(batch, proof, limit)
     worst = np.where(loose, (upper - lower).max(-1).astype(float) / 2, 0)
     claim = "certify: CONVERGED passes tol + rounding"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -188,3 +189,18 @@ def test_false_bounds_of_a_game_are_found(batch):
 
     assert not violated(low - room, high + room)
     assert violated(high + room, high + 2 * room) and violated(low - 2 * room, low - room)
+
+
+@pytest.mark.parametrize("violated", [0, 3])
+def test_the_script_prints_counts_and_fails_if_anything_is_violated(monkeypatch, capsys, tmp_path, violated):
+    table = tallies.Table()
+    slack = table.tallies["slack"]
+    slack.tried, slack.unanswered, slack.violated, slack.worst, slack.example = 200, 10, violated, 0.5, "lane 7"
+    monkeypatch.setattr(honesty, "campaign", lambda *_: table)
+    monkeypatch.setattr(sys, "argv", ["honesty.py", "--small", "--json", str(tmp_path / "rows.jsonl")])
+    assert honesty.main() == (violated > 0)
+    out = capsys.readouterr().out
+    assert "10 (5.0%)" in out and f"200 cases, {violated} claims violated" in out
+    assert ("lane 7" in out) == (violated > 0)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["claim"]: row["violated"] for row in rows}["slack"] == violated
