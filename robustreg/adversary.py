@@ -124,6 +124,11 @@ def _nothing(mdp: MDP) -> _Nothing:
     return _Nothing(jnp.asarray(jnp.finfo(mdp.dtype).max, mdp.dtype))
 
 
+def unlimited(problem: bellman.Lanes) -> Array:
+    """A beta without an end for an operator that has no logarithms to round, in the layout of the problem's own."""
+    return jnp.full_like(problem.regulariser.beta, jnp.finfo(problem.dtype).max)
+
+
 def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward: ArrayLike | None = None) -> Array:
     """Value of a fixed policy.
 
@@ -156,7 +161,7 @@ def _evaluate(mdp: MDP, policy: Array, reg: Regulariser | None, reward: Array | 
     cost = jnp.zeros((1,) * (n + 1), mdp.dtype) if reg is None else problem.regulariser._value(p)
     # Actions never taken are masked: a perturbed reward may be infinite there.
     reward = problem.reward if reward is None else _tree.lanes_last(reward, n, 2)
-    fixed = Fixed(p, cost, problem.regulariser.beta, jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
+    fixed = Fixed(p, cost, unlimited(problem), jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
     return fixed_point(problem, fixed, reward)
 
 

@@ -49,7 +49,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from robustreg import _host, _tree, bellman, play, solvers
-from robustreg.adversary import Fixed, Unregularised
+from robustreg.adversary import Fixed, Unregularised, unlimited
 from robustreg.budgets import Adversary, Whole, is_masked
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
@@ -285,7 +285,7 @@ def _primal(board: play.Board, position: play.Position, policy: Array, accuracy:
     problem = board.problem
     cost, extra = board.adversary.price(problem, position.params, policy, play.visits(board, policy))
     never = jnp.where(policy == 0, -jnp.inf, 0).astype(policy.dtype)
-    fixed = Fixed(policy, cost, problem.regulariser.beta, never)
+    fixed = Fixed(policy, cost, unlimited(problem), never)
     value, error = _value(board, fixed, problem.reward, position.value, accuracy, _EVALUATION)
     return value - error - extra
 
@@ -294,7 +294,7 @@ def _dual(board: play.Board, position: play.Position, dr: Array, accuracy: Array
     """The most that any policy gets against a perturbation, or more, `[*B]`."""
     problem = board.problem
     masked = jnp.where(is_masked(problem), -jnp.inf, 0).astype(dr.dtype)
-    free = Unregularised(jnp.full_like(problem.regulariser.beta, jnp.finfo(dr.dtype).max), masked)
+    free = Unregularised(unlimited(problem), masked)
     value, error = _value(board, free, problem.reward - dr, position.value, accuracy, solvers.automatic(problem))
     return value + error
 
