@@ -30,6 +30,7 @@ import numpy as np
 from jax import Array
 
 from robustreg import _tree
+from robustreg.divergences import Scales
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
 from robustreg.transitions import Transitions
@@ -225,8 +226,8 @@ def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
 
     The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are
     bounded by their number for short sums and behave like its square root for long ones [Higham and Mary 2019]),
-    the storage of P, r and g, and the conjugate, whose logarithms err by `u (2 + log A)/beta` or a small multiple of
-    that (the regulariser's `_roughness`) and whose parameters,
+    the storage of P, r and g, and the conjugate, which errs by what its regulariser says (`_noise`: for KL by
+    `u (2 + log A)/beta`, near the prior by a multiple of u times its cost) and whose parameters,
     stored with relative error u, by `u` times the cost of regularisation.
 
     Args:
@@ -238,11 +239,19 @@ def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
     n_actions = problem.reward.shape[0]
     log_actions = float(np.log(n_actions))
     reward, temperature, log_prior = problem.sizes
+    scales = Scales(
+        unit=unit,
+        logs=2 + log_actions,
+        log_prior=log_prior,
+        temperature=temperature,
+        cost=jnp.abs(cost) + 4 * unit * (reward + size + jnp.abs(c)),
+        reach=2 * (reward + size) + jnp.abs(c),
+    )
     per_step = (
         (terms + 2 + n_actions**0.5) * size
         + (2 + n_actions**0.5) * jnp.abs(cost)
         + (2 + log_actions + log_prior) * jnp.minimum(jnp.abs(cost), temperature)
-        + problem.regulariser._roughness * (2 + log_actions) * temperature
+        + problem.regulariser._noise(scales)
         + 3 * reward
     )
     return unit * (per_step / problem.complement + 4 * jnp.abs(c) + 2 * size)
