@@ -30,6 +30,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from robustreg import _tree
@@ -51,8 +52,8 @@ _MAX_ROOT_STEPS = 80
 # Gaps below which the logarithm of KL's mean weight is that of a number known to be close to 1.
 _NEAR = 0.125
 
-# Of `alpha_noise`: errors met are below 1 (alpha from -10 to 10, priors to 1e-12, beta * range to 1e8).
-_ALPHA_NOISE = 2.0
+# Of `alpha_noise`: errors met are below 2 (alpha from -10 to 10, priors to 1e-12, beta * range to 1e8).
+_ALPHA_NOISE = 4.0
 
 
 def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
@@ -126,13 +127,26 @@ def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tu
     least = -_tree.largest(jnp.where(jnp.isneginf(log_prior), -jnp.inf, -gap))
     gap = jnp.where(jnp.isneginf(log_prior), 0, gap - least[None])
     h = alpha - 1
-    level, low, high = _root(gap, log_prior, h)
+    # A stored prior sums to 1 to rounding only: so does what is compared with it, and no more is lost.
+    prior = lax.optimization_barrier(jnp.exp(log_prior))
+    mass = _tree.total(prior)
+    level, low, high = _root(gap, log_prior, h, mass)
     ratio, rho = _ratios(level, gap, h)
     raw = jnp.exp(log_prior + ratio)
-    short = _tree.total(missing(raw, jnp.exp(log_prior), ratio))
+    short = _tree.total(missing(raw, prior, ratio))
     price = alpha_divergence_at(raw, log_prior, alpha, ratio)
     loss = weighted(raw, gap) + price + short * eps(level, h)
-    return best - (least + loss) / beta, _normalise(raw, rho, (low, high), gap, log_prior, h)
+    # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
+    mean = _tree.total(prior * gap) / mass
+    spread = _tree.total(prior * (gap - mean[None]) ** 2) / mass
+    tiny = _tree.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
+    loss = jnp.where(tiny, mean - 0.5 * spread, loss / mass)
+    return best - (least + loss) / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass)
+
+
+def _tiny(dtype: np.dtype) -> float:
+    """Gaps times `1 + |h|` below which `Omega*` is that of two moments: a third one is of relative size `gap^2`."""
+    return 0.25 * float(jnp.finfo(dtype).eps) ** 0.5
 
 
 def alpha_noise(scales: Scales, beta: Array, alpha: Array) -> Array:
@@ -143,7 +157,8 @@ def alpha_noise(scales: Scales, beta: Array, alpha: Array) -> Array:
     """
     order = jnp.max(jnp.abs(alpha), axis=0)
     powers = jnp.log1p(order * (order + 1) * jnp.max(beta, axis=0) * scales.cost)
-    root = jnp.minimum(64 * scales.unit * scales.temperature, scales.reach)
+    tiny = scales.reach * jnp.max(beta, axis=0) * (2 + order) < 0.5 * _tiny(scales.cost.dtype)
+    root = jnp.where(tiny, 0, 512 * scales.unit * scales.temperature)
     return _ALPHA_NOISE * (scales.logs + scales.log_prior + powers) * scales.cost + root
 
 
@@ -162,7 +177,9 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
     return jnp.where(overflow, far, near), rho
 
 
-def _normalise(raw: Array, rho: Array, bracket: tuple[Array, Array], gap: Array, log_prior: Array, h: Array) -> Array:
+def _normalise(
+    raw: Array, rho: Array, bracket: tuple[Array, Array], gap: Array, log_prior: Array, h: Array, mass: Array
+) -> Array:
     """The policy that sums to 1 next to a `raw` one of `_ratios` at the root, which does to the root's precision.
 
     Args:
@@ -171,18 +188,19 @@ def _normalise(raw: Array, rho: Array, bracket: tuple[Array, Array], gap: Array,
         gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.
         log_prior: `[A, ...]`.
         h: `alpha - 1`, `[...]`.
+        mass: of the prior, `[...]`.
     """
     # One Newton step in policy space. Plain renormalisation would move mass onto actions in proportion to p, whereas
     # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
     # of the support then leaves a value error of 3e-8.
     curvature = _curvature(raw, rho)
     total = _tree.total(raw)
-    policy = jnp.maximum(raw + ((1 - total) / _tree.total(curvature))[None] * curvature, 0)
+    policy = jnp.maximum(raw + ((mass - total) / _tree.total(curvature))[None] * curvature, 0)
     policy = policy / _tree.total(policy)[None]
-    unresolved = ~(jnp.abs(jnp.log(total)) <= _resolution(gap))[None]
+    unresolved = ~(jnp.abs(jnp.log(total / mass)) <= _resolution(gap))[None]
 
     def bridge() -> Array:
-        return jnp.where(unresolved, _between(*bracket, gap, log_prior, h), policy)
+        return jnp.where(unresolved, _between(*bracket, gap, log_prior, h, mass), policy)
 
     return lax.cond(jnp.any(unresolved), bridge, lambda: policy)
 
@@ -192,14 +210,14 @@ def _resolution(gap: Array) -> float:
     return float(jnp.finfo(gap.dtype).eps) ** 0.6
 
 
-def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array) -> Array:
+def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array, mass: Array) -> Array:
     """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
 
     For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
     """
     below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
-    missing, jump = 1 - _tree.total(below), _tree.total(above - below)
-    share = jnp.clip(missing / jnp.where(jump > 0, jump, 1), 0, 1)
+    short, jump = mass - _tree.total(below), _tree.total(above - below)
+    share = jnp.clip(short / jnp.where(jump > 0, jump, 1), 0, 1)
     mixed = below + share[None] * (above - below)
     return mixed / _tree.total(mixed)[None]
 
@@ -210,22 +228,22 @@ def _curvature(policy: Array, rho: Array) -> Array:
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
 
 
-def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
-    """The level `l` with `sum p = 1`, and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
+def _root(gap: Array, log_prior: Array, h: Array, mass: Array) -> tuple[Array, Array, Array]:
+    """The level `l` with `sum p = mass` and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
     unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
-    # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
+    # All actions together keep the sum at or above that of the best ones alone, so l <= log(mass/their priors).
     top = _tree.largest(at_best)
     top = jnp.where(jnp.isneginf(top), 0, top)
     best_prior = top + jnp.log(_tree.total(jnp.exp(at_best - top[None])))
-    high = jnp.broadcast_to(jnp.maximum(-best_prior, 0), gap.shape[1:])
+    high = jnp.broadcast_to(jnp.maximum(jnp.log(mass) - best_prior, 0), gap.shape[1:])
     low = jnp.zeros_like(high)
 
     def measure(level: Array) -> tuple[Array, Array]:
         ratio, rho = _ratios(level, gap, h)
         policy = jnp.exp(log_prior + ratio)
         total = _tree.total(policy)
-        return jnp.log(total), _tree.total(_curvature(policy, rho)) / total
+        return jnp.log(total / mass), _tree.total(_curvature(policy, rho)) / total
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         level, low, high, last, done, count = state
@@ -235,7 +253,9 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
         newton = level + lam(eps(-excess, h) / slope, h)
         slow = jnp.abs(excess) > 0.5 * last
         outside = ~((newton > low) & (newton < high))
-        new = jnp.where(outside | slow, 0.5 * (low + high), newton)
+        # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.
+        at_prior = (newton <= 0) & (low == 0) & ~slow
+        new = jnp.where(outside | slow, jnp.where(at_prior, 0, 0.5 * (low + high)), newton)
         close = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
         exhausted = high - low <= 2 * unit * high
         # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
