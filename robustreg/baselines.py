@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg import _host, _tree
-from robustreg.divergences import eps, lam, weighted
+from robustreg.divergences import Scales, eps, kl_divergence, lam, weighted
 from robustreg.regularisers import KL, Regulariser, kl, maximise
 
 
@@ -30,6 +30,16 @@ class Entropy(KL):
     """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure. Build it with `entropy`."""
 
     has_reference = False
+
+    def _value(self, policy: Array) -> Array:
+        # The counting measure has another mass than a policy: no extension to other measures applies.
+        return kl_divergence(policy, self._prior) / self.beta
+
+    def _value_error(self, policy: Array) -> Array:
+        return Regulariser._value_error(self, policy)
+
+    def _noise(self, scales: Scales) -> Array:
+        return scales.logs * scales.temperature
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
         counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior

@@ -22,7 +22,8 @@ by any `w >= 1 + g P_a w` for every action a that may be taken (`_horizon`): fro
 `T(V + x w) <= T V + x max_a g P_a w <= V + x w`, hence `V* <= V + x w`, and likewise from below.
 
 **Rounding.** In floating point `T` is computed with an error; an error of `delta` in every entry widens each side by
-`delta/(1-g)`, except for the error in `c e`: along every trajectory the discounted exit rates add up to exactly 1, so that it widens them by `u |c|` only.
+`delta/(1-g)`, except for the error in `c e`: along every trajectory the discounted exit rates add up to exactly 1, so
+that it widens them by `u |c|` only.
 `rounding` bounds both, from the size of every summand of the backup.
 
 **Rows.** All this is said of rows of P that sum to `1 - termination`. How far they miss it is measured at every solve
@@ -39,6 +40,7 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg import _tree
+from robustreg.divergences import Scales
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
 from robustreg.transitions import Transitions
@@ -397,11 +399,11 @@ def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
 
     The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are
     bounded by their number; unless the problem is `strict`, long sums count by four times the square root of their
-    length, which holds with a probability close to 1 [Higham and Mary 2019]),
-    the storage of P, r and g, and the conjugate, whose logarithms err by `u (2 + log A)/beta` or a small multiple of
-    that (the regulariser's `_roughness`) and whose parameters,
-    stored with relative error u, by `u` times the cost of regularisation. The error of a reward counts by the
-    probability of the action: a penalty of 1e6 on what nobody does is exact enough.
+    length, which holds with a probability close to 1 [Higham and Mary 2019]), the storage of P, r and g, and the
+    conjugate, which errs by what its regulariser says (`_noise`: for KL by `u (2 + log A)/beta`, near the prior by a
+    multiple of u times its cost) and whose parameters, stored with relative error u, by `u` times the cost of
+    regularisation. The error of a reward counts by the probability of the action: a penalty of 1e6 on what nobody does
+    is exact enough.
 
     Args:
         size, c: of the iterate `V = h + c`: `max_s |h|` and c, `[*B]`.
@@ -413,13 +415,21 @@ def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
     n_actions = problem.reward.shape[0]
     log_actions = float(np.log(n_actions))
     known = problem.magnitudes
-    reach = size + jnp.abs(c) if problem.ends else size
-    reward = jnp.where(reach <= known.limit, known.charged, known.reward)
+    near = size + jnp.abs(c) if problem.ends else size
+    reward = jnp.where(near <= known.limit, known.charged, known.reward)
+    scales = Scales(
+        unit=unit,
+        logs=2 + log_actions,
+        log_prior=known.log_prior,
+        temperature=known.temperature,
+        cost=jnp.abs(cost) + 4 * unit * (reward + size + jnp.abs(c)),
+        reach=2 * (known.reward + size) + jnp.abs(c),
+    )
     per_step = (
         (terms + 2 + n_actions**0.5) * size
         + (2 + n_actions**0.5) * jnp.abs(cost)
         + (2 + log_actions + known.log_prior) * jnp.minimum(jnp.abs(cost), known.temperature)
-        + problem.regulariser._roughness * (2 + log_actions) * known.temperature
+        + problem.regulariser._noise(scales)
         + 3 * reward
     )
     return unit * (per_step * problem.horizon + 4 * jnp.abs(c) + 2 * size)

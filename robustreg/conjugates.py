@@ -30,22 +30,30 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from robustreg import _tree
 from robustreg.divergences import (
+    Scales,
     alpha_divergence,
     alpha_divergence_at,
     divergence_tangent,
     eps,
     eps_slope,
     lam,
-    log_ratio,
+    missing,
     weighted,
 )
 
 # Cap on root-finding steps: 3 to 9 are typical; bisection alone would need about 60 (float64).
 _MAX_ROOT_STEPS = 80
+
+# Gaps below which the logarithm of KL's mean weight is that of a number known to be close to 1.
+_NEAR = 0.125
+
+# Of `alpha_noise`: errors met are below 2 (alpha from -10 to 10, priors to 1e-12, beta * range to 1e8).
+_ALPHA_NOISE = 4.0
 
 
 def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
@@ -59,29 +67,99 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]
     Returns:
         `(1/beta) log sum p0 exp(beta q)`, `[...]`, and `p0 exp(beta (q - that))`, `[A, ...]`.
     """
-    masked = jnp.isneginf(log_prior)
-    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
-    gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
+    best, gap = _gaps(q, beta, log_prior)
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
     exponent = log_prior - gap
     top = _tree.largest(exponent)
     weight = jnp.exp(exponent - top[None])
     total = _tree.total(weight)
-    return best + (top + jnp.log(total)) / beta, weight / total[None]
+    level = jnp.where(_tree.largest(gap) < _NEAR, _near_level(gap, log_prior), top + jnp.log(total))
+    return best + level / beta, weight / total[None]
+
+
+def kl_noise(scales: Scales, beta: Array) -> Array:
+    """Bound on the rounding of `kl_maximiser`'s value, in units of u and of rewards, `[*b]`; `beta` is `[S or 1, *b]`.
+
+    A logarithm of numbers that err by u, unless every state is near its prior: then of numbers close to 1.
+    """
+    near = scales.reach * jnp.max(beta, axis=0) < 0.5 * _NEAR
+    return scales.logs * jnp.where(near, 2 * scales.cost, scales.temperature)
+
+
+def _near_level(gap: Array, log_prior: Array) -> Array:
+    """`log sum p0 e^-gap` to relative precision for gaps below `_NEAR`, from a mean of `e^-gap - 1`.
+
+    The series costs a fifth of `expm1`, in the innermost loop of every solve.
+    """
+    small = jnp.minimum(gap, _NEAR)
+    series = jnp.zeros_like(small)
+    for k in range(6 if gap.dtype.itemsize <= 4 else 10, 0, -1):
+        series = series * small + (-1) ** k / math.factorial(k)
+    # The barrier keeps the exponential of a prior, often one for all states, out of the loop over them.
+    prior = lax.optimization_barrier(jnp.exp(log_prior))
+    return jnp.log1p(_tree.total(prior * small * series))
+
+
+def _gaps(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
+    """`max q` over the actions that the prior allows, `[...]`, and `beta (max q - q)`, 0 on the others, `[A, ...]`.
+
+    The compiler evaluates an expression wherever it is used, and two evaluations may round differently (one with a
+    fused multiply-add). The barrier makes one array of the gaps, so that a minimum or maximum of what is subtracted
+    from it is one of its entries; it need not be 0.
+    """
+    masked = jnp.isneginf(log_prior)
+    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
+    return best, lax.optimization_barrier(jnp.where(masked, 0, beta[None] * (best[None] - q)))
 
 
 def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tuple[Array, Array]:
     """Conjugate of `D_alpha/beta` over normalised policies, and its maximiser. Shapes as in `kl_maximiser`.
 
-    The value is `<p, q> - D/beta` at the policy found. It errs by the square of the policy's error only, and is a
-    lower bound on the conjugate whatever the policy.
+    The value is the dual function `psi + (conjugate over all measures)(q - psi)` at the root psi that was found, for
+    which `sum p` is `m`,
+
+        best - (<p, gap> + D[p0 : p] + (1 - m) eps_h(l))/beta,
+
+    an upper bound on the conjugate whatever psi, which errs by the square of psi's error only.
     """
-    masked = jnp.isneginf(log_prior)
-    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
-    gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
-    policy, ratio = _normalise(gap, log_prior, alpha - 1)
-    divergence = alpha_divergence_at(policy, log_prior, alpha, ratio)
-    return best - (weighted(policy, gap) + divergence) / beta, policy
+    best, gap = _gaps(q, beta, log_prior)
+    # The best action's gap may be rounding instead of 0, which exp(-h l) would magnify.
+    least = -_tree.largest(jnp.where(jnp.isneginf(log_prior), -jnp.inf, -gap))
+    gap = jnp.where(jnp.isneginf(log_prior), 0, gap - least[None])
+    h = alpha - 1
+    # A stored prior sums to 1 to rounding only: so does what is compared with it, and no more is lost.
+    prior = lax.optimization_barrier(jnp.exp(log_prior))
+    mass = _tree.total(prior)
+    level, low, high = _root(gap, log_prior, h, mass)
+    ratio, rho = _ratios(level, gap, h)
+    raw = jnp.exp(log_prior + ratio)
+    short = _tree.total(missing(raw, prior, ratio))
+    price = alpha_divergence_at(raw, log_prior, alpha, ratio)
+    loss = weighted(raw, gap) + price + short * eps(level, h)
+    # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
+    mean = _tree.total(prior * gap) / mass
+    spread = _tree.total(prior * (gap - mean[None]) ** 2) / mass
+    tiny = _tree.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
+    loss = jnp.where(tiny, mean - 0.5 * spread, loss / mass)
+    return best - (least + loss) / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass)
+
+
+def _tiny(dtype: np.dtype) -> float:
+    """Gaps times `1 + |h|` below which `Omega*` is that of two moments: a third one is of relative size `gap^2`."""
+    return 0.25 * float(jnp.finfo(dtype).eps) ** 0.5
+
+
+def alpha_noise(scales: Scales, beta: Array, alpha: Array) -> Array:
+    """Bound on the rounding of `alpha_maximiser`'s value, in units of u and of rewards, `[*b]`.
+
+    Every term of the dual function is at most a multiple of what the regulariser takes off, and errs by its exponents,
+    `|alpha L|, |h L| <= log(1 + |alpha h| beta cost) + |log p0|`. The root errs by u, and the value by its square.
+    """
+    order = jnp.max(jnp.abs(alpha), axis=0)
+    powers = jnp.log1p(order * (order + 1) * jnp.max(beta, axis=0) * scales.cost)
+    tiny = scales.reach * jnp.max(beta, axis=0) * (2 + order) < 0.5 * _tiny(scales.cost.dtype)
+    root = jnp.where(tiny, 0, 512 * scales.unit * scales.temperature)
+    return _ALPHA_NOISE * (scales.logs + scales.log_prior + powers) * scales.cost + root
 
 
 def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
@@ -132,44 +210,47 @@ def largest_weight(reward: Array, gap: Array, beta: Array, log_prior: Array, alp
     return jnp.where(masked, 0, jnp.minimum(jnp.exp(log_prior + ratio), 1))
 
 
-def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
-    """The policy whose log-ratios are those of `_ratios` and whose sum is 1, and those log-ratios.
+def _normalise(
+    raw: Array, rho: Array, bracket: tuple[Array, Array], gap: Array, log_prior: Array, h: Array, mass: Array
+) -> Array:
+    """The policy that sums to 1 next to a `raw` one of `_ratios` at the root, which does to the root's precision.
 
     Args:
+        raw, rho: `[A, ...]`.
+        bracket: the root's, `[...]` each.
         gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.
         log_prior: `[A, ...]`.
         h: `alpha - 1`, `[...]`.
+        mass: of the prior, `[...]`.
     """
-    level, low, high = _root(gap, log_prior, h)
-    ratio, rho = _ratios(level, gap, h)
-    raw = jnp.exp(log_prior + ratio)
     # One Newton step in policy space. Plain renormalisation would move mass onto actions in proportion to p, whereas
     # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
     # of the support then leaves a value error of 3e-8.
     curvature = _curvature(raw, rho)
-    missing = (1 - _tree.total(raw)) / _tree.total(curvature)
-    policy = jnp.maximum(raw + missing[None] * curvature, 0)
+    total = _tree.total(raw)
+    policy = jnp.maximum(raw + ((mass - total) / _tree.total(curvature))[None] * curvature, 0)
     policy = policy / _tree.total(policy)[None]
-    moved = (policy > 0) & (raw > 0)
-    correction = jnp.log(jnp.where(moved, policy, 1)) - jnp.log(jnp.where(moved, raw, 1))
-    unresolved = ~(jnp.abs(jnp.log(_tree.total(raw))) <= jnp.finfo(gap.dtype).eps ** 0.6)[None]
+    unresolved = ~(jnp.abs(jnp.log(total / mass)) <= _resolution(gap))[None]
 
-    def bridge() -> tuple[Array, Array]:
-        mixed = _between(low, high, gap, log_prior, h)
-        best = jnp.where(unresolved, mixed, policy)
-        return best, jnp.where(unresolved, log_ratio(best, log_prior), ratio + correction)
+    def bridge() -> Array:
+        return jnp.where(unresolved, _between(*bracket, gap, log_prior, h, mass), policy)
 
-    return lax.cond(jnp.any(unresolved), bridge, lambda: (policy, ratio + correction))
+    return lax.cond(jnp.any(unresolved), bridge, lambda: policy)
 
 
-def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array) -> Array:
+def _resolution(gap: Array) -> float:
+    """Largest logarithm of the sum at a root that counts as resolved."""
+    return float(jnp.finfo(gap.dtype).eps) ** 0.6
+
+
+def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array, mass: Array) -> Array:
     """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
 
     For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
     """
     below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
-    missing, jump = 1 - _tree.total(below), _tree.total(above - below)
-    share = jnp.clip(missing / jnp.where(jump > 0, jump, 1), 0, 1)
+    short, jump = mass - _tree.total(below), _tree.total(above - below)
+    share = jnp.clip(short / jnp.where(jump > 0, jump, 1), 0, 1)
     mixed = below + share[None] * (above - below)
     return mixed / _tree.total(mixed)[None]
 
@@ -180,26 +261,22 @@ def _curvature(policy: Array, rho: Array) -> Array:
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
 
 
-def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
-    """The level `l` with `sum p = 1`, and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
+def _root(gap: Array, log_prior: Array, h: Array, mass: Array) -> tuple[Array, Array, Array]:
+    """The level `l` with `sum p = mass` and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
     unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
-    # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
+    # All actions together keep the sum at or above that of the best ones alone, so l <= log(mass/their priors).
     top = _tree.largest(at_best)
     top = jnp.where(jnp.isneginf(top), 0, top)
     best_prior = top + jnp.log(_tree.total(jnp.exp(at_best - top[None])))
-    # Compiled into what made q, its maximum and the gaps can come from two evaluations of q that round differently
-    # (one with a fused multiply-add). No gap is then exactly 0: any prior bounds that of the best from below.
-    least = jnp.min(jnp.where(jnp.isneginf(log_prior), 0, log_prior), axis=0)
-    best_prior = jnp.where(jnp.isneginf(best_prior), least, best_prior)
-    high = jnp.broadcast_to(jnp.maximum(-best_prior, 0), gap.shape[1:])
+    high = jnp.broadcast_to(jnp.maximum(jnp.log(mass) - best_prior, 0), gap.shape[1:])
     low = jnp.zeros_like(high)
 
     def measure(level: Array) -> tuple[Array, Array]:
         ratio, rho = _ratios(level, gap, h)
         policy = jnp.exp(log_prior + ratio)
         total = _tree.total(policy)
-        return jnp.log(total), _tree.total(_curvature(policy, rho)) / total
+        return jnp.log(total / mass), _tree.total(_curvature(policy, rho)) / total
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         level, low, high, last, done, count = state
@@ -209,11 +286,16 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
         newton = level + lam(eps(-excess, h) / slope, h)
         slow = jnp.abs(excess) > 0.5 * last
         outside = ~((newton > low) & (newton < high))
-        new = jnp.where(outside | slow, 0.5 * (low + high), newton)
-        settled = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
-        settled = settled | (high - low <= 2 * unit * high)
-        level = jnp.where(done | settled, level, new)
-        return level, low, high, jnp.where(slow, jnp.inf, jnp.abs(excess)), done | settled, count + 1
+        # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.
+        at_prior = (newton <= 0) & (low == 0) & ~slow
+        new = jnp.where(outside | slow, jnp.where(at_prior, 0, 0.5 * (low + high)), newton)
+        close = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
+        exhausted = high - low <= 2 * unit * high
+        # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
+        end = jnp.where(exhausted & (excess > _resolution(gap)), low, level)
+        level = jnp.where(done, level, jnp.where(close | exhausted, end, new))
+        done = done | close | exhausted
+        return level, low, high, jnp.where(slow, jnp.inf, jnp.abs(excess)), done, count + 1
 
     def unfinished(state: tuple[Array, ...]) -> Array:
         return ~jnp.all(state[4]) & (state[5] < _MAX_ROOT_STEPS)

@@ -9,25 +9,49 @@ The alpha-divergence of Cichocki and Amari, for normalised arguments and `L = lo
     D_alpha[p0 : p] = (1/alpha) sum p eps_h(L)                   (alpha >= 1/2)
                     = (1/(alpha-1)) sum p0 eps_alpha(L)          (alpha <= 1/2)
 
-in which alpha = 0 (reverse KL) and alpha = 1 (KL) are no special points.
+in which alpha = 0 (reverse KL) and alpha = 1 (KL) are no special points. What is computed is its extension to measures
+that need not sum to one, which is smooth in everything, convex and never negative,
 
-**Derivatives** are those of the extension to measures that need not sum to one, which is smooth in everything,
+    D_alpha[p0 : p] = sum (alpha p + (1-alpha) p0 - p0^(1-alpha) p^alpha) / (alpha (1-alpha))
+                    = (1/alpha)     sum (p eps_h(L)      + p0 - p)          (alpha >= 1/2)
+                    = (1/(alpha-1)) sum (p0 eps_alpha(L) + p0 - p)          (alpha <= 1/2),
 
-    D_alpha[p0 : p] = sum (alpha p + (1-alpha) p0 - p0^(1-alpha) p^alpha) / (alpha (1-alpha)),
-    dD/dp = eps_h(L),        dD/dp0 = -eps_alpha(L),
+with `p0 - p` from L, without cancellation. Its slope vanishes with L, so that rounding of p is not felt near the
+prior, where `sum p eps_h(L)` alone errs by a unit of rounding and D is of second order.
 
-and agree with those of the normalised divergence along directions that keep p and p0 normalised. Where p = 0 and the
-slope is infinite (alpha <= 1), it counts as 0: no policy that a regulariser chooses is moved there.
+**Derivatives** are `dD/dp = eps_h(L)` and `dD/dp0 = -eps_alpha(L)`. Where p = 0 and the slope is infinite
+(alpha <= 1), it counts as 0: no policy that a regulariser chooses is moved there.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from robustreg import _tree
+
+
+class Scales(NamedTuple):
+    """What the rounding of a conjugate grows with: numbers per lane, `[*b]`, in reward units where not said otherwise.
+
+    Attributes:
+        unit: u, a number.
+        logs: `2 + log A`, a number.
+        log_prior: largest `|log p0|`.
+        temperature: largest `1/beta`.
+        cost: largest `max q - Omega*(q)` over states, rounded up.
+        reach: bound on `|q|` relative to the lane's offset.
+    """
+
+    unit: float
+    logs: float
+    log_prior: Array
+    temperature: Array
+    cost: Array
+    reach: Array
 
 
 @jax.custom_jvp
@@ -122,7 +146,7 @@ def alpha_divergence(policy: Array, log_prior: Array, alpha: Array) -> Array:
     """`D_alpha[p0 : p]` for every real alpha (the KL divergence `KL(p : p0)` at 1, `KL(p0 : p)` at 0).
 
     Args:
-        policy: `p`, `[A, ...]`, normalised over axis 0.
+        policy: `p`, `[A, ...]`, normalised over axis 0 (to rounding, or not: see the module docstring).
         log_prior: `log p0`, broadcastable to `[A, ...]`; minus infinity masks an action.
         alpha: broadcastable to `[...]`.
 
@@ -134,18 +158,54 @@ def alpha_divergence(policy: Array, log_prior: Array, alpha: Array) -> Array:
 
 def alpha_divergence_at(policy: Array, log_prior: Array, alpha: Array, ratio: Array) -> Array:
     """The same with `log(p/p0)` from a caller who knows it better than the logarithm of `p` does (underflow)."""
-    h = alpha - 1
+    prior = jnp.exp(log_prior)
     upper = alpha >= 0.5
-    # Double where: the branch that is not taken divides by alpha or h near 0.
-    high = weighted(policy, eps(ratio, jnp.where(upper, h, 1)[None])) / jnp.where(upper, alpha, 1)
-    low = weighted(jnp.exp(log_prior), eps(ratio, jnp.where(upper, 1, alpha)[None])) / jnp.where(upper, 1, h)
+    # One of the two forms divides by a number near 0.
+    order, scale = jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
+    heavy = jnp.where(upper[None], policy, prior)
+    divergence = (weighted(heavy, eps(ratio, order[None])) + _tree.total(missing(policy, prior, ratio))) / scale
     escaped = jnp.any((policy > 0) & jnp.isneginf(log_prior), axis=0)
-    return jnp.where(escaped, jnp.inf, jnp.where(upper, high, low))
+    return jnp.where(escaped, jnp.inf, divergence)
+
+
+def rounding(policy: Array, log_prior: Array, alpha: Array) -> Array:
+    """Bound on the rounding of `alpha_divergence` at any policy, and on how far normalising the policy moves it.
+
+    The terms err by a few u, by u times their exponents, and by the rounding of `L = log(p/p0)` times their slopes,
+    which vanish with L. A policy whose sum is `1 + d` has a divergence that differs by `d sum p |eps_h(L)|`.
+
+    Returns:
+        `[...]`, in units of D; NaN or infinite where D is.
+    """
+    prior, ratio = jnp.exp(log_prior), log_ratio(policy, log_prior)
+    taken = (policy > 0) & ~jnp.isneginf(log_prior)
+    ratio, h = jnp.where(taken, ratio, 0), alpha - 1
+    upper = alpha >= 0.5
+    order, scale = jnp.where(upper, h, alpha)[None], jnp.abs(jnp.where(upper, alpha, h))
+    heavy = jnp.where(taken, jnp.where(upper[None], policy, prior), 0)
+    powers = heavy * jnp.exp(order * ratio)
+    logs = jnp.where(taken, jnp.abs(jnp.log(jnp.where(taken, policy, 1))) + jnp.abs(log_prior) + jnp.abs(ratio), 0)
+    n = policy.shape[0]
+    few = 6 + min(n, 4 * n**0.5)
+    terms = few * (heavy * jnp.abs(eps(ratio, order)) + jnp.abs(policy - prior)) + powers * jnp.abs(ratio)
+    slopes = logs * jnp.abs(powers - jnp.minimum(policy, prior))
+    unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
+    moved = jnp.abs(_tree.total(policy) - 1) + n * unit
+    tilt = _tree.total(jnp.where(taken, policy * jnp.abs(eps(ratio, h[None])), 0))
+    return unit * _tree.total(terms + jnp.where(taken, slopes, 0)) / scale + moved * tilt
+
+
+def missing(policy: Array, prior: Array, ratio: Array) -> Array:
+    """`p0 - p` from `log(p/p0)`, relative to rounding of the difference, `[A, ...]`."""
+    up = ratio > 0
+    # The larger of the two, NaN where either is.
+    heavy = jnp.where(up, policy, -jnp.maximum(prior, policy))
+    return heavy * jnp.expm1(jnp.where(up, -ratio, ratio))
 
 
 @jax.custom_jvp
 def kl_divergence(policy: Array, log_prior: Array) -> Array:
-    """`KL(p : p0) = sum p log(p/p0)`. Shapes as in `alpha_divergence`."""
+    """`sum p log(p/p0)` of a normalised `p` and a `p0` of any mass. Shapes as in `alpha_divergence`."""
     return weighted(policy, log_ratio(policy, log_prior))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, gauge
+from robustreg import _host, _tree, bellman
 from robustreg.adversary import evaluate, occupancy
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
@@ -111,8 +111,7 @@ def _slack(mdp: MDP, reg: Regulariser, dr: Array) -> Array:
     problem = bellman.lanes(mdp, reg, dr.shape[:-2])
     x = _tree.lanes_last(dr, len(problem.batch), 2)
     x = jnp.broadcast_to(x, x.shape[:2] + problem.batch)
-    conjugate = gauge.conjugate if reg.has_reference else maximise
-    return _tree.batch_first(-conjugate(problem.regulariser, x)[0], 1)
+    return _tree.batch_first(-maximise(problem.regulariser, x)[0], 1)
 
 
 def _over_visits(mdp: MDP, policy: ArrayLike, room: Array) -> Array:

@@ -37,7 +37,6 @@ class Regulariser:
     beta: Array
     log_prior: Array | None
     state_scale: Array | None
-    _roughness = 1.0  # rounding of the conjugate in units of u (2 + log A)/beta
     has_reference = True  # the cost is that of leaving a distribution, and 0 there
 
     def _value(self, policy: Array) -> Array:
@@ -69,6 +68,17 @@ class Regulariser:
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         """Change of the maximiser, `[A, ...]`."""
         raise TypeError(f"{type(self).__name__} does not define _policy_tangent")
+
+    def _noise(self, scales: divergences.Scales) -> Array:
+        """Bound on the rounding of a bound regulariser's conjugate, in units of u and of rewards, `[*b]`.
+
+        Here that of a given policy's cost: near the prior `D ~ L^2/2` errs by some `u |L|`, `L = log(p/p0)`.
+        """
+        return 2 * scales.logs * jnp.minimum(scales.temperature, jnp.sqrt(2 * scales.cost * scales.temperature))
+
+    def _value_error(self, policy: Array) -> Array:
+        """Bound on the rounding of `_value` at any policy, in reward units, `[...]`."""
+        return 4 * jnp.finfo(policy.dtype).eps * (2 + float(np.log(policy.shape[0]))) / self.beta
 
     @property
     def _prior(self) -> Array:
@@ -213,8 +223,35 @@ def _maximise_jvp(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tupl
 maximise.defjvp(_maximise_jvp, symbolic_zeros=True)
 
 
+class _Divergence(Regulariser):
+    """What the regularisers `D_alpha/beta` have in common."""
+
+    @property
+    def _order(self) -> Array:
+        """Alpha, 1 for KL."""
+        return getattr(self, "alpha", jnp.ones_like(self.beta))
+
+    def _value(self, policy: Array) -> Array:
+        return divergences.alpha_divergence(policy, self._prior, self._order) / self.beta
+
+    def _value_error(self, policy: Array) -> Array:
+        return divergences.rounding(policy, self._prior, self._order) / self.beta
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+        return conjugates.conjugate_tangent(policy, self._prior, self._order, self.beta, self._change(dq, change))
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        return conjugates.policy_tangent(policy, self._prior, self._order, self.beta, self._change(dq, change))
+
+    def _lipschitz(self) -> Array:
+        return conjugates.lipschitz(self.beta, self._prior, self._order)
+
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        return conjugates.largest_weight(reward, gap, self.beta, self._prior, self._order)
+
+
 @_tree.dataclass
-class KL(Regulariser):
+class KL(_Divergence):
     """`Omega(p) = KL(p : p0)/beta`. Build it with `kl`, which validates; leaves as in the module docstring."""
 
     beta: Array
@@ -224,41 +261,24 @@ class KL(Regulariser):
     def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "KL":
         return KL(beta, log_prior)
 
-    def _value(self, policy: Array) -> Array:
-        return divergences.kl_divergence(policy, self._prior) / self.beta
+    def _noise(self, scales: divergences.Scales) -> Array:
+        return conjugates.kl_noise(scales, self.beta)
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         return conjugates.kl_maximiser(q, self.beta, self._prior)
-
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.conjugate_tangent(policy, *self._as_alpha(), self._change(dq, change))
-
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.policy_tangent(policy, *self._as_alpha(), self._change(dq, change))
-
-    def _lipschitz(self) -> Array:
-        return jnp.max(self.beta, axis=0)
-
-    def _largest_weight(self, reward: Array, gap: Array) -> Array:
-        return conjugates.largest_weight(reward, gap, self.beta, self._prior, jnp.ones_like(self.beta))
-
-    def _as_alpha(self) -> tuple[Array, Array, Array]:
-        return self._prior, jnp.ones_like(self.beta), self.beta
 
     def _worst_case(self, policy: Array) -> Array:
         return divergences.log_ratio(policy, self._prior) / self.beta[None]
 
 
 @_tree.dataclass
-class Alpha(Regulariser):
+class Alpha(_Divergence):
     """`Omega(p) = D_alpha[p0 : p]/beta`. Build it with `alpha`, which validates; leaves as in the module docstring."""
 
     alpha: Array
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
-    # D sums log-ratios that err by about 2 u log A each, against p/alpha or p0/(1 - alpha), whichever is below 2.
-    _roughness = 4.0
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -268,23 +288,11 @@ class Alpha(Regulariser):
     def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Alpha":
         return Alpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
 
-    def _value(self, policy: Array) -> Array:
-        return divergences.alpha_divergence(policy, self._prior, self.alpha) / self.beta
+    def _noise(self, scales: divergences.Scales) -> Array:
+        return conjugates.alpha_noise(scales, self.beta, self.alpha)
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha)
-
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.conjugate_tangent(policy, self._prior, self.alpha, self.beta, self._change(dq, change))
-
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.policy_tangent(policy, self._prior, self.alpha, self.beta, self._change(dq, change))
-
-    def _lipschitz(self) -> Array:
-        return conjugates.lipschitz(self.beta, self._prior, self.alpha)
-
-    def _largest_weight(self, reward: Array, gap: Array) -> Array:
-        return conjugates.largest_weight(reward, gap, self.beta, self._prior, self.alpha)
 
     def _worst_case(self, policy: Array) -> Array:
         return divergences.alpha_gradient(policy, self._prior, self.alpha) / self.beta[None]

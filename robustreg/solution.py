@@ -130,8 +130,8 @@ class Solution:
         return f"Solution(value={self.value.dtype}{shape}, {names}, {largest})"
 
 
-def concrete(x: Array, caller: str) -> np.ndarray:
+def concrete(x: ArrayLike, caller: str, instead: str = "`status`") -> np.ndarray:
     """An array that has values."""
     if isinstance(x, Tracer):
-        raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use `status` there")
+        raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use {instead} there")
     return np.asarray(x)

@@ -74,6 +74,9 @@ def best_response(alpha, beta, prior, q):
     alpha, beta, prior, q = np.broadcast_arrays(alpha, beta, real(prior), real(q))
     alpha, beta = alpha[..., :1], beta[..., :1]
     live = prior > 0
+    # A stored prior misses 1 by rounding, which a small beta would magnify.
+    prior = prior.astype(np.result_type(prior, q))
+    prior = prior / prior.sum(-1, keepdims=True)
     h = alpha - 1
     q = np.where(live, q, -np.inf)
     top = q.max(-1, keepdims=True)
