@@ -103,6 +103,29 @@ def given_or_zero(tangent: Any, primal: Any) -> Any:
     return jax.tree.map(fill, tangent, primal, is_leaf=is_symbolic_zero)
 
 
+def gate(t: Array, lost: Array) -> Array:
+    """Pass a tangent on where it is known, NaN where it is lost; a linear map, to be put into rules of derivatives.
+
+    Args:
+        t: a tangent, or whatever else is linear in one.
+        lost: bool, broadcastable to `t`: entries whose derivative does not exist or was not found.
+
+    Returns:
+        `where(lost, nan, t)`. Backwards a cotangent of exactly 0 stays 0, so that what nobody asks for poisons nothing,
+        and any other becomes NaN where it meets an entry that is lost. Differentiable in `t`, to any order.
+    """
+    lost = lax.stop_gradient(jnp.broadcast_to(lost, t.shape))
+
+    def forwards(_: Any, x: Array) -> Array:
+        return jnp.where(lost, jnp.nan, x)
+
+    def backwards(_: Any, ct: Array) -> Array:
+        return jnp.where(lost & (ct != 0), jnp.nan, ct)
+
+    # The identity as a linear system: the one primitive whose two directions can be given separately.
+    return lax.custom_linear_solve(lambda x: x, t, forwards, transpose_solve=backwards)
+
+
 def lanes_last(x: Array, batch_ndim: int, core_ndim: int) -> Array:
     """`[*b, *core]` to `[*reversed(core), *b]` with `b` padded on its left to `batch_ndim` axes.
 
