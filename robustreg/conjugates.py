@@ -48,40 +48,43 @@ from robustreg.divergences import (
 _MAX_ROOT_STEPS = 80
 
 
-def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
+def kl_maximiser(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers = _tree.LANES) -> tuple[Array, Array]:
     """Conjugate of `KL/beta` and its maximiser.
 
     Args:
         q: `[A, ...]`; entries of masked actions are never looked at, they may be infinite or NaN.
         beta: broadcastable to `[...]`, positive.
         log_prior: broadcastable to `[A, ...]`.
+        reduce: sums and maxima over actions.
 
     Returns:
         `(1/beta) log sum p0 exp(beta q)`, `[...]`, and `p0 exp(beta (q - that))`, `[A, ...]`.
     """
     masked = jnp.isneginf(log_prior)
-    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
+    best = reduce.largest(jnp.where(masked, -jnp.inf, q))
     gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
     exponent = log_prior - gap
-    top = _tree.largest(exponent)
+    top = reduce.largest(exponent)
     weight = jnp.exp(exponent - top[None])
-    total = _tree.total(weight)
+    total = reduce.total(weight)
     return best + (top + jnp.log(total)) / beta, weight / total[None]
 
 
-def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tuple[Array, Array]:
+def alpha_maximiser(
+    q: Array, beta: Array, log_prior: Array, alpha: Array, reduce: _tree.Reducers = _tree.LANES
+) -> tuple[Array, Array]:
     """Conjugate of `D_alpha/beta` over normalised policies, and its maximiser. Shapes as in `kl_maximiser`.
 
     The value is `<p, q> - D/beta` at the policy found. It errs by the square of the policy's error only, and is a
     lower bound on the conjugate whatever the policy.
     """
     masked = jnp.isneginf(log_prior)
-    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
+    best = reduce.largest(jnp.where(masked, -jnp.inf, q))
     gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
-    policy, ratio = _normalise(gap, log_prior, alpha - 1)
-    divergence = alpha_divergence_at(policy, log_prior, alpha, ratio)
-    return best - (weighted(policy, gap) + divergence) / beta, policy
+    policy, ratio = _normalise(gap, log_prior, alpha - 1, reduce)
+    divergence = alpha_divergence_at(policy, log_prior, alpha, ratio, reduce)
+    return best - (weighted(policy, gap, reduce.total) + divergence) / beta, policy
 
 
 def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
@@ -99,7 +102,7 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
     return jnp.where(overflow, far, near), rho
 
 
-def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
+def _normalise(gap: Array, log_prior: Array, h: Array, reduce: _tree.Reducers) -> tuple[Array, Array]:
     """The policy whose log-ratios are those of `_ratios` and whose sum is 1, and those log-ratios.
 
     Args:
@@ -107,38 +110,38 @@ def _normalise(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array]:
         log_prior: `[A, ...]`.
         h: `alpha - 1`, `[...]`.
     """
-    level, low, high = _root(gap, log_prior, h)
+    level, low, high = _root(gap, log_prior, h, reduce)
     ratio, rho = _ratios(level, gap, h)
     raw = jnp.exp(log_prior + ratio)
     # One Newton step in policy space. Plain renormalisation would move mass onto actions in proportion to p, whereas
     # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
     # of the support then leaves a value error of 3e-8.
     curvature = _curvature(raw, rho)
-    missing = (1 - _tree.total(raw)) / _tree.total(curvature)
+    missing = (1 - reduce.total(raw)) / reduce.total(curvature)
     policy = jnp.maximum(raw + missing[None] * curvature, 0)
-    policy = policy / _tree.total(policy)[None]
+    policy = policy / reduce.total(policy)[None]
     moved = (policy > 0) & (raw > 0)
     correction = jnp.log(jnp.where(moved, policy, 1)) - jnp.log(jnp.where(moved, raw, 1))
-    unresolved = ~(jnp.abs(jnp.log(_tree.total(raw))) <= jnp.finfo(gap.dtype).eps ** 0.6)[None]
+    unresolved = ~(jnp.abs(jnp.log(reduce.total(raw))) <= jnp.finfo(gap.dtype).eps ** 0.6)[None]
 
     def bridge() -> tuple[Array, Array]:
-        mixed = _between(low, high, gap, log_prior, h)
+        mixed = _between(low, high, gap, log_prior, h, reduce)
         best = jnp.where(unresolved, mixed, policy)
         return best, jnp.where(unresolved, log_ratio(best, log_prior), ratio + correction)
 
     return lax.cond(jnp.any(unresolved), bridge, lambda: (policy, ratio + correction))
 
 
-def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array) -> Array:
+def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array, reduce: _tree.Reducers) -> Array:
     """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
 
     For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
     """
     below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
-    missing, jump = 1 - _tree.total(below), _tree.total(above - below)
+    missing, jump = 1 - reduce.total(below), reduce.total(above - below)
     share = jnp.clip(missing / jnp.where(jump > 0, jump, 1), 0, 1)
     mixed = below + share[None] * (above - below)
-    return mixed / _tree.total(mixed)[None]
+    return mixed / reduce.total(mixed)[None]
 
 
 def _curvature(policy: Array, rho: Array) -> Array:
@@ -147,14 +150,14 @@ def _curvature(policy: Array, rho: Array) -> Array:
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
 
 
-def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
+def _root(gap: Array, log_prior: Array, h: Array, reduce: _tree.Reducers) -> tuple[Array, Array, Array]:
     """The level `l` with `sum p = 1`, and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
     unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= -log(sum of their priors).
-    top = _tree.largest(at_best)
+    top = reduce.largest(at_best)
     top = jnp.where(jnp.isneginf(top), 0, top)
-    best_prior = top + jnp.log(_tree.total(jnp.exp(at_best - top[None])))
+    best_prior = top + jnp.log(reduce.total(jnp.exp(at_best - top[None])))
     # Compiled into what made q, its maximum and the gaps can come from two evaluations of q that round differently
     # (one with a fused multiply-add). No gap is then exactly 0: any prior bounds that of the best from below.
     least = jnp.min(jnp.where(jnp.isneginf(log_prior), 0, log_prior), axis=0)
@@ -165,8 +168,8 @@ def _root(gap: Array, log_prior: Array, h: Array) -> tuple[Array, Array, Array]:
     def measure(level: Array) -> tuple[Array, Array]:
         ratio, rho = _ratios(level, gap, h)
         policy = jnp.exp(log_prior + ratio)
-        total = _tree.total(policy)
-        return jnp.log(total), _tree.total(_curvature(policy, rho)) / total
+        total = reduce.total(policy)
+        return jnp.log(total), reduce.total(_curvature(policy, rho)) / total
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         level, low, high, last, done, count = state
@@ -205,14 +208,21 @@ class Change(NamedTuple):
     alpha: Array | None = None
 
 
-def conjugate_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array, change: Change) -> Array:
+def conjugate_tangent(
+    policy: Array,
+    log_prior: Array,
+    alpha: Array,
+    beta: Array,
+    change: Change,
+    reduce: _tree.Reducers = _tree.LANES,
+) -> Array:
     """Change of the conjugate of `D_alpha/beta` at its maximiser `policy`, `[...]`."""
     dq, dbeta, dlog_prior, dalpha = change
-    total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha) / beta
+    total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha, reduce) / beta
     if dq is not None:
         total = total + weighted(policy, dq, _tree.plain_sum)
     if dbeta is not None:
-        total = total + alpha_divergence(policy, log_prior, alpha) * dbeta / beta**2
+        total = total + alpha_divergence(policy, log_prior, alpha, reduce) * dbeta / beta**2
     return total
 
 
