@@ -58,11 +58,12 @@ class Leaves(NamedTuple):
     def _mismatch(self, own: dict[str, Shape]) -> str:
         for name in ("beta", "alpha"):
             if self.prior is not None and own.get(name) == self.prior[:-1]:
+                per_state = f"for a beta per state of each lane, pass beta=1 and state_scale={name}; "
                 return (
                     f"{name} {list(own[name])} and prior {list(self.prior)} can be read in two ways. A prior is "
                     f"[*B, S, A], here lanes {list(self.prior[:-2])} of {self.prior[-2]} states, which {name}, [*B], "
-                    f"does not fit. For a strength per state of each lane, pass beta=1 and state_scale={name}; for a "
-                    f"lane per entry of {name}, of one state each, pass prior[..., None, :]"
+                    f"does not fit: {per_state if name == 'beta' else ''}for a lane per entry of {name}, of one state "
+                    "each, pass prior[..., None, :], and values[..., None, :] to the methods"
                 )
         shown = ", ".join(f"{name} {list(shape)}" for name, shape in own.items())
         return (
@@ -136,13 +137,14 @@ def mismatch(leaves: Leaves, shape: Shape) -> str:
 
 
 def _lanes_or_states(shape: Shape, batch: Shape, leaves: Leaves) -> str:
-    own = f"state_scale {list(leaves.state_scale)}" if leaves.state_scale else f"prior {list(leaves.prior or ())}"
+    own = f"state_scale {list(leaves.state_scale)}, [*B, S]," if leaves.state_scale else ""
+    own = own or f"prior {list(leaves.prior or ())}, [S, A] or [*B, S, A],"
     return (
-        f"values of shape {list(shape)} can be read in two ways with lanes {list(batch)} of {own} ([*B, S]; [S, A] or "
-        f"[*B, S, A]), which has {leaves.states} states for each lane. If every state of a lane sees the same "
-        f"values, pass values[..., None, :]: the result has axes {[*batch, leaves.states]}. If the axis of "
-        f"{leaves.states} is one and the same in all of them, make it states: beta=1 and state_scale=beta; or lanes of "
-        "one state each: prior[:, None, :] and values[..., None, :]"
+        f"values of shape {list(shape)} can be read in two ways: the regulariser has lanes {list(batch)}, and its "
+        f"{own} {leaves.states} states in every lane. If the values are those of lanes, the same in every state, pass "
+        f"values[..., None, :]: the result has axes {[*batch, leaves.states]}. If one axis of {leaves.states} is "
+        "meant, with a beta, a prior and a row of values each, make it the states, with beta=1 and state_scale=beta, or lanes "
+        "of one state each, with prior[..., None, :] and values[..., None, :]"
     )
 
 

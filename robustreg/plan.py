@@ -213,6 +213,9 @@ def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
         regs.kl(x)
     else:
         regs.kl(1.0, **{name: x})
+    if name == "prior":
+        # What its own dtype explains is divided out before that is forgotten: in chunks it has another.
+        values = values / values.sum(-1, keepdims=True)
     return values
 
 
