@@ -143,8 +143,8 @@ def _lanes_or_states(shape: Shape, batch: Shape, leaves: Leaves) -> str:
         f"values of shape {list(shape)} can be read in two ways: the regulariser has lanes {list(batch)}, and its "
         f"{own} {leaves.states} states in every lane. If the values are those of lanes, the same in every state, pass "
         f"values[..., None, :]: the result has axes {[*batch, leaves.states]}. If one axis of {leaves.states} is "
-        "meant, with a beta, a prior and a row of values each, make it the states, with beta=1 and state_scale=beta, or lanes "
-        "of one state each, with prior[..., None, :] and values[..., None, :]"
+        "meant, with a beta, a prior and a row of values each, make it the states, with beta=1 and state_scale=beta, "
+        "or lanes of one state each, with prior[..., None, :] and values[..., None, :]"
     )
 
 
