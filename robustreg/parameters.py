@@ -44,8 +44,7 @@ def working(dtype: Any) -> np.dtype:
     """The dtype in which to compute with numbers of one, as JAX is configured to hold it: float32 at least."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return np.dtype(jnp.result_type(float))
-    wide = jnp.promote_types(dtype, np.float32) if jnp.finfo(dtype).bits < 32 else dtype
-    return np.dtype(jax.dtypes.canonicalize_dtype(wide))
+    return np.dtype(jax.dtypes.canonicalize_dtype(np.float32 if jnp.finfo(dtype).bits < 32 else dtype))
 
 
 def refuse(name: str, x: Array, bad: Callable[[Any], Any], rule: str) -> None:
@@ -107,8 +106,8 @@ def _of_logits(x: ArrayLike) -> Array:
     refuse("log_prior", logits, lambda v: np.isnan(v) | np.isposinf(v), "must be below infinity and not NaN")
     _expect_actions(logits)
     if isinstance(logits, Tracer):
-        # A row of minus infinity, and one that holds infinity, come out as NaN.
-        return logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return logits - jnp.where(jnp.isfinite(total), total, jnp.nan)
     exact = np.asarray(logits, np.float64)
     top = exact.max(-1, keepdims=True)
     nothing = _host.first(np.isneginf(top[..., 0]))
