@@ -179,9 +179,14 @@ def largest(x: Array, axis: int = 0) -> Array:
     return lax.reduce(x, np.asarray(-np.inf, x.dtype), lambda a, b: -lax.min(-a, -b), (axis,))
 
 
-def plain_max(x: Array) -> Array:
-    """Maximum over the leading axis."""
-    return jnp.max(x, axis=0)
+def _by_rows(add: Callable[[Array, Array], Array], whole: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A reduction over the leading axis in terms that XLA's partitioner knows. Few entries are written out: then it is
+    no reduction at all, and the library above has no hand in it."""
+
+    def reduce(x: Array) -> Array:
+        return functools.reduce(add, list(x)) if 0 < x.shape[0] <= 8 else whole(x)
+
+    return reduce
 
 
 class Reducers(NamedTuple):
@@ -193,4 +198,5 @@ class Reducers(NamedTuple):
 
 # Those of `solve`, of whose lanes there are many. XLA's partitioner knows a reduction by its operation too, and refuses
 # what it does not know where the actions are sharded over devices: what users call with arrays of their own takes ROWS.
-LANES, ROWS = Reducers(total, largest), Reducers(plain_sum, plain_max)
+LANES = Reducers(total, largest)
+ROWS = Reducers(_by_rows(jnp.add, plain_sum), _by_rows(jnp.maximum, lambda x: jnp.max(x, axis=0)))

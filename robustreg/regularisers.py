@@ -246,12 +246,10 @@ class KL(Regulariser):
         return self._prior, jnp.ones_like(self.beta), self.beta
 
     def _worst_case(self, policy: Array) -> Array:
-        order = jnp.ones_like(self.beta)
-        return worst_cases.over(worst_cases.from_policy(policy, self._prior, order, self._reduce), self.beta)
+        return worst_cases.over(worst_cases.from_policy(policy, self._prior), self.beta)
 
     def _worst_case_of_logs(self, log_policy: Array) -> Array:
-        order = jnp.ones_like(self.beta)
-        return worst_cases.over(worst_cases.from_log_policy(log_policy, self._prior, order, self._reduce), self.beta)
+        return worst_cases.over(worst_cases.from_log_policy(log_policy, self._prior), self.beta)
 
 
 @_tree.dataclass

@@ -30,26 +30,35 @@ from robustreg import _tree
 from robustreg.divergences import eps, eps_slope, log_ratio
 
 
-def from_log_policy(log_policy: Array, log_prior: Array, alpha: Array, reduce: _tree.Reducers = _tree.LANES) -> Array:
+def from_log_policy(
+    log_policy: Array, log_prior: Array, alpha: Array | None = None, reduce: _tree.Reducers = _tree.LANES
+) -> Array:
     """The worst case at strength 1 of `exp(log_policy)`, `[A, ...]`, differentiable in everything, to any order.
 
     Args:
         log_policy: `[A, ...]`; minus infinity is an action never taken. Masked actions whose probability underflows
             count as such, whatever is written there.
         log_prior: broadcastable to `[A, ...]`.
-        alpha: broadcastable to `[...]`.
+        alpha: broadcastable to `[...]`; None is 1, KL, for which D plays no part.
         reduce: sums over actions.
     """
     absent = jnp.isneginf(log_prior) & ((jnp.exp(log_policy) == 0) | jnp.isneginf(log_policy))
     log_policy = jnp.where(absent, -jnp.inf, log_policy)
+    if alpha is None:
+        return jnp.where(absent, 0, _log_tilt(log_policy, log_prior))
     return _together(_tilt(log_policy, log_prior, alpha - 1), _offset(log_policy, log_prior, alpha, reduce), absent)
 
 
-def from_policy(policy: Array, log_prior: Array, alpha: Array, reduce: _tree.Reducers = _tree.LANES) -> Array:
+def from_policy(
+    policy: Array, log_prior: Array, alpha: Array | None = None, reduce: _tree.Reducers = _tree.LANES
+) -> Array:
     """The same of probabilities `policy`, whose derivatives are right or NaN."""
     absent = jnp.isneginf(log_prior) & (policy == 0)
-    tilt = _tilt_of(policy, log_prior, alpha - 1)
-    total = _together(tilt, _offset_of(policy, log_prior, alpha, reduce), absent)
+    if alpha is None:
+        total = jnp.where(absent, 0, _log_tilt_of(policy, log_prior))
+    else:
+        tilt = _tilt_of(policy, log_prior, alpha - 1)
+        total = _together(tilt, _offset_of(policy, log_prior, alpha, reduce), absent)
     return jnp.where(jnp.isnan(policy), jnp.nan, total)
 
 
@@ -126,6 +135,13 @@ def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Ar
 _tilt.defjvp(_tilt_jvp, symbolic_zeros=True)
 
 
+def _log_tilt(log_policy: Array, log_prior: Array) -> Array:
+    """The same for KL: `L`, linear where it is finite, so that nothing of it needs a rule."""
+    masked = jnp.isneginf(log_prior)
+    inside = jnp.where(masked, 0, log_policy) - jnp.where(masked, 0, log_prior)
+    return jnp.where(masked, jnp.where(jnp.isneginf(log_policy), 0, jnp.inf), inside)
+
+
 def _by_order(ratio: Array, h: Array, dh: Array | None, out: Array) -> Array:
     if dh is None:
         return jnp.zeros_like(out)
@@ -147,13 +163,11 @@ def _times_eps(weight: Array, log_prior: Array, ratio: Array, h: Array, alpha: A
 def _divergence(policy: Array, log_prior: Array, alpha: Array, ratio: Array, reduce: _tree.Reducers) -> Array:
     """`D_alpha`, `[...]`, from the form that is regular at its alpha; see `divergences`."""
     h, upper = alpha - 1, alpha >= 0.5
-    prior = jnp.exp(log_prior)
-    # Double where: the branch that is not taken divides by alpha or h near 0.
-    above, below = jnp.where(upper, alpha, 1), jnp.where(upper, 0.25, alpha)
-    high = reduce.total(_times_eps(policy, log_prior, ratio, above[None] - 1, above[None])) / above
-    low = reduce.total(_times_eps(prior, log_prior, ratio, below[None], below[None])) / jnp.where(upper, 1, h)
+    weight = jnp.where(upper[None], policy, jnp.exp(log_prior))
+    terms = _times_eps(weight, log_prior, ratio, jnp.where(upper, h, alpha)[None], alpha[None])
+    divergence = reduce.total(terms) / jnp.where(upper, alpha, h)
     escaped = jnp.any(jnp.isposinf(ratio), axis=0)
-    return jnp.where(escaped, jnp.inf, jnp.where(upper, high, low))
+    return jnp.where(escaped, jnp.inf, divergence)
 
 
 def _psi(divergence: Array, alpha: Array) -> Array:
@@ -260,6 +274,29 @@ def _tilt_of_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple
 
 
 _tilt_of.defjvp(_tilt_of_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def _log_tilt_of(policy: Array, log_prior: Array) -> Array:
+    """The same for KL."""
+    return log_ratio(policy, log_prior)
+
+
+def _log_tilt_of_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (policy, log_prior), (dp, dprior) = primals, (_tree.given(t) for t in tangents)
+    out = _log_tilt_of(policy, log_prior)
+    masked = jnp.isneginf(log_prior)
+    total = jnp.zeros_like(out)
+    if dp is not None:
+        lost, silent = (policy == 0) ^ masked, (policy == 0) & masked
+        rate = jnp.where(lost, 1, jnp.where(silent, 0, 1 / jnp.where(policy == 0, 1, policy)))
+        total = total + rate * _tree.gate(dp, lost)
+    if dprior is not None:
+        total = total - jnp.where(masked, 0, jnp.broadcast_to(dprior, out.shape))
+    return out, total
+
+
+_log_tilt_of.defjvp(_log_tilt_of_jvp, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
