@@ -147,8 +147,8 @@ def _margin(given: ArrayLike, p: Array) -> float:
 
 
 def _expect_actions(x: Array) -> None:
-    if x.ndim == 0:
-        raise ValueError("a prior needs an action axis: [A], [S, A] or [*B, S, A]")
+    if x.ndim == 0 or 0 in x.shape:
+        raise ValueError(f"a prior has shape {list(x.shape)}; expected [A], [S, A] or [*B, S, A], none empty")
 
 
 def log_of(prior: Array) -> Array:

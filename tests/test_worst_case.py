@@ -163,6 +163,15 @@ def test_slopes_at_probability_0():
         close(back, [shared, shared, own])
 
 
+def test_curvatures_at_probability_0():
+    """`(h-1) p^(h-2) p0^-h - h p^(h-1) p0^-h`: infinite below h = 2 but for h = 1."""
+    p, p0 = jnp.asarray([0.25, 0.75, 0.0]), np.array([0.5, 0.25, 0.25])
+    for alpha, wanted in ((1.5, np.nan), (2.0, -4 / 2), (2.5, np.nan), (3.0, 16 / 2), (4.0, 0)):
+        reg = rr.alpha(alpha, 2.0, p0)
+        for outer in (jax.jacfwd, jax.jacrev):
+            close(outer(jax.grad(lambda p: rr.worst_case(reg, p)[2]))(p)[2, 2], wanted)  # noqa: B023
+
+
 def test_values_at_probability_0_and_masks_are_the_same_in_both_forms():
     p0 = np.array([0.5, 0.25, 0.25, 0.0])
     rows = np.array([[0.25, 0.75, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], p0])
