@@ -12,7 +12,8 @@ with `[S, A, K]` gathers reduced over their last axis (one CPU core, float64).
 
 import dataclasses
 import functools
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ _T = TypeVar("_T")
 
 
 def static(**options: Any) -> Any:
-    """A dataclass field that is metadata of the compiled program instead of a leaf (must be hashable)."""
+    """A dataclass field that is metadata of the compiled program instead of a leaf (must be hashable). With
+    `repr=False` it is not shown."""
     return dataclasses.field(metadata={"static": True}, **options)
 
 
@@ -77,7 +79,7 @@ def _summary(self: Any) -> str:
             return f"{value.dtype}{list(value.shape)}"
         return repr(value)
 
-    shown = (f"{f.name}={show(getattr(self, f.name))}" for f in dataclasses.fields(self))
+    shown = (f"{f.name}={show(getattr(self, f.name))}" for f in dataclasses.fields(self) if f.repr)
     return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -180,3 +182,26 @@ def plain_sum(x: Array) -> Array:
 def largest(x: Array, axis: int = 0) -> Array:
     """`jnp.max(x, axis)`, without a derivative."""
     return lax.reduce(x, np.asarray(-np.inf, x.dtype), lambda a, b: -lax.min(-a, -b), (axis,))
+
+
+def _by_rows(add: Callable[[Array, Array], Array], whole: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A reduction over the leading axis in terms that XLA's partitioner knows. Few entries are written out: then it is
+    no reduction at all, and the library above has no hand in it."""
+
+    def reduce(x: Array) -> Array:
+        return functools.reduce(add, list(x)) if 0 < x.shape[0] <= 8 else whole(x)
+
+    return reduce
+
+
+class Reducers(NamedTuple):
+    """How a kernel sums and takes maxima over actions, its leading axis."""
+
+    total: Callable[[Array], Array]
+    largest: Callable[[Array], Array]
+
+
+# Those of `solve`, of whose lanes there are many. XLA's partitioner knows a reduction by its operation too, and refuses
+# what it does not know where the actions are sharded over devices: what users call with arrays of their own takes ROWS.
+LANES = Reducers(total, largest)
+ROWS = Reducers(_by_rows(jnp.add, plain_sum), _by_rows(jnp.maximum, lambda x: jnp.max(x, axis=0)))

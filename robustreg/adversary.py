@@ -24,20 +24,32 @@ from robustreg.solution import Status
 from robustreg.solve import Loop, iterate
 
 
-def worst_case(reg: Regulariser, policy: ArrayLike) -> Array:
+def worst_case(reg: Regulariser, policy: ArrayLike | None = None, *, log_policy: ArrayLike | None = None) -> Array:
     """Perturbation that lowers a policy's return the most within the robust set.
 
     Args:
         reg: the regulariser, whose strength sets the adversary's budget.
-        policy: `[*B, ..., A]`, normalised over its last axis; any policy, optimal or not.
+        policy: `[*B, ..., A]`, normalised over its last axis; any policy, optimal or not. That of a solution,
+            `[lanes, S, A]`, goes in as it is (see `regularisers` on axes).
+        log_policy: its logarithm instead of it, `log_softmax` of some logits for example. Give one of the two: where
+            probabilities underflow, nothing of the worst case can be told from them.
 
     Returns:
-        `Delta_r`, `[*B, ..., A]`, in reward units: `(1/beta) log_alpha(p/p0) + (1 - alpha) D/beta`. Then
-        `<p, Delta_r> = Omega(p)` and `slack` is 0. Minus infinity where p = 0 < p0 for KL and alpha <= 1
-        (`Solution.perturbation` is the finite one at an optimum); 0 on masked actions.
+        `Delta_r`, of the policy's shape with the regulariser's batch axes, in reward units:
+        `(1/beta) log_alpha(p/p0) + (1 - alpha) D/beta`. Then `<p, Delta_r> = Omega(p)` and `slack` is 0. Minus infinity
+        where p = 0 < p0 for KL and alpha <= 1 (`Solution.perturbation` is the finite one at an optimum); 0 on masked
+        actions.
+
+        Differentiable in everything, as the extension to measures that need not sum to 1. From `log_policy` derivatives
+        are right however small the probabilities. From `policy` they are right or NaN: at p = 0 < p0 the slope in p is
+        infinite for alpha < 2, and who asks for it gets NaN; entries whose cotangent is 0 do not ask.
+
+    Raises:
+        TypeError: a first argument that is no regulariser.
+        ValueError: none or both of `policy` and `log_policy`; axes that do not fit, or that fit in two ways.
     """
     _host.expect_type(reg, Regulariser, "first argument", "kl")
-    return reg.worst_case(policy)
+    return reg.worst_case(policy, log_policy=log_policy)
 
 
 def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
@@ -45,7 +57,8 @@ def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
 
     Args:
         reg: the regulariser.
-        perturbation: `dr`, `[*B, ..., A]`, subtracted from the reward.
+        perturbation: `dr`, `[*B, ..., A]`, subtracted from the reward; that of a solution, `[lanes, S, A]`, goes in as
+            it is (see `regularisers` on axes).
 
     Returns:
         `-Omega*(dr)`, `[*B, ...]`, in reward units. `dr` is in the robust set exactly where this is >= 0, and

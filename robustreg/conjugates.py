@@ -56,24 +56,25 @@ _NEAR = 0.125
 _ALPHA_NOISE = 4.0
 
 
-def kl_maximiser(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
+def kl_maximiser(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers = _tree.LANES) -> tuple[Array, Array]:
     """Conjugate of `KL/beta` and its maximiser.
 
     Args:
         q: `[A, ...]`; entries of masked actions are never looked at, they may be infinite or NaN.
         beta: broadcastable to `[...]`, positive.
         log_prior: broadcastable to `[A, ...]`.
+        reduce: sums and maxima over actions.
 
     Returns:
         `(1/beta) log sum p0 exp(beta q)`, `[...]`, and `p0 exp(beta (q - that))`, `[A, ...]`.
     """
-    best, gap = _gaps(q, beta, log_prior)
+    best, gap = _gaps(q, beta, log_prior, reduce)
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
     exponent = log_prior - gap
-    top = _tree.largest(exponent)
+    top = reduce.largest(exponent)
     weight = jnp.exp(exponent - top[None])
-    total = _tree.total(weight)
-    level = jnp.where(_tree.largest(gap) < _NEAR, _near_level(gap, log_prior), top + jnp.log(total))
+    total = reduce.total(weight)
+    level = jnp.where(reduce.largest(gap) < _NEAR, _near_level(gap, log_prior, reduce), top + jnp.log(total))
     return best + level / beta, weight / total[None]
 
 
@@ -86,7 +87,7 @@ def kl_noise(scales: Scales, beta: Array) -> Array:
     return scales.logs * jnp.where(near, 2 * scales.cost, scales.temperature)
 
 
-def _near_level(gap: Array, log_prior: Array) -> Array:
+def _near_level(gap: Array, log_prior: Array, reduce: _tree.Reducers) -> Array:
     """`log sum p0 e^-gap` to relative precision for gaps below `_NEAR`, from a mean of `e^-gap - 1`.
 
     The series costs a fifth of `expm1`, in the innermost loop of every solve.
@@ -97,10 +98,10 @@ def _near_level(gap: Array, log_prior: Array) -> Array:
         series = series * small + (-1) ** k / math.factorial(k)
     # The barrier keeps the exponential of a prior, often one for all states, out of the loop over them.
     prior = lax.optimization_barrier(jnp.exp(log_prior))
-    return jnp.log1p(_tree.total(prior * small * series))
+    return jnp.log1p(reduce.total(prior * small * series))
 
 
-def _gaps(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
+def _gaps(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers) -> tuple[Array, Array]:
     """`max q` over the actions that the prior allows, `[...]`, and `beta (max q - q)`, 0 on the others, `[A, ...]`.
 
     The compiler evaluates an expression wherever it is used, and two evaluations may round differently (one with a
@@ -108,11 +109,13 @@ def _gaps(q: Array, beta: Array, log_prior: Array) -> tuple[Array, Array]:
     from it is one of its entries; it need not be 0.
     """
     masked = jnp.isneginf(log_prior)
-    best = _tree.largest(jnp.where(masked, -jnp.inf, q))
+    best = reduce.largest(jnp.where(masked, -jnp.inf, q))
     return best, lax.optimization_barrier(jnp.where(masked, 0, beta[None] * (best[None] - q)))
 
 
-def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tuple[Array, Array]:
+def alpha_maximiser(
+    q: Array, beta: Array, log_prior: Array, alpha: Array, reduce: _tree.Reducers = _tree.LANES
+) -> tuple[Array, Array]:
     """Conjugate of `D_alpha/beta` over normalised policies, and its maximiser. Shapes as in `kl_maximiser`.
 
     The value is the dual function `psi + (conjugate over all measures)(q - psi)` at the root psi that was found, for
@@ -122,26 +125,26 @@ def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tu
 
     an upper bound on the conjugate whatever psi, which errs by the square of psi's error only.
     """
-    best, gap = _gaps(q, beta, log_prior)
+    best, gap = _gaps(q, beta, log_prior, reduce)
     # The best action's gap may be rounding instead of 0, which exp(-h l) would magnify.
-    least = -_tree.largest(jnp.where(jnp.isneginf(log_prior), -jnp.inf, -gap))
+    least = -reduce.largest(jnp.where(jnp.isneginf(log_prior), -jnp.inf, -gap))
     gap = jnp.where(jnp.isneginf(log_prior), 0, gap - least[None])
     h = alpha - 1
     # A stored prior sums to 1 to rounding only: so does what is compared with it, and no more is lost.
     prior = lax.optimization_barrier(jnp.exp(log_prior))
-    mass = _tree.total(prior)
-    level, low, high = _root(gap, log_prior, h, mass)
+    mass = reduce.total(prior)
+    level, low, high = _root(gap, log_prior, h, mass, reduce)
     ratio, rho = _ratios(level, gap, h)
     raw = jnp.exp(log_prior + ratio)
-    short = _tree.total(missing(raw, prior, ratio))
-    price = alpha_divergence_at(raw, log_prior, alpha, ratio)
-    loss = weighted(raw, gap) + price + short * eps(level, h)
+    short = reduce.total(missing(raw, prior, ratio))
+    price = alpha_divergence_at(raw, log_prior, alpha, ratio, reduce)
+    loss = weighted(raw, gap, reduce.total) + price + short * eps(level, h)
     # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
-    mean = _tree.total(prior * gap) / mass
-    spread = _tree.total(prior * (gap - mean[None]) ** 2) / mass
-    tiny = _tree.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
+    mean = reduce.total(prior * gap) / mass
+    spread = reduce.total(prior * (gap - mean[None]) ** 2) / mass
+    tiny = reduce.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
     loss = jnp.where(tiny, mean - 0.5 * spread, loss / mass)
-    return best - (least + loss) / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass)
+    return best - (least + loss) / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass, reduce)
 
 
 def _tiny(dtype: np.dtype) -> float:
@@ -211,7 +214,14 @@ def largest_weight(reward: Array, gap: Array, beta: Array, log_prior: Array, alp
 
 
 def _normalise(
-    raw: Array, rho: Array, bracket: tuple[Array, Array], gap: Array, log_prior: Array, h: Array, mass: Array
+    raw: Array,
+    rho: Array,
+    bracket: tuple[Array, Array],
+    gap: Array,
+    log_prior: Array,
+    h: Array,
+    mass: Array,
+    reduce: _tree.Reducers,
 ) -> Array:
     """The policy that sums to 1 next to a `raw` one of `_ratios` at the root, which does to the root's precision.
 
@@ -227,13 +237,13 @@ def _normalise(
     # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
     # of the support then leaves a value error of 3e-8.
     curvature = _curvature(raw, rho)
-    total = _tree.total(raw)
-    policy = jnp.maximum(raw + ((mass - total) / _tree.total(curvature))[None] * curvature, 0)
-    policy = policy / _tree.total(policy)[None]
+    total = reduce.total(raw)
+    policy = jnp.maximum(raw + ((mass - total) / reduce.total(curvature))[None] * curvature, 0)
+    policy = policy / reduce.total(policy)[None]
     unresolved = ~(jnp.abs(jnp.log(total / mass)) <= _resolution(gap))[None]
 
     def bridge() -> Array:
-        return jnp.where(unresolved, _between(*bracket, gap, log_prior, h, mass), policy)
+        return jnp.where(unresolved, _between(*bracket, gap, log_prior, h, mass, reduce), policy)
 
     return lax.cond(jnp.any(unresolved), bridge, lambda: policy)
 
@@ -243,16 +253,18 @@ def _resolution(gap: Array) -> float:
     return float(jnp.finfo(gap.dtype).eps) ** 0.6
 
 
-def _between(low: Array, high: Array, gap: Array, log_prior: Array, h: Array, mass: Array) -> Array:
+def _between(
+    low: Array, high: Array, gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Reducers
+) -> Array:
     """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
 
     For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
     """
     below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
-    short, jump = mass - _tree.total(below), _tree.total(above - below)
+    short, jump = mass - reduce.total(below), reduce.total(above - below)
     share = jnp.clip(short / jnp.where(jump > 0, jump, 1), 0, 1)
     mixed = below + share[None] * (above - below)
-    return mixed / _tree.total(mixed)[None]
+    return mixed / reduce.total(mixed)[None]
 
 
 def _curvature(policy: Array, rho: Array) -> Array:
@@ -261,22 +273,22 @@ def _curvature(policy: Array, rho: Array) -> Array:
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
 
 
-def _root(gap: Array, log_prior: Array, h: Array, mass: Array) -> tuple[Array, Array, Array]:
+def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Reducers) -> tuple[Array, Array, Array]:
     """The level `l` with `sum p = mass` and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
     unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= log(mass/their priors).
-    top = _tree.largest(at_best)
+    top = reduce.largest(at_best)
     top = jnp.where(jnp.isneginf(top), 0, top)
-    best_prior = top + jnp.log(_tree.total(jnp.exp(at_best - top[None])))
+    best_prior = top + jnp.log(reduce.total(jnp.exp(at_best - top[None])))
     high = jnp.broadcast_to(jnp.maximum(jnp.log(mass) - best_prior, 0), gap.shape[1:])
     low = jnp.zeros_like(high)
 
     def measure(level: Array) -> tuple[Array, Array]:
         ratio, rho = _ratios(level, gap, h)
         policy = jnp.exp(log_prior + ratio)
-        total = _tree.total(policy)
-        return jnp.log(total / mass), _tree.total(_curvature(policy, rho)) / total
+        total = reduce.total(policy)
+        return jnp.log(total / mass), reduce.total(_curvature(policy, rho)) / total
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         level, low, high, last, done, count = state
@@ -320,14 +332,21 @@ class Change(NamedTuple):
     alpha: Array | None = None
 
 
-def conjugate_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array, change: Change) -> Array:
+def conjugate_tangent(
+    policy: Array,
+    log_prior: Array,
+    alpha: Array,
+    beta: Array,
+    change: Change,
+    reduce: _tree.Reducers = _tree.LANES,
+) -> Array:
     """Change of the conjugate of `D_alpha/beta` at its maximiser `policy`, `[...]`."""
     dq, dbeta, dlog_prior, dalpha = change
-    total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha) / beta
+    total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha, reduce) / beta
     if dq is not None:
         total = total + weighted(policy, dq, _tree.plain_sum)
     if dbeta is not None:
-        total = total + alpha_divergence(policy, log_prior, alpha) * dbeta / beta**2
+        total = total + alpha_divergence(policy, log_prior, alpha, reduce) * dbeta / beta**2
     return total
 
 

@@ -23,6 +23,7 @@ prior, where `sum p eps_h(L)` alone errs by a unit of rounding and D is of secon
 (alpha <= 1), it counts as 0: no policy that a regulariser chooses is moved there.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -141,29 +142,33 @@ def weighted(weight: Array, x: Array, add: Callable[[Array], Array] = _tree.tota
     return add(weight * jnp.where(weight == 0, 0, x))
 
 
-@jax.custom_jvp
-def alpha_divergence(policy: Array, log_prior: Array, alpha: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def alpha_divergence(policy: Array, log_prior: Array, alpha: Array, reduce: _tree.Reducers = _tree.LANES) -> Array:
     """`D_alpha[p0 : p]` for every real alpha (the KL divergence `KL(p : p0)` at 1, `KL(p0 : p)` at 0).
 
     Args:
         policy: `p`, `[A, ...]`, normalised over axis 0 (to rounding, or not: see the module docstring).
         log_prior: `log p0`, broadcastable to `[A, ...]`; minus infinity masks an action.
         alpha: broadcastable to `[...]`.
+        reduce: sums over actions.
 
     Returns:
         `[...]`; infinite where `p` puts mass on a masked action, and where alpha <= 0 and `p` omits an unmasked one.
     """
-    return alpha_divergence_at(policy, log_prior, alpha, log_ratio(policy, log_prior))
+    return alpha_divergence_at(policy, log_prior, alpha, log_ratio(policy, log_prior), reduce)
 
 
-def alpha_divergence_at(policy: Array, log_prior: Array, alpha: Array, ratio: Array) -> Array:
+def alpha_divergence_at(
+    policy: Array, log_prior: Array, alpha: Array, ratio: Array, reduce: _tree.Reducers = _tree.LANES
+) -> Array:
     """The same with `log(p/p0)` from a caller who knows it better than the logarithm of `p` does (underflow)."""
     prior = jnp.exp(log_prior)
     upper = alpha >= 0.5
     # One of the two forms divides by a number near 0.
     order, scale = jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
     heavy = jnp.where(upper[None], policy, prior)
-    divergence = (weighted(heavy, eps(ratio, order[None])) + _tree.total(missing(policy, prior, ratio))) / scale
+    divergence = weighted(heavy, eps(ratio, order[None]), reduce.total) + reduce.total(missing(policy, prior, ratio))
+    divergence = divergence / scale
     escaped = jnp.any((policy > 0) & jnp.isneginf(log_prior), axis=0)
     return jnp.where(escaped, jnp.inf, divergence)
 
@@ -203,14 +208,20 @@ def missing(policy: Array, prior: Array, ratio: Array) -> Array:
     return heavy * jnp.expm1(jnp.where(up, -ratio, ratio))
 
 
-@jax.custom_jvp
-def kl_divergence(policy: Array, log_prior: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def kl_divergence(policy: Array, log_prior: Array, reduce: _tree.Reducers = _tree.LANES) -> Array:
     """`sum p log(p/p0)` of a normalised `p` and a `p0` of any mass. Shapes as in `alpha_divergence`."""
-    return weighted(policy, log_ratio(policy, log_prior))
+    return weighted(policy, log_ratio(policy, log_prior), reduce.total)
 
 
 def divergence_tangent(
-    policy: Array, log_prior: Array, alpha: Array, dp: Array | None, dlog_prior: Array | None, dalpha: Array | None
+    policy: Array,
+    log_prior: Array,
+    alpha: Array,
+    dp: Array | None,
+    dlog_prior: Array | None,
+    dalpha: Array | None,
+    reduce: _tree.Reducers = _tree.LANES,
 ) -> Array:
     """Change of `D_alpha` with its arguments, `[...]`; None for one that does not change."""
     ratio = log_ratio(policy, log_prior)
@@ -225,39 +236,27 @@ def divergence_tangent(
         moved = jnp.where(jnp.isfinite(moved), moved, 0)
         terms.append(-jnp.sum(jnp.exp(log_prior) * moved * dlog_prior, axis=0))
     if dalpha is not None:
-        terms.append(jax.jvp(lambda a: alpha_divergence_at(policy, log_prior, a, ratio), (alpha,), (dalpha,))[1])
+        at = lambda a: alpha_divergence_at(policy, log_prior, a, ratio, reduce)  # noqa: E731
+        terms.append(jax.jvp(at, (alpha,), (dalpha,))[1])
     return sum(terms, jnp.zeros((), policy.dtype))
 
 
-def _divergence_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    value = alpha_divergence(*primals)
-    change = divergence_tangent(*primals, *(_tree.given(t) for t in tangents))
+def _divergence_jvp(
+    reduce: _tree.Reducers, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    policy, log_prior, alpha = primals
+    value = alpha_divergence(policy, log_prior, alpha, reduce)
+    dp, dlog_prior, dalpha = (_tree.given(t) for t in tangents)
+    change = divergence_tangent(policy, log_prior, alpha, dp, dlog_prior, dalpha, reduce)
     return value, jnp.broadcast_to(change, value.shape)
 
 
-def _kl_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    value = kl_divergence(*primals)
+def _kl_jvp(reduce: _tree.Reducers, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    value = kl_divergence(*primals, reduce)
     dp, dlog_prior = (_tree.given(t) for t in tangents)
-    change = divergence_tangent(*primals, jnp.ones_like(value), dp, dlog_prior, None)
+    change = divergence_tangent(*primals, jnp.ones_like(value), dp, dlog_prior, None, reduce)
     return value, jnp.broadcast_to(change, value.shape)
 
 
 alpha_divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
 kl_divergence.defjvp(_kl_jvp, symbolic_zeros=True)
-
-
-def alpha_gradient(policy: Array, log_prior: Array, alpha: Array) -> Array:
-    """The worst case at strength 1: `log_alpha(p/p0) + (1 - alpha) D_alpha`, `[A, ...]`, 0 on masked actions.
-
-    It is the gradient of the degree-one extension of `D_alpha` to unnormalised measures, so that
-    `<p, gradient> = D_alpha` and the conjugate of the gradient is 0 [Brekelmans et al. 2022]. Minus infinity where
-    `p = 0 < p0` and alpha <= 1.
-    """
-    ratio = log_ratio(policy, log_prior)
-    kernel = eps(ratio, (alpha - 1)[None])
-    # At alpha <= 0 an omitted action makes D infinite, and (1 - alpha) D - inf undefined: the -inf of the omitted
-    # action itself is kept, every other entry is +inf.
-    divergence = alpha_divergence(policy, log_prior, alpha)
-    psi = (1 - alpha) * jnp.where((alpha == 1) & jnp.isinf(divergence), 0, divergence)
-    total = jnp.where(jnp.isneginf(kernel), kernel, kernel + psi[None])
-    return jnp.where(jnp.isneginf(log_prior) & (policy == 0), 0, total)

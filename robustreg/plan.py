@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _host
+from robustreg import _host, parameters
 from robustreg import regularisers as regs
 from robustreg.mdp import MDP
 from robustreg.mdp import mdp as make_mdp
@@ -213,6 +213,9 @@ def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
         regs.kl(x)
     else:
         regs.kl(1.0, **{name: x})
+    if name == "prior":
+        # What its own dtype explains is divided out before that is forgotten: in chunks it has another.
+        values = values / values.sum(-1, keepdims=True)
     return values
 
 
@@ -280,7 +283,7 @@ def problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[MD
     leaves: dict[str, Any] = {n: lanes[n] for n in ("alpha", "beta", "state_scale") if n in lanes}
     if "prior" in lanes:
         prior = lanes["prior"]
-        leaves["log_prior"] = regs.log_of(prior[:, None] if prior.ndim == 2 else prior)
+        leaves["log_prior"] = parameters.log_prior(prior[:, None] if prior.ndim == 2 else prior, None)
     regulariser: Any = reg  # of a class that is a dataclass, as all are
     return mdp, dataclasses.replace(regulariser, **leaves)
 

@@ -10,9 +10,16 @@ A regulariser is three functions of one state's action distribution, all else fo
 per state. The reference policy (prior) is kept as logarithms; a prior of 0 masks an action.
 
 **Axes.** `beta` and `alpha` are `[*B]`, `state_scale` `[*B, S]`, the prior `[A]`, `[S, A]` or `[*B, S, A]`. The public
-methods act on the last axis of `[*B, ..., A]`; the regulariser's own batch axes lead.
+methods act on the last axis of `[*B, ..., A]`: the regulariser's own batch axes lead, the states, where it has any, are
+next to last, and values without a state axis are those of every state. Arrays of a solution whose lanes have more axes
+than the regulariser, `[..., *B, S, A]`, are taken as they are if they do not fit the other way. What fits both ways, or
+could have lanes or states on one axis, is refused, and both readings named (see `axes`).
+
+**Precision.** Leaves are float32 at least (see `parameters`). Values of 16 bits are computed with in float32, and
+results have the dtype of the values.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,18 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _tree, conjugates, divergences
+from robustreg import _tree, axes, conjugates, divergences, parameters, worst_cases
 
 
 class Regulariser:
     """Base of all regularisers: leaves and their axes.
 
-    A subclass gives `_value`, `_maximiser` and `_worst_case`, and the derivatives of the second: `_conjugate_tangent`
-    and `_policy_tangent`. All are functions of arrays with actions leading (`[A, ...]`), in which the parameters of a
-    bound regulariser broadcast.
+    A subclass gives `_value`, `_maximiser`, `_worst_case` and `_worst_case_of_logs`, and the derivatives of the second:
+    `_conjugate_tangent` and `_policy_tangent`. All are functions of arrays with actions leading (`[A, ...]`), in which
+    the parameters of a bound regulariser broadcast.
     """
 
     beta: Array
@@ -61,6 +67,9 @@ class Regulariser:
         """
         return jnp.ones_like(gap)
 
+    def _worst_case_of_logs(self, log_policy: Array) -> Array:
+        raise TypeError(f"{type(self).__name__} does not define _worst_case_of_logs")
+
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
         """Change of `Omega*(q)` at its maximiser, `[...]`; `change` is the regulariser's own, leaf by leaf."""
         raise TypeError(f"{type(self).__name__} does not define _conjugate_tangent")
@@ -86,6 +95,11 @@ class Regulariser:
         assert self.log_prior is not None
         return self.log_prior
 
+    @property
+    def _reduce(self) -> _tree.Reducers:
+        """How a bound regulariser sums over actions: `rows` is set for arrays of the user's own."""
+        return _tree.ROWS if getattr(self, "rows", False) else _tree.LANES
+
     @staticmethod
     def _change(dq: Array | None, change: Any) -> conjugates.Change:
         """A direction in q and in the regulariser's own leaves."""
@@ -109,54 +123,43 @@ class Regulariser:
         raise TypeError(f"{type(self).__name__} does not define _rebuild")
 
     @property
+    def _leaves(self) -> axes.Leaves:
+        """Shapes of the leaves."""
+        parts = (getattr(self, name, None) for name in ("alpha", "beta", "state_scale", "log_prior"))
+        return axes.Leaves(*(x if x is None else x.shape for x in parts))  # type: ignore[arg-type]  # beta is there
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """Leading batch axes of all leaves together."""
-        shapes = [self.beta.shape]
-        if self.state_scale is not None:
-            shapes.append(self.state_scale.shape[:-1])
-        if self.log_prior is not None and self.log_prior.ndim > 2:
-            shapes.append(self.log_prior.shape[:-2])
-        return np.broadcast_shapes(*shapes)
+        return self._leaves.batch
 
     def bind(self, batch_ndim: int, dtype: Any, n_actions: int) -> Any:
         """The same regulariser in the kernels' layout: leaves `[*core reversed, *B]`, cast to `dtype`."""
         return self._rearrange(lambda x, core: _tree.lanes_last(x, batch_ndim, core), dtype, n_actions)
 
-    def _public(self, x: ArrayLike) -> tuple[Any, Array]:
-        """The regulariser and `x` with actions leading, aligned for an `x` of shape `[*B, ..., A]`."""
+    def _public(self, x: ArrayLike, refuse: bool = False) -> tuple[Any, Array]:
+        """The regulariser and `x` with actions leading, aligned: see `axes.align`, to which `refuse` goes."""
         x = jnp.asarray(x)
-        x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+        x = x.astype(parameters.working(x.dtype))
         if x.ndim == 0:
             raise ValueError("expected [..., A], got a scalar")
-        batch_ndim = len(self.batch_shape)
-        x = x.reshape((1,) * (batch_ndim + 1 - x.ndim) + x.shape)
-        if x.ndim == batch_ndim + 1 and self._per_state:
-            x = x[..., None, :]  # one distribution against per-state parameters: every state sees it
-        middle = x.ndim - 1 - batch_ndim
+        leaves = self._leaves
+        rank, at = len(leaves.batch), axes.align(leaves, x.shape, refuse)
 
         def place(leaf: Array, core: int) -> Array:
-            """`[*b, S]` or `[*b, S, A]` to `[(A,) *b, ones, S]`, with an axis for each of `x` in `[A, *B, ...]`."""
+            """`[*b, S]` or `[*b, S, A]` to `[(A,) ...]`, with an axis for each of `x` in `[A, ...]`."""
             leaf = leaf if core == 1 else jnp.moveaxis(leaf, -1, 0)
             actions, batch, states = leaf.shape[: core - 1], leaf.shape[core - 1 : -1], leaf.shape[-1:]
-            inner = (1,) * (middle - 1) + states if middle else ()
-            return leaf.reshape(actions + (1,) * (batch_ndim - len(batch)) + batch + inner)
+            return leaf.reshape(actions + at.place(batch, rank, states))
 
         bound = self._rearrange(place, x.dtype, x.shape[-1])
-        x = jnp.moveaxis(x, -1, 0)
+        given, x = x.shape, jnp.moveaxis(x.reshape(at.shape), -1, 0)
         try:
             order = getattr(bound, "alpha", bound.beta)
             shape = jnp.broadcast_shapes(x.shape[1:], bound.beta.shape, order.shape, bound.log_prior.shape[1:])
         except ValueError:
-            own = f"beta (with state_scale) {bound.beta.shape}, prior {bound.log_prior.shape[1:]}"
-            raise ValueError(
-                f"values of axes {x.shape[1:]} (actions apart) do not broadcast with the regulariser's {own}; "
-                "expected [*B, ..., A], the regulariser's batch axes leading and states next to last"
-            ) from None
+            raise ValueError(axes.mismatch(leaves, given)) from None
         return bound, jnp.broadcast_to(x, x.shape[:1] + shape)
-
-    @property
-    def _per_state(self) -> bool:
-        return self.state_scale is not None or (self.log_prior is not None and self.log_prior.ndim > 1)
 
     def value(self, policy: ArrayLike) -> Array:
         """Cost of a policy.
@@ -191,16 +194,31 @@ class Regulariser:
         """
         return jnp.moveaxis(_act(self, q, "maximise")[1], 0, -1)
 
-    def worst_case(self, policy: ArrayLike) -> Array:
+    def worst_case(self, policy: ArrayLike | None = None, *, log_policy: ArrayLike | None = None) -> Array:
         """Perturbation that hurts a policy the most within the robust set; see `adversary.worst_case`."""
-        return jnp.moveaxis(_act(self, policy, "_worst_case"), 0, -1)
+        if (policy is None) == (log_policy is None):
+            raise ValueError("give a policy as probabilities or as log_policy, one of the two")
+        if log_policy is None:
+            assert policy is not None
+            return jnp.moveaxis(_act(self, policy, "_worst_case"), 0, -1)
+        return jnp.moveaxis(_act(self, log_policy, "_worst_case_of_logs"), 0, -1)
+
+
+def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
+    """A kernel on an array in the public layout, as one compiled program."""
+    if isinstance(x, np.ndarray) and not x.dtype.isnative:
+        x = x.astype(x.dtype.newbyteorder("="))  # a compiled program would take the bytes as they lie
+    return _acted(reg, x, method)
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
-    """A kernel on an array in the public layout, as one compiled program."""
-    bound, x = reg._public(x)
-    return maximise(bound, x) if method == "maximise" else getattr(bound, method)(x)
+def _acted(reg: Regulariser, x: ArrayLike, method: str) -> Any:
+    given = jnp.asarray(x).dtype
+    bound, x = reg._public(x, refuse=True)
+    if hasattr(bound, "rows"):
+        bound = dataclasses.replace(bound, rows=True)
+    out = maximise(bound, x) if method == "maximise" else getattr(bound, method)(x)
+    return jax.tree.map(lambda y: y.astype(given) if jnp.issubdtype(given, jnp.floating) else y, out)
 
 
 @jax.custom_jvp
@@ -232,13 +250,14 @@ class _Divergence(Regulariser):
         return getattr(self, "alpha", jnp.ones_like(self.beta))
 
     def _value(self, policy: Array) -> Array:
-        return divergences.alpha_divergence(policy, self._prior, self._order) / self.beta
+        return divergences.alpha_divergence(policy, self._prior, self._order, self._reduce) / self.beta
 
     def _value_error(self, policy: Array) -> Array:
         return divergences.rounding(policy, self._prior, self._order) / self.beta
 
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.conjugate_tangent(policy, self._prior, self._order, self.beta, self._change(dq, change))
+        change = self._change(dq, change)
+        return conjugates.conjugate_tangent(policy, self._prior, self._order, self.beta, change, self._reduce)
 
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         return conjugates.policy_tangent(policy, self._prior, self._order, self.beta, self._change(dq, change))
@@ -257,6 +276,7 @@ class KL(_Divergence):
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
+    rows: bool = _tree.static(default=False, repr=False)
 
     def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "KL":
         return KL(beta, log_prior)
@@ -265,10 +285,13 @@ class KL(_Divergence):
         return conjugates.kl_noise(scales, self.beta)
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return conjugates.kl_maximiser(q, self.beta, self._prior)
+        return conjugates.kl_maximiser(q, self.beta, self._prior, self._reduce)
 
     def _worst_case(self, policy: Array) -> Array:
-        return divergences.log_ratio(policy, self._prior) / self.beta[None]
+        return worst_cases.over(worst_cases.from_policy(policy, self._prior), self.beta)
+
+    def _worst_case_of_logs(self, log_policy: Array) -> Array:
+        return worst_cases.over(worst_cases.from_log_policy(log_policy, self._prior), self.beta)
 
 
 @_tree.dataclass
@@ -279,11 +302,7 @@ class Alpha(_Divergence):
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """Leading batch axes of all leaves together."""
-        return np.broadcast_shapes(super().batch_shape, self.alpha.shape)
+    rows: bool = _tree.static(default=False, repr=False)
 
     def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Alpha":
         return Alpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
@@ -292,10 +311,14 @@ class Alpha(_Divergence):
         return conjugates.alpha_noise(scales, self.beta, self.alpha)
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha)
+        return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha, self._reduce)
 
     def _worst_case(self, policy: Array) -> Array:
-        return divergences.alpha_gradient(policy, self._prior, self.alpha) / self.beta[None]
+        return worst_cases.over(worst_cases.from_policy(policy, self._prior, self.alpha, self._reduce), self.beta)
+
+    def _worst_case_of_logs(self, log_policy: Array) -> Array:
+        gradient = worst_cases.from_log_policy(log_policy, self._prior, self.alpha, self._reduce)
+        return worst_cases.over(gradient, self.beta)
 
 
 def kl(
@@ -309,17 +332,28 @@ def kl(
 
     Args:
         beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
-        prior: reference policy p0, `[A]`, `[S, A]` or `[*B, S, A]`; None is uniform. 0 masks an action.
-        log_prior: its logarithm instead of it; give at most one of the two.
+        prior: reference policy p0, `[A]`, `[S, A]` or `[*B, S, A]`; None is uniform. 0 masks an action. What its sum
+            misses of 1 by rounding is divided out.
+        log_prior: its logarithm or logits instead of it, normalised here; minus infinity masks an action. Give at most
+            one of the two.
         state_scale: `[*B, S]`, multiplies beta per state.
 
     Returns:
         A `KL`, whose arguments are pytree leaves.
 
     Raises:
-        ValueError: a value out of range (concrete arguments only), naming the first offender.
+        ValueError: a value out of range, naming the first offender; a prior that does not sum to 1, within 1e-6
+            (float32), 1e-10 (float64) or 4 units of a dtype of 16 bits; axes that do not broadcast or can be read in
+            two ways. Inside `jax.jit` values cannot be looked at: rows of a prior that miss 1 by more than 1e-3 (or
+            those 4 units) and rows that mask every action become NaN there.
     """
-    return KL(_strength("beta", beta), _log_prior(prior, log_prior), _scale(state_scale))
+    return _fitting(
+        KL(
+            parameters.strength("beta", beta),
+            parameters.log_prior(prior, log_prior),
+            parameters.state_scale(state_scale),
+        )
+    )
 
 
 def alpha(
@@ -338,96 +372,32 @@ def alpha(
     Args:
         alpha: any real number, `[*B]`.
         beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
-        prior: reference policy p0, `[A]`, `[S, A]` or `[*B, S, A]`; None is uniform. 0 masks an action.
-        log_prior: its logarithm instead of it; give at most one of the two.
+        prior: reference policy p0, `[A]`, `[S, A]` or `[*B, S, A]`; None is uniform. 0 masks an action. What its sum
+            misses of 1 by rounding is divided out.
+        log_prior: its logarithm or logits instead of it, normalised here; minus infinity masks an action. Give at most
+            one of the two.
         state_scale: `[*B, S]`, multiplies beta per state.
 
     Returns:
         An `Alpha`, whose arguments are pytree leaves.
 
     Raises:
-        ValueError: a value out of range (concrete arguments only), naming the first offender.
+        ValueError: a value out of range, naming the first offender; a prior that does not sum to 1, within 1e-6
+            (float32), 1e-10 (float64) or 4 units of a dtype of 16 bits; axes that do not broadcast or can be read in
+            two ways. Inside `jax.jit` values cannot be looked at: rows of a prior that miss 1 by more than 1e-3 (or
+            those 4 units) and rows that mask every action become NaN there.
     """
-    order = _array("alpha", alpha)
-    _refuse("alpha", order, lambda x: ~np.isfinite(x), "must be finite")
-    return Alpha(order, _strength("beta", beta), _log_prior(prior, log_prior), _scale(state_scale))
-
-
-def _array(name: str, x: ArrayLike) -> Array:
-    """An array of explicit floating dtype: a weakly typed leaf would compile anew."""
-    try:
-        kind = jnp.result_type(x) if isinstance(x, Tracer) else np.asarray(x).dtype
-    except ValueError:
-        kind = np.dtype(object)
-    if not any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, jnp.bool_)):
-        raise TypeError(f"{name} must be a number or an array of real numbers, got {x!r}")
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return jnp.asarray(x, jnp.result_type(float))
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype if floating else np.float64))
-
-
-def _refuse(name: str, x: Array, bad: Any, rule: str) -> None:
-    """Raise for the first entry of a concrete array that is `bad`; tracers pass."""
-    if isinstance(x, Tracer):
-        return
-    wrong = np.asarray(bad(np.asarray(x)))
-    if wrong.any():
-        where = tuple(int(i) for i in np.argwhere(wrong)[0])
-        label = f"{name}[{', '.join(map(str, where))}]" if where else name
-        raise ValueError(f"{label} is {np.asarray(x)[where]}: {name} {rule}")
-
-
-def _strength(name: str, x: ArrayLike) -> Array:
-    x = _array(name, x)
-    remedy = "must be positive and finite"
-    if name == "beta":
-        remedy += "; `nominal_optimum` solves without a regulariser, `evaluate` values the prior as a policy"
-    _refuse(name, x, lambda v: ~((v > 0) & np.isfinite(v)), remedy)
-    return x
-
-
-def _scale(x: ArrayLike | None) -> Array | None:
-    if x is None:
-        return None
-    scale = _strength("state_scale", x)
-    if scale.ndim == 0:
-        raise ValueError("state_scale needs a state axis, [*B, S]; a scalar belongs into beta")
-    return scale
-
-
-def _log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | None:
-    if prior is not None and log_prior is not None:
-        raise ValueError("give prior or log_prior, not both")
-    if prior is not None:
-        p = _array("prior", prior)
-        _refuse("prior", p, lambda v: ~((v >= 0) & np.isfinite(v)), "must be non-negative and finite")
-        logs = log_of(p)
-    elif log_prior is None:
-        return None
-    else:
-        logs = _array("log_prior", log_prior)
-        _refuse("log_prior", logs, lambda v: np.isnan(v) | np.isposinf(v), "must be below infinity and not NaN")
-    if logs.ndim == 0:
-        raise ValueError("a prior needs an action axis: [A], [S, A] or [*B, S, A]")
-    _check_sums(logs)
-    return logs
-
-
-def log_of(prior: Array) -> Array:
-    """Logarithm of a prior, minus infinity where it is 0, with gradient 0 there."""
-    return jnp.where(prior > 0, jnp.log(jnp.where(prior > 0, prior, 1)), -jnp.inf)
-
-
-def _check_sums(logs: Array) -> None:
-    if isinstance(logs, Tracer):
-        return
-    total = np.exp(np.asarray(logs, np.float64)).sum(-1)
-    tolerance = 1e-6 if logs.dtype.itemsize <= 4 else 1e-10
-    wrong = np.abs(total - 1) > tolerance
-    if wrong.any():
-        where = tuple(int(i) for i in np.argwhere(wrong)[0])
-        label = f"prior[{', '.join(map(str, where))}]" if where else "prior"
-        raise ValueError(
-            f"{label} sums to {total[where]:.6g} over actions, not 1 (tolerance {tolerance:g}); divide it by its sum"
+    return _fitting(
+        Alpha(
+            parameters.order(alpha),
+            parameters.strength("beta", beta),
+            parameters.log_prior(prior, log_prior),
+            parameters.state_scale(state_scale),
         )
+    )
+
+
+def _fitting(reg: Any) -> Any:
+    """The regulariser, if the axes of its leaves fit each other."""
+    _ = reg._leaves.batch, reg._leaves.states
+    return reg

@@ -243,7 +243,7 @@ def _mean(policy: ArrayLike, x: ArrayLike) -> Array:
 @functools.partial(jax.jit, static_argnames="kernel")
 def _kernel(kernel: Any, reg: Regulariser, x: ArrayLike) -> Array:
     """A function of a bound regulariser and an array with actions leading, on an array in the public layout."""
-    bound, x = reg._public(x)
+    bound, x = reg._public(x, refuse=True)
     return kernel(bound, x)
 
 

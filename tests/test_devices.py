@@ -242,6 +242,39 @@ def slow_child_lanes_and_states_together():
         rr.shard(GARNET, mesh, axis="rows")
 
 
+def one_step(reg, x):
+    """Every one-step method on logits `[rows, A]`, and a gradient through each."""
+    p, logs = jax.nn.softmax(x), jax.nn.log_softmax(x)
+    return {
+        "argmax": reg.argmax(x),
+        "conjugate": reg.conjugate(x),
+        "value": reg.value(p),
+        "worst_case": rr.worst_case(reg, p),
+        "worst_case of logs": rr.worst_case(reg, log_policy=logs),
+        "slack": rr.slack(reg, x),
+    }
+
+
+def child_a_vocabulary_sharded_over_devices():
+    """The partitioner knows no reduction of another form than its own; nothing but sums over rows is exchanged."""
+    rng, mesh = np.random.default_rng(0), Mesh(np.array(jax.devices()), ("words",))
+    x, prior = rng.normal(size=(6, 64)), rng.dirichlet(np.ones(64), 6)
+
+    def spread(y):
+        return jax.device_put(y, NamedSharding(mesh, PartitionSpec(None, "words")))
+
+    def gradients(reg, x):
+        return jax.jacrev(lambda reg, x: {k: (v**2).sum() for k, v in one_step(reg, x).items()}, (0, 1))(reg, x)
+
+    for make in (lambda p: rr.kl(2.0, p), lambda p: rr.alpha(1.5, 2.0, p), lambda p: rr.entropy(2.0)):
+        here, there = make(prior), make(spread(prior))
+        for f in (one_step, jax.jit(one_step), jax.jit(gradients)):
+            wanted, found = f(here, x), f(there, spread(x))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12), wanted, found)
+    text = jax.jit(lambda reg, x: reg.argmax(x)).lower(rr.kl(2.0, spread(prior)), spread(x)).compile().as_text()
+    assert max(gathered(text)) <= 6, "whole rows travel"
+
+
 FAST, SLOW = ([name for name in list(globals()) if name.startswith(start)] for start in ("child_", "slow_child_"))
 
 

@@ -11,8 +11,8 @@ ROOT = Path(robustreg.__file__).parent
 LAYERS = (
     ("_tree", "_host", "_files", "_progress"),
     ("store",),
-    ("divergences", "patterns"),
-    ("conjugates",),
+    ("divergences", "patterns", "axes", "parameters"),
+    ("conjugates", "worst_cases"),
     ("regularisers", "transitions"),
     ("successors", "gauge"),
     ("mdp",),
