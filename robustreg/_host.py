@@ -48,8 +48,35 @@ def working_dtype(*values: Any) -> np.dtype:
     """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(values) if getattr(leaf, "ndim", 0) > 0}
     floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
-    wanted = np.result_type(np.float32, *floating) if floating else np.dtype(np.float64)
-    return np.dtype(jax.dtypes.canonicalize_dtype(wanted))
+    narrow = bool(floating) and all(d.itemsize <= 4 for d in floating)
+    return np.dtype(np.float32) if narrow else np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
+
+
+def canonical(tree: Any, dtype: np.dtype | None = None) -> Any:
+    """Cast floating arrays to the precision in which JAX computes at present.
+
+    A float64 array that was made under `jax.enable_x64()` keeps its dtype outside, where arithmetic is that of
+    float32: an epsilon taken from its dtype would be wrong by nine digits.
+
+    Args:
+        tree: any pytree; leaves may be tracers. Leaves that are no floating arrays stay as they are.
+        dtype: of all floating arrays; None: float64 becomes float32 where JAX has no float64, all else stays.
+
+    Returns:
+        The same tree; the very same object where there is nothing to cast.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    new = [_cast(leaf, dtype) for leaf in leaves]
+    same = all(a is b for a, b in zip(leaves, new))
+    return tree if same else jax.tree.unflatten(structure, new)
+
+
+def _cast(x: Any, dtype: np.dtype | None) -> Any:
+    """A floating array in a dtype; None: in that which JAX has for its own."""
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    wanted = jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype
+    return x if x.dtype == wanted else jax.lax.convert_element_type(x, wanted)
 
 
 def tolerance(value: Any) -> tuple[float, str]:
@@ -115,8 +142,12 @@ def check_rows(sums: np.ndarray, target: Any, ends: bool, margin: tuple[float, s
     row, end = (place(name, index, ("s", "a")) for name in ("transitions", "termination"))
     wanted = f"{show(target[index])} = 1 - {end}" if ends else "1"
     message = f"{row} sum to {show(sums[index], target[index])}, not {wanted} ({margin[1]}); "
+    missing = "if the state has no such action, pass available=[S, A] with False there"
     if normalise:
-        raise ValueError(message + "a row without successors cannot be normalised: give it one, or termination 1")
+        rule = "a row without successors cannot be normalised: give it one, or termination 1"
+        raise ValueError(f"{message}{rule}; {missing}")
+    if sums[index] == 0:
+        raise ValueError(f"{message}{missing}; if the episode ends there, termination 1")
     message += "renormalise, or pass normalise=True"
     if sums[index] < 1 and not ends:
         message += "; if the episode ends with the rest of the probability, pass termination=1 - P.sum(-1)"

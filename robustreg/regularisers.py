@@ -23,7 +23,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _tree, conjugates, divergences
+from robustreg import _host, _tree, conjugates, divergences
 
 
 class Regulariser:
@@ -102,7 +102,7 @@ class Regulariser:
     def _public(self, x: ArrayLike) -> tuple[Any, Array]:
         """The regulariser and `x` with actions leading, aligned for an `x` of shape `[*B, ..., A]`."""
         x = jnp.asarray(x)
-        x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+        x = _host.canonical(x) if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
         if x.ndim == 0:
             raise ValueError("expected [..., A], got a scalar")
         batch_ndim = len(self.batch_shape)
