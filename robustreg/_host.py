@@ -4,6 +4,7 @@ A check names its first offender and the remedy. A tracer (inside `jax.jit`, `vm
 dtype but no value: shapes are checked always, values only where they exist.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def working_dtype(*values: Any) -> np.dtype:
     does not promote it); with no floating array at all, JAX's default. float64 becomes float32 without x64.
     """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(values) if getattr(leaf, "ndim", 0) > 0}
-    floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    floating = [d for d in dtypes if _is_floating(d)]
     narrow = bool(floating) and all(d.itemsize <= 4 for d in floating)
     return np.dtype(np.float32) if narrow else np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
 
@@ -66,17 +67,24 @@ def canonical(tree: Any, dtype: np.dtype | None = None) -> Any:
         The same tree; the very same object where there is nothing to cast.
     """
     leaves, structure = jax.tree.flatten(tree)
-    new = [_cast(leaf, dtype) for leaf in leaves]
-    same = all(a is b for a, b in zip(leaves, new))
-    return tree if same else jax.tree.unflatten(structure, new)
+    # Of few dtypes, hence quick: nearly always there is nothing to do.
+    found = {leaf.dtype for leaf in leaves if hasattr(leaf, "dtype")}
+    wanted = {d: jax.dtypes.canonicalize_dtype(d) if dtype is None else dtype for d in found if _is_floating(d)}
+    if all(d == new for d, new in wanted.items()):
+        return tree
+    return jax.tree.unflatten(structure, [_cast(leaf, wanted) for leaf in leaves])
 
 
-def _cast(x: Any, dtype: np.dtype | None) -> Any:
-    """A floating array in a dtype; None: in that which JAX has for its own."""
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    wanted = jax.dtypes.canonicalize_dtype(x.dtype) if dtype is None else dtype
-    return x if x.dtype == wanted else jax.lax.convert_element_type(x, wanted)
+@functools.cache
+def _is_floating(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _cast(x: Any, wanted: dict[Any, Any]) -> Any:
+    """A leaf in the dtype that is wanted in the place of its own."""
+    old = getattr(x, "dtype", None)
+    new = wanted.get(old, old)
+    return x if new == old else jax.lax.convert_element_type(x, new)
 
 
 def tolerance(value: Any) -> tuple[float, str]:
