@@ -7,12 +7,14 @@ dtype but no value: shapes are checked always, values only where they exist.
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+_T = TypeVar("_T")
 
 
 def is_traced(*values: Any) -> bool:
@@ -53,7 +55,7 @@ def working_dtype(*values: Any) -> np.dtype:
     return np.dtype(np.float32) if narrow else np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
 
 
-def canonical(tree: Any, dtype: np.dtype | None = None) -> Any:
+def canonical(tree: _T, dtype: np.dtype | None = None) -> _T:
     """Cast floating arrays to the precision in which JAX computes at present.
 
     A float64 array that was made under `jax.enable_x64()` keeps its dtype outside, where arithmetic is that of
@@ -83,7 +85,7 @@ def _is_floating(dtype: Any) -> bool:
 def _cast(x: Any, wanted: dict[Any, Any]) -> Any:
     """A leaf in the dtype that is wanted in the place of its own."""
     old = getattr(x, "dtype", None)
-    new = wanted.get(old, old)
+    new: Any = wanted.get(old, old)
     return x if new == old else jax.lax.convert_element_type(x, new)
 
 

@@ -25,7 +25,7 @@ PRIOR = MASK / MASK.sum(-1, keepdims=True)
 REGS = {
     "kl": (rr.kl(3.0), rr.kl(3.0, PRIOR)),
     "alpha": (rr.alpha(0.5, 3.0), rr.alpha(0.5, 3.0, PRIOR)),
-    "sparse": (rr.alpha(2.0, 3.0, [0.5, 0.3, 0.2]), None),
+    "sparse": (rr.alpha(2.0, 3.0, np.array([0.5, 0.3, 0.2])), None),
     "entropy": (rr.entropy(3.0), rr.entropy(3.0, available=MASK)),
 }
 
@@ -119,12 +119,12 @@ def test_the_optimum_does_not_play_what_the_prior_forbids():
     """A bandit of three whose best arm has prior 0; priors with axes of lanes; strengths add none."""
     m = rr.problems.bandit([1.0, 2.0, 10.0])
     assert float(rr.nominal_optimum(m)[0]) == 10
-    assert float(rr.nominal_optimum(m, rr.kl(3.0, prior=[0.5, 0.5, 0]))[0]) == 2
+    assert float(rr.nominal_optimum(m, rr.kl(3.0, prior=np.array([0.5, 0.5, 0])))[0]) == 2
     priors = np.array([[[0.5, 0.5, 0.0]], [[0.5, 0.0, 0.5]], [[1.0, 0.0, 0.0]]])
-    np.testing.assert_array_equal(rr.nominal_optimum(m, rr.kl([1.0, 2.0, 3.0], priors)), [[2], [10], [1]])
-    assert rr.nominal_optimum(m, rr.alpha([0.5, 2.0], 1.0)).shape == (1,)
+    np.testing.assert_array_equal(rr.nominal_optimum(m, rr.kl(np.array([1.0, 2.0, 3.0]), priors)), [[2], [10], [1]])
+    assert rr.nominal_optimum(m, rr.alpha(np.array([0.5, 2.0]), 1.0)).shape == (1,)
     p = 1 / (1 + np.exp(3.0))
-    table = rr.sweep(m, rr.kl(3.0, prior=[0.5, 0.5, 0]), {"beta": [3.0]}, outputs=["price_of_robustness"])
+    table = rr.sweep(m, rr.kl(3.0, prior=np.array([0.5, 0.5, 0])), {"beta": [3.0]}, outputs=["price_of_robustness"])
     np.testing.assert_allclose(table["price_of_robustness"], [2 - (p + 2 * (1 - p))], rtol=1e-12)
 
 
@@ -133,10 +133,10 @@ def test_a_sweep_keeps_the_mask():
     m = masked_mdp()
     outputs = ("value", "price_of_robustness", "worst_case_return", "objective")
     table = rr.sweep(m, rr.kl(1.0), {"beta": [1.0, 3.0]}, outputs=outputs)
-    np.testing.assert_allclose(table["value"], rr.solve(m, rr.kl([1.0, 3.0])).value, rtol=1e-10)
+    np.testing.assert_allclose(table["value"], rr.solve(m, rr.kl(np.array([1.0, 3.0]))).value, rtol=1e-10)
     np.testing.assert_allclose(table["worst_case_return"], table["objective"], rtol=1e-9)
     best = float(rr.nominal_optimum(m).mean())
-    policies = rr.solve(m, rr.kl([1.0, 3.0])).policy
+    policies = rr.solve(m, rr.kl(np.array([1.0, 3.0]))).policy
     price = [best - float(rr.evaluate(m, policy).mean()) for policy in policies]
     np.testing.assert_allclose(table["price_of_robustness"], price, rtol=1e-8)
     masks = np.stack([MASK, np.ones_like(MASK), np.roll(MASK, 1, 0)])
@@ -224,7 +224,7 @@ def test_the_leaf_travels(tmp_path):
         rtol=1e-11,
     )
     wide = rr.shard(m, jax.devices()[:1], pad=True)
-    assert np.array_equal(wide.available, MASK)
+    assert np.array_equal(wide.available, MASK) and wide.available.sharding == wide.reward.sharding
 
 
 # ---- refusals
@@ -278,7 +278,7 @@ def test_a_prior_that_leaves_nothing_is_no_answer():
     with pytest.raises(rr.SolveError, match="a prior leaves a state none of its available actions"):
         sol.raise_if_failed()
     with pytest.raises(ValueError, match="prior is over 2 actions, the mask over 3"):
-        rr.restricted(rr.kl(1.0, [0.5, 0.5]), MASK)
+        rr.restricted(rr.kl(1.0, np.array([0.5, 0.5])), MASK)
 
 
 # ---- policies off the support of the prior
@@ -295,7 +295,7 @@ def corridor(n, discount):
 def test_infinite_costs_reach_back_and_no_further(order):
     """States before one of infinite cost are worth minus infinity, those after it what they are worth anyway."""
     m = corridor(6, 0.9)
-    reg = rr.alpha(order, 1.0, [0.5, 0.5]) if order <= 0 else rr.alpha(order, 1.0, [1.0, 0.0])
+    reg = rr.alpha(order, 1.0, np.array([0.5, 0.5])) if order <= 0 else rr.alpha(order, 1.0, np.array([1.0, 0.0]))
     safe, bad = ([0.5, 0.5], [0.0, 1.0]) if order <= 0 else ([1.0, 0.0], [0.5, 0.5])
     policy = np.broadcast_to(safe, (6, 2)).copy()
     right = np.asarray(rr.evaluate(m, policy, reg))
@@ -317,9 +317,9 @@ def test_infinite_costs_reach_back_and_no_further(order):
 def test_lanes_of_infinite_cost_leave_others_alone():
     m = rr.problems.bandit([1.0, 2.0])
     policies = np.array([[[0.0, 1.0]], [[1.0, 0.0]]])
-    value = rr.evaluate(m, policies, rr.kl(1.0, prior=[1.0, 0.0]))
+    value = rr.evaluate(m, policies, rr.kl(1.0, prior=np.array([1.0, 0.0])))
     assert np.isneginf(value[0, 0]) and value[1, 0] == 1
-    promise = rr.guarantee(m, rr.kl(1.0, prior=[1.0, 0.0]), policies, m.reward + 1)
+    promise = rr.guarantee(m, rr.kl(1.0, prior=np.array([1.0, 0.0])), policies, m.reward + 1)
     assert np.isneginf(promise.guaranteed[0]) and bool(promise.covered[1])
 
 
@@ -337,8 +337,9 @@ def test_entropy_pays_for_playing_on():
     goal = rr.solve(rr.problems.grid_world(["S.G"], 0.99), rr.entropy(1.0)).value[2]
     np.testing.assert_allclose(goal, np.log(4) / 0.01, rtol=1e-10)
     assert float(rr.solve(rr.problems.grid_world(["S.G"], 0.99), rr.kl(1.0)).value[2]) == pytest.approx(0, abs=1e-10)
-    masked = rr.entropy(2.0, available=[True, True, False, True])
-    np.testing.assert_allclose(masked.conjugate([1.0, 2.0, 9.0, 3.0]), np.log(np.exp([2, 4, 6]).sum()) / 2, rtol=1e-12)
+    masked = rr.entropy(2.0, available=np.array([True, True, False, True]))
+    right = np.log(np.exp([2, 4, 6]).sum()) / 2
+    np.testing.assert_allclose(masked.conjugate(np.array([1.0, 2.0, 9.0, 3.0])), right, rtol=1e-12)
     assert masked.argmax(np.array([1.0, 2.0, 9.0, 3.0]))[2] == 0
     with pytest.raises(ValueError, match="allows no action"):
-        rr.entropy(1.0, available=[[True, True], [False, False]])
+        rr.entropy(1.0, available=np.array([[True, True], [False, False]]))
