@@ -533,7 +533,7 @@ def test_a_tol_that_was_missed_by_little_was_asked_for():
     sol = rr.solve(rr.problems.bandit(), rr.kl(1.0))
     unit = np.finfo(sol.value.dtype).eps * sol.value
     narrow = dataclasses.replace(sol, lower=sol.value - unit, upper=sol.value + unit)
-    for sol, tol, asked in ((sol, 0.3 * sol.gap / 2, True), (sol, sol.tol, False), (narrow, 1e-300, True)):
-        stuck = dataclasses.replace(sol, tol=jnp.asarray(tol), status=jnp.asarray(2, jnp.int32))
+    for base, tol, asked in ((sol, 0.3 * sol.gap / 2, True), (sol, sol.tol, False), (narrow, 1e-300, True)):
+        stuck = dataclasses.replace(base, tol=jnp.asarray(tol), status=jnp.asarray(2, jnp.int32))
         with pytest.raises(rr.SolveError, match="loosen tol" if asked else "ask for a tol"):
             stuck.raise_if_failed()
