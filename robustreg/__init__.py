@@ -18,6 +18,7 @@ from robustreg.certificates import Certificate, certify
 from robustreg.game import Game, solve_game
 from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium, load, save
+from robustreg.masks import restricted
 from robustreg.mdp import MDP, mdp
 from robustreg.pooled import Features, SharedBudget
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
@@ -81,6 +82,7 @@ __all__ = [
     "nominal_optimum",
     "occupancy",
     "problems",
+    "restricted",
     "save",
     "shard",
     "slack",

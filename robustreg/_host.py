@@ -4,14 +4,17 @@ A check names its first offender and the remedy. A tracer (inside `jax.jit`, `vm
 dtype but no value: shapes are checked always, values only where they exist.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+_T = TypeVar("_T")
 
 
 def is_traced(*values: Any) -> bool:
@@ -47,9 +50,43 @@ def working_dtype(*values: Any) -> np.dtype:
     does not promote it); with no floating array at all, JAX's default. float64 becomes float32 without x64.
     """
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(values) if getattr(leaf, "ndim", 0) > 0}
-    floating = [d for d in dtypes if jnp.issubdtype(d, jnp.floating)]
-    wanted = np.result_type(np.float32, *floating) if floating else np.dtype(np.float64)
-    return np.dtype(jax.dtypes.canonicalize_dtype(wanted))
+    floating = [d for d in dtypes if _is_floating(d)]
+    narrow = bool(floating) and all(d.itemsize <= 4 for d in floating)
+    return np.dtype(np.float32) if narrow else np.dtype(jax.dtypes.canonicalize_dtype(np.float64))
+
+
+def canonical(tree: _T, dtype: np.dtype | None = None) -> _T:
+    """Cast floating arrays to the precision in which JAX computes at present.
+
+    A float64 array that was made under `jax.enable_x64()` keeps its dtype outside, where arithmetic is that of
+    float32: an epsilon taken from its dtype would be wrong by nine digits.
+
+    Args:
+        tree: any pytree; leaves may be tracers. Leaves that are no floating arrays stay as they are.
+        dtype: of all floating arrays; None: float64 becomes float32 where JAX has no float64, all else stays.
+
+    Returns:
+        The same tree; the very same object where there is nothing to cast.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    # Of few dtypes, hence quick: nearly always there is nothing to do.
+    found = {leaf.dtype for leaf in leaves if hasattr(leaf, "dtype")}
+    wanted = {d: jax.dtypes.canonicalize_dtype(d) if dtype is None else dtype for d in found if _is_floating(d)}
+    if all(d == new for d, new in wanted.items()):
+        return tree
+    return jax.tree.unflatten(structure, [_cast(leaf, wanted) for leaf in leaves])
+
+
+@functools.cache
+def _is_floating(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _cast(x: Any, wanted: dict[Any, Any]) -> Any:
+    """A leaf in the dtype that is wanted in the place of its own."""
+    old = getattr(x, "dtype", None)
+    new: Any = wanted.get(old, old)
+    return x if new == old else jax.lax.convert_element_type(x, new)
 
 
 def tolerance(value: Any) -> tuple[float, str]:
@@ -115,8 +152,12 @@ def check_rows(sums: np.ndarray, target: Any, ends: bool, margin: tuple[float, s
     row, end = (place(name, index, ("s", "a")) for name in ("transitions", "termination"))
     wanted = f"{show(target[index])} = 1 - {end}" if ends else "1"
     message = f"{row} sum to {show(sums[index], target[index])}, not {wanted} ({margin[1]}); "
+    missing = "if the state has no such action, pass available=[S, A] with False there"
     if normalise:
-        raise ValueError(message + "a row without successors cannot be normalised: give it one, or termination 1")
+        rule = "a row without successors cannot be normalised: give it one, or termination 1"
+        raise ValueError(f"{message}{rule}; {missing}")
+    if sums[index] == 0:
+        raise ValueError(f"{message}{missing}; if the episode ends there, termination 1")
     message += "renormalise, or pass normalise=True"
     if sums[index] < 1 and not ends:
         message += "; if the episode ends with the rest of the probability, pass termination=1 - P.sum(-1)"

@@ -12,12 +12,14 @@ that of a maximum: both are "regularisers" whose conjugate is trivial, and the l
 other, certificate included.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, implicit, linear, solvers
+from robustreg import _host, _tree, bellman, implicit, linear, masks, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Status
@@ -154,7 +156,13 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
 
     Returns:
         `[*B, S]`, in reward units, to the working precision; NaN in lanes where that failed (input that is not
-        finite, overflow, or a certified error above half the digits).
+        finite, overflow, or a certified error above half the digits). With a regulariser, minus infinity in states
+        from which the policy comes to one where its cost is infinite (an action of prior 0, or with alpha <= 0 an
+        action omitted).
+
+    Raises:
+        ValueError: a policy or reward of another shape, a policy that is no distribution over actions or plays one that
+            is not available. (Inside jit, where no values are looked at, the latter is worth NaN or minus infinity.)
     """
     policy = _policy(mdp, policy)
     if reg is not None:
@@ -171,25 +179,63 @@ def _evaluate(mdp: MDP, policy: Array, reg: Regulariser | None, reward: Array | 
     problem = bellman.lanes(mdp, _nothing(mdp) if reg is None else reg, *others)
     n = len(problem.batch)
     p = jnp.broadcast_to(_tree.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
-    cost = jnp.zeros((1,) * (n + 1), mdp.dtype) if reg is None else problem.regulariser._value(p)
+    cost, ruined = _cost(problem, p, reg is None)
+    if mdp.available is not None:
+        wrong = masks.plays_missing(p, _tree.lanes_last(mdp.available, n, 2))
+        cost = jnp.where(wrong & ~ruined, jnp.nan, cost)
     # Actions never taken are masked: a perturbed reward may be infinite there.
     reward = problem.reward if reward is None else _tree.lanes_last(reward, n, 2)
     fixed = Fixed(p, cost, unlimited(problem), jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
-    return fixed_point(problem, fixed, reward)
+    value = fixed_point(problem, fixed, reward)
+    return value if reg is None else jnp.where(_tree.batch_first(ruined, 1), -jnp.inf, value)
 
 
-def nominal_optimum(mdp: MDP) -> Array:
-    """Best value without a regulariser, `[*B, S]`: policy iteration, to the working precision.
+def _cost(problem: bellman.Lanes, policy: Array, free: bool) -> tuple[Array, Array]:
+    """Cost of a policy `[S, *B]`, and the states from which it comes to one of infinite cost, where it is 0 instead.
+
+    Where no cost is infinite, which is nearly always, the loop below does not turn once.
+    """
+    if free:
+        zero = jnp.zeros((1,) * (policy.ndim - 1), policy.dtype)
+        return zero, zero > 0
+    infinite = jnp.isposinf(problem.regulariser._value(lax.stop_gradient(policy)))
+    onwards = (policy > 0) & (problem.discount > 0)[None, None]
+
+    def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        ruined, _ = state
+        # Products of probabilities may underflow to 0: an action and a successor count by being possible at all.
+        leads = problem.transitions._expect(ruined.astype(policy.dtype)) > 0
+        new = ruined | jnp.any(onwards & leads, axis=0)
+        return new, jnp.any(new & ~ruined)
+
+    ruined, _ = lax.while_loop(lambda state: state[1], spread, (infinite, jnp.any(infinite)))
+    # The derivative there is that of another policy, which has one: a gradient that nobody asks for is then 0, not NaN.
+    prior = jax.nn.softmax(jnp.broadcast_to(lax.stop_gradient(problem.regulariser._prior), policy.shape), axis=0)
+    cost = problem.regulariser._value(jnp.where(ruined[None], prior, policy))
+    return jnp.where(ruined, 0, cost), ruined
+
+
+def nominal_optimum(mdp: MDP, reg: Regulariser | None = None) -> Array:
+    """Find the best value without a regulariser: policy iteration, to the working precision.
 
     `<initial, nominal_optimum - evaluate(policy)>` is the price of a policy's robustness.
+
+    Args:
+        mdp: the MDP; actions that are not available are not played.
+        reg: with a regulariser, actions that its prior forbids are not played either; its strength does not matter.
+
+    Returns:
+        `[*B, S]`, in reward units; the batch axes are those of the MDP and the prior. NaN as in `evaluate`.
     """
     _host.expect_type(mdp, MDP, "first argument", "mdp")
-    return _nominal_optimum(mdp._prepared())
+    if reg is not None:
+        _host.expect_type(reg, Regulariser, "second argument", "kl")
+    return _nominal_optimum(mdp._prepared(), None if reg is None else reg.log_prior)
 
 
 @jax.jit
-def _nominal_optimum(mdp: MDP) -> Array:
-    problem = bellman.lanes(mdp, _nothing(mdp))
+def _nominal_optimum(mdp: MDP, log_prior: Array | None) -> Array:
+    problem = bellman.lanes(mdp, dataclasses.replace(_nothing(mdp), log_prior=log_prior))
     return fixed_point(problem, problem.regulariser, problem.reward)
 
 
@@ -249,6 +295,7 @@ def _policy(mdp: MDP, policy: ArrayLike) -> Array:
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     policy = jnp.asarray(policy, mdp.dtype)
     _host.check_policy(policy, (mdp.n_states, mdp.n_actions), "S, A")
+    masks.refuse_missing(policy, mdp.available)
     return policy
 
 
@@ -257,6 +304,9 @@ def _occupancy(mdp: MDP, policy: Array) -> Array:
     problem = bellman.lanes(mdp, _nothing(mdp), policy.shape[:-2])
     n = len(problem.batch)
     p = jnp.broadcast_to(_tree.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
+    if mdp.available is not None:
+        wrong = masks.plays_missing(p, _tree.lanes_last(mdp.available, n, 2))
+        p = jnp.where(wrong[None], jnp.nan, p)
     initial = jnp.broadcast_to(_tree.lanes_last(mdp.initial, n, 1), p.shape[1:])
     lost = lax.stop_gradient(~bellman.sound(problem) | ~jnp.all(jnp.isfinite(p), axis=(0, 1)))
     problem, p = implicit.harmless(problem, lost), jnp.where(lost[None, None], 1 / p.shape[0], p)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree
+from robustreg import _host, _tree, masks
 from robustreg.divergences import Scales, eps, kl_divergence, lam, weighted
 from robustreg.regularisers import KL, Regulariser, kl, maximise
 
@@ -46,24 +46,33 @@ class Entropy(KL):
         return KL._rearrange(dataclasses.replace(self, log_prior=counting), place, dtype, n_actions)
 
 
-def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None) -> Entropy:
+def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None, available: ArrayLike | None = None) -> Entropy:
     """Entropy regulariser without a reference policy, `Omega(p) = -H(p)/beta`.
 
     Args:
         beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
         state_scale: `[*B, S]`, multiplies beta per state.
+        available: which actions there are, `[A]`, `[S, A]` or `[*B, S, A]` booleans; None: all. The others are never
+            played. (An MDP with a mask of its own needs none here.)
 
     Returns:
-        A regulariser for `solve`, `worst_case`, `slack` and the rest. Policies are those of `kl` with a uniform prior,
-        values are larger by `log(A)/(beta (1-g))`, and the "worst case" of a policy raises every reward.
+        A regulariser for `solve`, `worst_case`, `slack` and the rest, in which the "worst case" of a policy raises
+        every reward. Every step that is played earns up to `log(A)/beta` more than under `kl` with a uniform prior.
+        Where no episode ends (and state_scale is None and all actions are available), that is `log(A)/(beta (1-g))` in
+        every state, and policies are the same. Where episodes end, it is worth something to play on: policies differ,
+        and states in which nothing more happens, such as the goals of a grid world, are worth `log(A)/(beta (1-g))`.
+
+    Raises:
+        TypeError, ValueError: a beta or scale out of range; a mask that is none, or leaves a state without action.
     """
     strength = kl(beta, state_scale=state_scale)
-    return Entropy(strength.beta, None, strength.state_scale)
+    plain = Entropy(strength.beta, None, strength.state_scale)
+    return plain if available is None else masks.restricted(plain, available)
 
 
 def _floating(x: ArrayLike) -> Array:
     """An array; integers become floating."""
-    x = jnp.asarray(x)
+    x = _host.canonical(jnp.asarray(x))
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 

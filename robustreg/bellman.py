@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _tree
+from robustreg import _tree, masks
 from robustreg.divergences import Scales
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
@@ -131,8 +131,8 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: 
     except ValueError:
         shapes = [mdp.batch_shape, regulariser.batch_shape, *others]
         raise ValueError(f"batch axes do not broadcast: MDP, regulariser, others have {shapes}") from None
-    n, dtype = len(batch), mdp.dtype
-    bound = regulariser.bind(n, dtype, mdp.n_actions)
+    mdp, n, dtype = mdp._canonical(), len(batch), mdp.dtype
+    bound = masks.restricted(regulariser, mdp.available).bind(n, dtype, mdp.n_actions)
     if bound.beta.shape[0] not in (1, mdp.n_states) or bound._prior.shape[1] not in (1, mdp.n_states):
         raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
     discount, complement = (_tree.lanes_last(x, n, 0) for x in (mdp.discount, _complement(mdp)))
@@ -140,6 +140,8 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: 
     if mdp.termination is not None:
         leave = leave + discount[None, None] * _tree.lanes_last(mdp.termination.astype(dtype), n, 2)
     reward = _tree.lanes_last(mdp.reward, n, 2)
+    if mdp.available is not None:
+        reward = jnp.where(_tree.lanes_last(mdp.available, n, 2), reward, 0)
     transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
     fixed = lax.stop_gradient((transitions, bound, reward, leave, discount, complement))
     horizon = _horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]

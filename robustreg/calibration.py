@@ -62,7 +62,7 @@ def critical_beta(
         ValueError: a negative weight; axes that do not broadcast; a reduction over states that are not there.
     """
     gauge.expect_reference(reg, "first argument")
-    x = jnp.asarray(perturbation)
+    reg, x = _host.canonical((reg, jnp.asarray(perturbation)))
     if (weights is not None or not per_state) and x.ndim < 2 + len(reg.batch_shape):
         raise ValueError(
             f"perturbation has shape {x.shape}; one beta for all states needs [*B, ..., S, A], with an axis for each "

@@ -63,6 +63,8 @@ _SCHEMES = ("alternating", "simultaneous", "extragradient")
 _RUNNING = -1
 # Certified error of a bound, relative to the gap asked for.
 _ACCURACY = 0.1
+# Without a tol, a gap of so many times the rounding in its bounds is as small as it gets.
+_ROUNDING = 8.0
 # One policy's equation is linear: a Krylov solve may go to the end at once.
 _EVALUATION = solvers.Newton(forcing=1e-8, inner_steps=1000)
 
@@ -83,7 +85,8 @@ class Game:
         primals, duals: the same after each of `rounds`, best so far, `[*B, n]`; constant once a lane has stopped.
         rounds: `[n]` int32, from 0.
         steps: rounds that a lane played, `[*B]` int32.
-        status: `Status` codes, `[*B]` int32.
+        status: `Status` codes, `[*B]` int32. CONVERGED without `tol`: the gap is of the size of the rounding in the
+            two bounds, and cannot get much smaller.
         tol: the relative gap asked for, `[*B]`; the one reached if none was.
     """
 
@@ -115,7 +118,7 @@ class Game:
 
     @property
     def converged(self) -> Array:
-        """`[*B]` bool: the relative gap is within `tol`."""
+        """`[*B]` bool: the relative gap is within `tol`; without one, the gap is nothing but rounding."""
         return self.status == int(Status.CONVERGED)
 
     def raise_if_failed(self) -> "Game":
@@ -131,7 +134,9 @@ class Game:
         lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} games failed"]
         for index in np.argwhere(status != Status.CONVERGED)[:8]:
             code = Status(int(status[tuple(index)]))
-            remedy = "play more steps or loosen tol" if code == Status.MAX_STEPS else code.remedy
+            remedy = code.advise(self.primal.dtype)
+            if code == Status.MAX_STEPS:
+                remedy = "play more steps, or give the tol that is enough (a looser one, if there was one)"
             lines.append(f"  {code.name}: lane {index.tolist()} (relative gap {reached[tuple(index)]:.3g}): {remedy}")
         raise SolveError("\n".join(lines))
 
@@ -175,7 +180,7 @@ def solve_game(
             the round's first.
         record: rounds between two looks at the bounds.
         tol: relative gap `(dual - primal)/max(|primal|, |dual|)` at which a lane stops, `[*B]` or a number; None: play
-            all steps.
+            all steps. A lane that played them has status MAX_STEPS, unless its gap is then nothing but rounding.
 
     Returns:
         A `Game`: `primal <= value of the game <= dual` to rounding. Against the whole robust set, that value is
@@ -207,12 +212,13 @@ def solve_game(
 
 @_tree.dataclass
 class _Books:
-    """Best bounds met and what they belong to, `[A, S, *B]` and `[*B]`; `history` is `[2, n, *B]`."""
+    """Best bounds met, what they belong to and their rounding, `[A, S, *B]` and `[*B]`; `history` is `[2, n, *B]`."""
 
     policy: Array
     perturbation: Array
     primal: Array
     dual: Array
+    noise: tuple[Array, Array]
     status: Array
     history: Array
 
@@ -227,7 +233,7 @@ def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Array, rules: p
     infinite = jnp.full(batch, jnp.inf, mdp.dtype)
     status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
     zero, history = jnp.zeros_like(position.logits), jnp.zeros((2, rules.records, *batch), mdp.dtype)
-    books = _Books(zero, zero, -infinite, infinite, status, history)
+    books = _Books(zero, zero, -infinite, infinite, (infinite, infinite), status, history)
 
     def running(state: tuple[Any, ...]) -> Array:
         return jnp.any(state[1].status == _RUNNING) & (state[2] < rules.records)
@@ -253,8 +259,8 @@ def _record(board: play.Board, tol: Array, index: Array, position: play.Position
 
     def look(state: tuple[_Books, Array], pair: tuple[Array, Array]) -> tuple[tuple[_Books, Array], None]:
         (best, sound), (policy, dr) = state, pair
-        primal = _primal(board, position, policy, accuracy)
-        dual = _dual(board, position, dr, accuracy)
+        primal, below = _primal(board, position, policy, accuracy)
+        dual, above = _dual(board, position, dr, accuracy)
         higher, lower = primal > best.primal, dual < best.dual
         best = dataclasses.replace(
             best,
@@ -262,6 +268,7 @@ def _record(board: play.Board, tol: Array, index: Array, position: play.Position
             primal=jnp.where(higher, primal, best.primal),
             perturbation=jnp.where(lower[None, None], dr, best.perturbation),
             dual=jnp.where(lower, dual, best.dual),
+            noise=(jnp.where(higher, below, best.noise[0]), jnp.where(lower, above, best.noise[1])),
         )
         return (best, sound & jnp.isfinite(primal) & jnp.isfinite(dual)), None
 
@@ -280,38 +287,42 @@ def _from_start(board: play.Board, value: Array) -> Array:
     return jnp.sum(board.initial * value, axis=0)
 
 
-def _primal(board: play.Board, position: play.Position, policy: Array, accuracy: Array) -> Array:
-    """What a policy guarantees against the set, or less, `[*B]`."""
+def _primal(board: play.Board, position: play.Position, policy: Array, accuracy: Array) -> tuple[Array, Array]:
+    """What a policy guarantees against the set, or less, and the rounding in that, `[*B]`."""
     problem = board.problem
     cost, extra = board.adversary.price(problem, position.params, policy, play.visits(board, policy))
     never = jnp.where(policy == 0, -jnp.inf, 0).astype(policy.dtype)
     fixed = Fixed(policy, cost, unlimited(problem), never)
-    value, error = _value(board, fixed, problem.reward, position.value, accuracy, _EVALUATION)
-    return value - error - extra
+    value, error, noise = _value(board, fixed, problem.reward, position.value, accuracy, _EVALUATION)
+    return value - error - extra, noise
 
 
-def _dual(board: play.Board, position: play.Position, dr: Array, accuracy: Array) -> Array:
-    """The most that any policy gets against a perturbation, or more, `[*B]`."""
+def _dual(board: play.Board, position: play.Position, dr: Array, accuracy: Array) -> tuple[Array, Array]:
+    """The most that any policy gets against a perturbation, or more, and the rounding in that, `[*B]`."""
     problem = board.problem
     masked = jnp.where(is_masked(problem), -jnp.inf, 0).astype(dr.dtype)
     free = Unregularised(unlimited(problem), masked)
-    value, error = _value(board, free, problem.reward - dr, position.value, accuracy, solvers.automatic(problem))
-    return value + error
+    solver = solvers.automatic(problem)
+    value, error, noise = _value(board, free, problem.reward - dr, position.value, accuracy, solver)
+    return value + error, noise
 
 
 def _value(
     board: play.Board, operator: Regulariser, reward: Array, start: Array, accuracy: Array, solver: solvers.Solver
-) -> tuple[Array, Array]:
-    """Value from the start of an operator's fixed point and a bound on its error, `[*B]`."""
+) -> tuple[Array, Array, Array]:
+    """Value from the start of an operator's fixed point, a bound on its error, and the rounding in that, `[*B]`."""
     problem = bellman.with_operator(board.problem, operator, reward)
     loop = iterate(problem, solver, accuracy, jnp.asarray(np.iinfo(np.int32).max, jnp.int32), start)
-    return _from_start(board, loop.h + loop.c[None]), loop.half_width
+    return _from_start(board, loop.h + loop.c[None]), loop.half_width, loop.noise
 
 
 def _result(books: _Books, steps: Array, tol: Array, looks: Array, rules: play.Rules) -> Game:
     """The books in the public layout; a lost lane is NaN."""
     unasked = tol < 0
-    end = jnp.where(unasked, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    # A solve without a tol ends with an interval of up to four times its rounding, and two make a gap (see `solve`).
+    # As much again may be left of the game itself.
+    done = unasked & (books.dual - books.primal <= _ROUNDING * (books.noise[0] + books.noise[1]))
+    end = jnp.where(done, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = jnp.where(books.status == _RUNNING, end, books.status).astype(jnp.int32)
     lost = status >= int(Status.NONFINITE_INPUT)
     bounds = jnp.where(lost, jnp.nan, jnp.stack([books.primal, books.dual]))

@@ -51,7 +51,8 @@ class Guarantee:
         """Whether the deployed reward is in the policy's aggregated robust set, `[*B]`: to rounding."""
         # On the boundary rounding decides.
         unit = 64 * float(jnp.finfo(self.actual.dtype).eps)
-        return self.total_slack >= -unit * (jnp.abs(self.guaranteed) + jnp.abs(self.actual))
+        promised = jnp.where(jnp.isfinite(self.guaranteed), jnp.abs(self.guaranteed), 0)
+        return self.total_slack >= -unit * (promised + jnp.abs(self.actual))
 
 
 def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike | None = None) -> Guarantee:
@@ -74,6 +75,7 @@ def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike
     """
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
+    mdp = mdp._canonical()
     reward = mdp.reward if deployed is None else jnp.asarray(deployed, mdp.dtype)
     _host.expect_shape("deployed", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     n = max(mdp.reward.ndim, reward.ndim)

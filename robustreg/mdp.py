@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _host, _tree
+from robustreg import _host, _tree, masks
 from robustreg.successors import Successors
 from robustreg.transitions import Dense, MatrixFree, Transitions
 
@@ -39,6 +39,7 @@ class MDP:
         initial: distribution of the initial state, `[*B, S]`.
         termination: probability that the episode ends after (s, a), `[*B, S, A]`, or None for never.
         grid: (rows, columns) where states are cells in row-major order, for figures; no solver reads it.
+        available: whether state s has action a, `[*B, S, A]` booleans, or None for always; see `robustreg.masks`.
     """
 
     transitions: Transitions
@@ -48,6 +49,7 @@ class MDP:
     initial: Array
     termination: Array | None = None
     grid: tuple[int, int] | None = _tree.static(default=None)
+    available: Array | None = None
 
     @property
     def n_states(self) -> int:
@@ -61,8 +63,8 @@ class MDP:
 
     @property
     def dtype(self) -> np.dtype:
-        """Working precision."""
-        return self.reward.dtype
+        """Working precision: the widest of the floating leaves, as JAX is configured to hold it; at least float32."""
+        return _host.working_dtype(self.transitions, self.reward, self.initial, self.termination)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -70,8 +72,13 @@ class MDP:
         return np.broadcast_shapes(*_batch_axes(self).values())
 
     def _prepared(self) -> "MDP":
-        """The same MDP with what can be known of its transitions before they are traced; see `Transitions`."""
-        return dataclasses.replace(self, transitions=self.transitions._prepared())
+        """Cast to the working precision, and add what can be known of transitions before they are traced."""
+        m = self._canonical()
+        return dataclasses.replace(m, transitions=m.transitions._prepared())
+
+    def _canonical(self) -> "MDP":
+        """Cast every floating leaf to the working precision; see `_host.canonical`."""
+        return _host.canonical(self, self.dtype)
 
 
 def mdp(
@@ -83,6 +90,7 @@ def mdp(
     *,
     layout: str | None = None,
     normalise: bool = False,
+    available: Any = None,
 ) -> MDP:
     """Check and assemble a Markov decision process.
 
@@ -99,6 +107,9 @@ def mdp(
         layout: axes of a plain array of transitions, "sas" or "ass". None is "sas", except that an array that
             could be either is refused.
         normalise: rescale rows of P to `1 - termination`, and `initial` to 1, however far they are from it.
+        available: whether state s has action a, `[*B, S, A]` booleans; None: always. What the other arguments say of an
+            action that is not there is not looked at (rows of zeros, rewards of minus infinity). It is never played,
+            by no policy of a solve and by no optimum; regularisers are restricted to the others (`masks.restricted`).
 
     Returns:
         An `MDP` whose dtype is that of the floating arrays given (at least float32; float64 only with x64).
@@ -108,17 +119,18 @@ def mdp(
         TypeError: if an argument is not numeric, or indices are not integers.
     """
     dtype = _host.working_dtype(transitions, reward, initial, termination)  # a discount only follows
-    kernel, margin = _kernel(transitions, layout)
-    termination = _termination(termination, kernel)
-    kernel = _stochastic(kernel, termination, margin, normalise, dtype)
+    kernel, margin, available = _kernel(transitions, layout, available)
+    termination = _termination(termination, kernel, available)
+    kernel = _stochastic(kernel, termination, margin, normalise, dtype, available)
     discount, complement = _discount(discount, dtype)
     m = MDP(
         _cast_kernel(kernel, dtype),
-        _cast(_reward(reward, kernel), dtype),
+        _cast(_reward(reward, kernel, available), dtype),
         discount,
         complement,
         _cast(_initial(initial, kernel.n_states, normalise), dtype),
         None if termination is None else _cast(termination, dtype),
+        available=None if available is None else jnp.asarray(available),
     )
     _host.check_batches(_batch_axes(m))
     return m
@@ -138,43 +150,53 @@ def _cast_kernel(kernel: Any, dtype: np.dtype) -> Transitions:
 
 
 def _batch_axes(m: MDP) -> dict[str, tuple[int, ...]]:
-    ends = {} if m.termination is None else {"termination": m.termination.shape[:-2]}
+    some = {"termination": m.termination, "available": m.available}
     return {
         "transitions": m.transitions.batch_shape,
         "reward": m.reward.shape[:-2],
         "discount": m.discount.shape,
         "initial": m.initial.shape[:-1],
-        **ends,
+        **{name: x.shape[:-2] for name, x in some.items() if x is not None},
     }
 
 
 # ---- transitions
 
 
-def _kernel(transitions: Any, layout: str | None) -> tuple[Any, tuple[float, str]]:
-    """A kernel whose arrays are float64 or tracers, entries checked, and the tolerance on its rows."""
+def _kernel(transitions: Any, layout: str | None, available: Any) -> tuple[Any, tuple[float, str], Any]:
+    """A kernel whose arrays are float64 or tracers, entries checked, the tolerance on its rows, and the mask.
+
+    (A mask without a single False is None.)
+    """
+    kernel, data = _read(transitions, layout)
+    if available is not None:
+        available = masks.checked(available, (kernel.n_states, kernel.n_actions))
+        available = None if not _host.is_traced(available) and available.all() else available
+    return _checked(kernel, available), _host.tolerance(data), available
+
+
+def _read(transitions: Any, layout: str | None) -> tuple[Any, Any]:
+    """A kernel whose arrays are float64 or tracers, of the right shapes, and the data that it was made of."""
     if layout not in (None, "sas", "ass"):
         raise ValueError(f'layout must be "sas" ([S, A, S]) or "ass" ([A, S, S]), got {layout!r}')
     if isinstance(transitions, Dense):
-        return _dense(transitions.probabilities, "sas"), _host.tolerance(transitions.probabilities)
+        return _dense(transitions.probabilities, "sas"), transitions.probabilities
     if isinstance(transitions, Successors):
-        return _successors(transitions), _host.tolerance(transitions.probabilities)
+        return _successors(transitions), transitions.probabilities
     if isinstance(transitions, MatrixFree):
-        return transitions, (0.0, "")
+        return transitions, None
     if hasattr(transitions, "tocoo"):
         raise ValueError("transitions is one sparse matrix; pass a list with one [S, S] matrix per action")
     if isinstance(transitions, (list, tuple)) and any(hasattr(p, "tocoo") for p in transitions):
         packed: Any = _host.pack_sparse(transitions)
-        return _successors(Successors(*packed)), _host.tolerance(transitions)
-    return _dense(transitions, layout), _host.tolerance(transitions)
+        return _successors(Successors(*packed)), transitions
+    return _dense(transitions, layout), transitions
 
 
 def _dense(p: Any, layout: str | None) -> Dense:
     p = _host.number("transitions", p)
     layout = _host.layout_of(p, layout)
-    p = p.swapaxes(-3, -2) if layout == "ass" else p
-    _host.refuse_improper("transitions", p, ("s", "a", "s'"))
-    return Dense(p)
+    return Dense(p.swapaxes(-3, -2) if layout == "ass" else p)
 
 
 def _successors(kernel: Successors) -> Successors:
@@ -183,20 +205,35 @@ def _successors(kernel: Successors) -> Successors:
         raise TypeError(f"transitions.indices has dtype {indices.dtype}; successors are state numbers: use int32")
     if indices.ndim != 3 or 0 in indices.shape:
         raise ValueError(f"transitions.indices has shape {indices.shape}; expected [S, A, K], shared by all lanes")
-    if not _host.is_traced(indices):
-        outside = (indices < 0) | (indices >= indices.shape[0])
-        rule = f"successors are 0..{indices.shape[0] - 1}; pad a row with index 0 and probability 0"
-        _host.refuse("transitions.indices", indices, outside, ("s", "a", "k"), rule)
     p = _host.number("transitions.probabilities", kernel.probabilities)
     _host.expect_shape("transitions.probabilities", p.shape, indices.shape, "S, A, K", "one per entry of indices")
+    return Successors(indices, p)
+
+
+def _checked(kernel: Any, available: Any) -> Any:
+    """A kernel without impossible entries; where there is no action, the state stays."""
+    if isinstance(kernel, Dense):
+        p = masks.fill(kernel.probabilities, available, np.eye(kernel.n_states)[:, None], 3)
+        _host.refuse_improper("transitions", p, ("s", "a", "s'"))
+        return Dense(p)
+    if not isinstance(kernel, Successors):
+        return kernel
+    n = kernel.n_states
+    indices: Any = masks.fill(kernel.indices, available, np.arange(n)[:, None, None], 3)
+    if not _host.is_traced(indices):
+        rule = f"successors are 0..{n - 1}; pad a row with index 0 and probability 0"
+        outside = (indices < 0) | (indices >= n)
+        _host.refuse("transitions.indices", indices, outside, ("s", "a", "k"), rule)
+    first = np.eye(1, indices.shape[-1])[None]
+    p = masks.fill(kernel.probabilities, available, first, 3)
     _host.refuse_improper("transitions.probabilities", p, ("s", "a", "k"))
     return Successors(indices, p)
 
 
-def _stochastic(kernel: Any, termination: Any, margin: tuple[float, str], normalise: bool, dtype: Any) -> Any:
+def _stochastic(kernel: Any, termination: Any, margin: Any, normalise: bool, dtype: Any, available: Any) -> Any:
     """The kernel with rows that sum to `1 - termination` to rounding; refuses rows not close to it."""
     if isinstance(kernel, MatrixFree):
-        return _check_matrix_free(kernel, termination, normalise, dtype)
+        return _check_matrix_free(kernel, termination, normalise, dtype, available)
     p = kernel.probabilities
     if termination is not None:
         _host.check_batches({"transitions": p.shape[:-3], "termination": termination.shape[:-2]})
@@ -225,19 +262,20 @@ def _rescaled(xp: Any, p: Any, sums: Any, termination: Any) -> Any:
     return p.reshape((1,) * (factor.ndim - p.ndim) + p.shape) * factor
 
 
-def _check_matrix_free(kernel: MatrixFree, termination: Any, normalise: bool, dtype: Any) -> MatrixFree:
+def _check_matrix_free(kernel: MatrixFree, termination: Any, normalise: bool, dtype: Any, available: Any) -> Any:
     """Row sums are `expect(1)`, also of a function."""
     if normalise:
         raise ValueError("normalise=True needs transitions as an array; divide by expect(ones) in your function")
     if kernel.n_states < 1 or kernel.n_actions < 1:
         raise ValueError(f"{kernel!r} has no states or no actions; pass the sizes that expect works on")
     sums = kernel.expect(jnp.ones((kernel.n_states,), dtype))
-    if _host.is_traced(sums, termination):
+    if _host.is_traced(sums, termination, available):
         return kernel
     ends, margin, sums = termination is not None, _host.tolerance(sums), np.asarray(sums, np.float64)
     rule = "expect must return finite values"
     _host.refuse("transitions.expect(ones)", sums, ~np.isfinite(sums), ("s", "a"), rule)
-    _host.check_rows(sums, 1.0 - termination if ends else 1.0, ends, margin, False)
+    rows = masks.fill(sums, available, [[1.0]])
+    _host.check_rows(rows, 1.0 - termination if ends else 1.0, ends, margin, False)
     _check_linear(kernel, dtype)
     if kernel.transpose is not None:
         _check_transpose(kernel, dtype)
@@ -269,7 +307,7 @@ def _check_transpose(kernel: MatrixFree, dtype: Any) -> None:
 # ---- reward, termination, initial, discount
 
 
-def _reward(reward: Any, kernel: Any) -> Any:
+def _reward(reward: Any, kernel: Any, available: Any) -> Any:
     reward = _host.number("reward", reward)
     n_states, n_actions = kernel.n_states, kernel.n_actions
     per_successor = reward.ndim == 3 and reward.shape == (n_states, n_actions, n_states)
@@ -288,8 +326,11 @@ def _reward(reward: Any, kernel: Any) -> Any:
         if reward.shape == (n_actions, n_states):
             remedy = "it looks transposed: pass reward.T"
         _host.expect_shape("reward", reward.shape, (n_states, n_actions), "S, A", remedy)
+    core = len(axes)
+    reward = masks.fill(reward, available, np.zeros((1,) * core), core)
     if not _host.is_traced(reward):
         rule = "rewards must be finite; to forbid an action, give it prior 0 in the regulariser"
+        rule += "; where a state has no such action, pass available=[S, A] with False there"
         _host.refuse("reward", reward, ~np.isfinite(reward), axes, rule)
     return _expected(reward, kernel) if per_successor else reward
 
@@ -310,13 +351,14 @@ def _expected(reward: Any, kernel: Any) -> Any:
     return (p * reward).sum(-1)
 
 
-def _termination(termination: Any, kernel: Any) -> Any:
+def _termination(termination: Any, kernel: Any, available: Any) -> Any:
     if termination is None:
         return None
     margin, _ = _host.tolerance(termination)
     termination = _host.number("termination", termination)
     core = (kernel.n_states, kernel.n_actions)
     _host.expect_shape("termination", termination.shape, core, "S, A", "one probability per (s, a)")
+    termination = masks.fill(termination, available, [[0.0]])
     if _host.is_traced(termination):
         return termination
     _host.refuse_improper("termination", termination, ("s", "a"))

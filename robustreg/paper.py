@@ -200,15 +200,17 @@ def price(problem: Problem, beta: Sequence[float], alpha: Sequence[float]) -> Nu
     """
     outputs = ("objective", "nominal_return", "status")
     grid = {"alpha": _axis("alpha", alpha), "beta": _axis("beta", beta)}
-    table = sweep(problem.mdp, regularisers.alpha(1.0, 1.0), grid, outputs=outputs)
+    reg = regularisers.alpha(1.0, 1.0)
+    table = sweep(problem.mdp, reg, grid, outputs=outputs)
     failed = int((table["status"] != Status.CONVERGED).sum())
     if failed:
-        raise SolveError(f"{failed} of {len(table)} strengths did not converge: take a smaller problem or float64")
+        wider = "" if problem.mdp.dtype.itemsize >= 8 else " or float64"
+        raise SolveError(f"{failed} of {len(table)} strengths did not converge: take a smaller problem{wider}")
     return _arrays(
         **grid,
         guaranteed=table["objective"],
         nominal=table["nominal_return"],
-        optimum=_start(problem.mdp, nominal_optimum(problem.mdp)),
+        optimum=_start(problem.mdp, nominal_optimum(problem.mdp, reg)),
     )
 
 

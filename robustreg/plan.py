@@ -224,6 +224,9 @@ def _check_mdp(name: str, x: Any, mdp: MDP) -> None:
     n_states, n_actions = mdp.n_states, mdp.n_actions
     lists: Any = np.zeros((n_states, n_actions, 1), np.int32), np.ones((n_states, n_actions, 1))
     leaves: dict[str, Any] = {"reward": np.zeros((n_states, n_actions), mdp.dtype), "discount": 0.0}
+    if name == "reward" and mdp.available is not None:
+        # What an MDP of the batch does not look at, another may.
+        leaves["available"] = np.asarray(mdp.available).any(tuple(range(mdp.available.ndim - 2)))
     # Were there S values, and S = A, they could be rewards by successor; in a grid they are not.
     leaves[name] = x[:, None] if name == "reward" and x.shape == (n_states, n_actions, n_states) else x
     make_mdp(Successors(*lists), **leaves)
@@ -296,7 +299,7 @@ def per_lane(x: jax.Array, n: int) -> jax.Array:
 def _pick(mdp: MDP, index: jax.Array) -> MDP:
     """One MDP of a batch per lane."""
     size = mdp.batch_shape[0]
-    cores = {"reward": 2, "discount": 0, "complement": 0, "initial": 1, "termination": 2}
+    cores = {"reward": 2, "discount": 0, "complement": 0, "initial": 1, "termination": 2, "available": 2}
 
     def take(x: Any, core: int) -> Any:
         return x if x is None or x.ndim == core or x.shape[0] != size else x[index]

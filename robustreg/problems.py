@@ -10,7 +10,8 @@ the MDP (None leaves the choice to JAX's own setting); the discount stays in dou
     S   start            states are cells in row-major order, walls included
 
 A move goes as intended, or with probability `slip` each to its left or right; moves off the grid stay.
-An absorbing cell without reward has value 0, like the end of an episode.
+Under a regulariser that costs nothing at its prior (`kl`, `alpha`), an absorbing cell without reward has value 0, like
+the end of an episode; `entropy` has no prior and pays for every step that is played, there too.
 """
 
 import dataclasses

@@ -103,7 +103,7 @@ class RobustSet(PerturbationSet):
             1 are at infinity; for alpha > 1 they are points, from which the boundary goes on to minus infinity in the
             action that is never taken.
         """
-        share = jnp.asarray(share, self.regulariser.beta.dtype)
+        share = jnp.asarray(share, _host.canonical(self.regulariser.beta).dtype)
         _host.require("share", share, lambda x: (x >= 0) & (x <= 1), "a probability lies between 0 and 1")
         return adversary.worst_case(self.regulariser, jnp.stack([share, 1 - share], axis=-1))
 
@@ -173,7 +173,7 @@ class HalfSpace(PerturbationSet):
 
     def support(self, policy: ArrayLike) -> Array:
         """`Omega(pi)` for `pi` itself, infinite for every other distribution (compared to rounding)."""
-        own = jnp.asarray(self.policy)
+        own = _host.canonical(jnp.asarray(self.policy))
         unit = 8 * float(jnp.finfo(own.dtype).eps)
         other = jnp.max(jnp.abs(jnp.asarray(policy, own.dtype) - own), axis=-1) > unit
         price = _price(self.regulariser, own)
@@ -235,7 +235,7 @@ def _price(reg: Regulariser, policy: ArrayLike) -> Array:
 
 def _mean(policy: ArrayLike, x: ArrayLike) -> Array:
     """`<p, x>` over the last axis; probability 0 silences an infinite x."""
-    p = jnp.asarray(policy)
+    p = _host.canonical(jnp.asarray(policy))
     x = jnp.asarray(x, p.dtype)
     return jnp.sum(p * jnp.where(p == 0, 0, x), axis=-1)
 

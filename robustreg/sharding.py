@@ -24,7 +24,7 @@ from robustreg.mdp import MDP
 from robustreg.successors import Successors
 from robustreg.transitions import Dense, MatrixFree
 
-_CORES = {"reward": 2, "initial": 1, "termination": 2}
+_CORES = {"reward": 2, "initial": 1, "termination": 2, "available": 2}
 
 
 def shard(mdp: MDP, devices: Sequence[Any] | Mesh | None = None, axis: str = "states", *, pad: bool = False) -> MDP:

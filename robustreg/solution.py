@@ -1,6 +1,7 @@
 """What a solve returns: arrays with a status and a certified interval per lane, and the words for each status."""
 
 import enum
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _tree
+from robustreg import _host, _tree
 
 
 class SolveError(RuntimeError):
@@ -26,18 +27,37 @@ class Status(enum.IntEnum):
 
     @property
     def remedy(self) -> str:
-        """What happened and what to do about it."""
-        return _REMEDIES[self]
+        """What happened and what to do about it, whatever the precision."""
+        return self.advise()
+
+    def advise(self, dtype: Any = np.float32, asked: bool = True) -> str:
+        """Say what happened and what to do about it.
+
+        Args:
+            dtype: precision of the solve: nobody who has float64 is told to take it.
+            asked: whether a tol was asked for.
+        """
+        what, ways = _REMEDIES[self]
+        wide = np.dtype(dtype).itemsize >= 8
+        fitting = [way for way in ways if not (wide and "float64" in way)]
+        if not asked:
+            what = what.replace(" before tol", "")
+            fitting = [way.replace("loosen tol", "ask for a tol") for way in fitting]
+        listed = fitting if len(fitting) < 2 else [", ".join(fitting[:-1]) + f" or {fitting[-1]}"]
+        return ": ".join([what, *listed])
 
 
+# What happened, and the ways out of it.
 _REMEDIES = {
-    Status.CONVERGED: "the certified error is within tol",
-    Status.MAX_STEPS: "the step limit came first: raise max_steps, loosen tol, or take Newton",
-    Status.STAGNATED: "rounding stopped progress before tol: loosen tol or solve in float64",
+    Status.CONVERGED: ("the certified error is within tol", ()),
+    Status.MAX_STEPS: ("the step limit came first", ("raise max_steps", "loosen tol", "take Newton")),
+    Status.STAGNATED: ("rounding stopped progress before tol", ("loosen tol", "take Newton", "solve in float64")),
     Status.NONFINITE_INPUT: (
-        "the MDP, the regulariser or init holds NaN, infinity or a number out of range: mend the input"
+        "the MDP, the regulariser or init holds NaN, infinity or a number out of range, or a prior leaves a state none "
+        "of its available actions",
+        ("mend the input",),
     ),
-    Status.NONFINITE: "an intermediate value overflowed: rescale rewards or take float64",
+    Status.NONFINITE: ("an intermediate value overflowed", ("rescale rewards", "take float64")),
 }
 
 
@@ -78,7 +98,7 @@ class Solution:
     @property
     def gap(self) -> Array:
         """Certified uncertainty `max_s upper - lower`, `[*B]`."""
-        return jnp.max(self.upper - self.lower, axis=-1)
+        return jnp.max(_host.canonical(self.upper - self.lower), axis=-1)
 
     def where_converged(self, x: ArrayLike, fallback: ArrayLike = 0.0) -> Array:
         """Replace what belongs to lanes that did not converge.
@@ -108,6 +128,7 @@ class Solution:
 
     def _failures(self, status: np.ndarray) -> str:
         gaps, tols = np.asarray(self.gap), np.broadcast_to(np.asarray(self.tol), status.shape)
+        scale = np.abs(np.asarray(self.value)).max(-1) * np.finfo(self.value.dtype).eps
         lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} lanes failed"]
         for code in (s for s in Status if s is not Status.CONVERGED):
             lanes = np.argwhere(status == code)
@@ -115,8 +136,12 @@ class Solution:
                 first = tuple(int(i) for i in lanes[0])
                 where = f"lane {list(first)}" + (f" and {len(lanes) - 1} more" if len(lanes) > 1 else "")
                 where = where if status.ndim else "the only lane"
-                detail = f"half-width {gaps[first] / 2:.3g}, tol {tols[first]:.3g}"
-                lines.append(f"  {code.name}: {where} ({detail}): {code.remedy}")
+                width, tol = gaps[first] / 2, tols[first]
+                # Without a tol, `tol` is the half-width reached, and `width` is that again, from two rounded bounds.
+                asked = not abs(tol - width) <= 0.01 * width + min(4 * scale[first], 0.5 * width)
+                detail = f"half-width {width:.3g}, tol {tol:.3g}" if asked else f"half-width {width:.3g}"
+                advice = code.advise(self.value.dtype, asked)
+                lines.append(f"  {code.name}: {where} ({detail}): {advice}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

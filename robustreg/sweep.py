@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _host, adversary
+from robustreg import _host, _settings, adversary
 from robustreg._progress import reporter
 from robustreg.mdp import MDP
 from robustreg.plan import Plan, digest, make_plan, per_lane, problem
@@ -61,7 +61,7 @@ OUTPUTS: dict[str, Callable[[MDP, Regulariser, Solution], jax.Array]] = {
     "objective": lambda m, reg, sol: sol.objective,
     "nominal_return": _nominal,
     "regulariser_cost": lambda m, reg, sol: _nominal(m, reg, sol) - sol.objective,
-    "price_of_robustness": lambda m, reg, sol: _start(m, adversary.nominal_optimum(m)) - _nominal(m, reg, sol),
+    "price_of_robustness": lambda m, reg, sol: _start(m, adversary.nominal_optimum(m, reg)) - _nominal(m, reg, sol),
     "worst_case_return": lambda m, reg, sol: _start(
         m, adversary.evaluate(m, sol.policy, reward=jnp.broadcast_to(m.reward, sol.q.shape) - sol.perturbation)
     ),
@@ -179,6 +179,7 @@ def prepare(
     """Check the arguments of `sweep` that say what is solved, and where."""
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
+    mdp, reg = mdp._canonical(), _host.canonical(reg)
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}; there are: {', '.join(OUTPUTS)}")
@@ -232,7 +233,7 @@ def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report:
         except BaseException as error:
             done.put((-1, error))
 
-    threads = [threading.Thread(target=serve, args=(device,)) for device in threads_of]
+    threads = [threading.Thread(target=_settings.carried(serve), args=(device,)) for device in threads_of]
     try:
         for thread in threads:
             thread.start()

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _tree
+from robustreg import _host, _tree
 
 
 class Transitions:
@@ -120,7 +120,7 @@ class Transitions:
         return _push(self, mu)
 
     def _lanes(self, x: ArrayLike, core_ndim: int) -> tuple[Array, int]:
-        x = jnp.asarray(x)
+        x = _host.canonical(jnp.asarray(x))
         core = (self.n_states, self.n_actions)[:core_ndim]
         if x.shape[x.ndim - core_ndim :] != core:
             raise ValueError(f"expected [..., {', '.join(map(str, core))}], got shape {x.shape}")
@@ -131,12 +131,14 @@ class Transitions:
 
 @jax.jit
 def _expect(transitions: Transitions, v: ArrayLike) -> Array:
+    transitions = _host.canonical(transitions)
     v, batch_ndim = transitions._lanes(v, 1)
     return _tree.batch_first(transitions.bind(batch_ndim, v.dtype)._expect(v), 2)
 
 
 @jax.jit
 def _push(transitions: Transitions, mu: ArrayLike) -> Array:
+    transitions = _host.canonical(transitions)
     mu, batch_ndim = transitions._lanes(mu, 2)
     return _tree.batch_first(transitions.bind(batch_ndim, mu.dtype)._push(mu), 1)
 

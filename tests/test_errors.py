@@ -503,3 +503,37 @@ def test_numbers_that_are_none():
     for wrong in (None, "1", 1j, [[1.0], [1.0, 2.0]]):
         with refused("beta must be a number or an array of real numbers", error=TypeError):
             rr.kl(wrong)  # pyright: ignore[reportArgumentType]
+
+
+# ---- remedies of lanes that failed
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("asked", [True, False])
+def test_remedies_fit_who_reads_them(dtype, asked):
+    """Nobody who is in float64 is told to take it, nobody without a tol to loosen it; every status has a way out."""
+    with jax.enable_x64(dtype == np.float64):
+        m = rr.problems.garnet(12, 3, 3, 0.99)
+        lanes = rr.solve(m, rr.kl(np.ones(4)), rr.ValueIteration(), tol=1e-300 if asked else None, max_steps=3)
+        assert lanes.value.dtype == dtype and (np.asarray(lanes.status) == rr.Status.MAX_STEPS).all()
+        every = dataclasses.replace(lanes, status=jnp.asarray([1, 2, 3, 4], jnp.int32))
+        with pytest.raises(rr.SolveError) as failure:
+            every.raise_if_failed()
+    text = str(failure.value)
+    ways = {"MAX_STEPS": "raise max_steps", "STAGNATED": "take Newton", "NONFINITE_INPUT": "mend the input"}
+    for line, (name, way) in zip(text.splitlines()[1:], {**ways, "NONFINITE": "rescale rewards"}.items(), strict=True):
+        assert line.strip().startswith(f"{name}: lane") and way in line
+    assert ("float64" in text) == (dtype == np.float32)
+    assert ("loosen tol" in text) == asked and ("ask for a tol" in text) != asked
+    assert ("tol 1e-300" in text or "tol 0" in text) == asked
+
+
+def test_a_tol_that_was_missed_by_little_was_asked_for():
+    """`tol` without one is the half-width itself; one of the same size that was asked for is not confused with it."""
+    sol = rr.solve(rr.problems.bandit(), rr.kl(1.0))
+    unit = np.finfo(sol.value.dtype).eps * sol.value
+    narrow = dataclasses.replace(sol, lower=sol.value - unit, upper=sol.value + unit)
+    for base, tol, asked in ((sol, 0.3 * sol.gap / 2, True), (sol, sol.tol, False), (narrow, 1e-300, True)):
+        stuck = dataclasses.replace(base, tol=jnp.asarray(tol), status=jnp.asarray(2, jnp.int32))
+        with pytest.raises(rr.SolveError, match="loosen tol" if asked else "ask for a tol"):
+            stuck.raise_if_failed()

@@ -136,6 +136,7 @@ def test_vmapped_and_forward_over_reverse():
         return sol.where_converged(sol.objective)[0]
 
     rewards = jnp.asarray(R).at[1, 0, 0].set(np.nan)
+
     def twice(f):
         slope = jax.grad(f)
         return jax.jit(lambda s: jax.jvp(slope, (s,), (jnp.ones_like(s),)))(x["scale"])

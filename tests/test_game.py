@@ -109,6 +109,20 @@ def test_lanes_freeze_and_are_lost_alone(cases):
         rr.solve_game(m, reg, tol=1e-300, **PLAY).raise_if_failed()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_without_tol_only_rounding_is_convergence(dtype):
+    """A game that has played all its steps has not converged by that: one step leaves a gap of 30% here."""
+    m, reg = rr.problems.chain(discount=0.9, dtype=dtype), rr.kl(np.array([50.0, 2.0], dtype))
+    short, long = (rr.solve_game(m, reg, steps=steps) for steps in (1, 60))
+    assert (np.asarray(short.relative_gap) > 0.2).all() and not short.converged.any()
+    assert (np.asarray(short.status) == rr.Status.MAX_STEPS).all()
+    with pytest.raises(rr.SolveError, match=r"MAX_STEPS: lane \[0\] \(relative gap 0.30\d\): play more steps, or give"):
+        short.raise_if_failed()
+    assert long.raise_if_failed().converged.all()
+    assert (np.asarray(long.relative_gap) < 1000 * np.finfo(dtype).eps).all()
+    assert np.array_equal(long.tol, long.relative_gap) and (np.asarray(long.steps) == 60).all()
+
+
 def test_a_batch_is_its_single_games():
     """One lane alone, under jit, and as an element of a vmap."""
     index = lanes(alpha=(0.5, 2.0), beta=(0.5, 20.0), discount=(0.9,))

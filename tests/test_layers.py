@@ -9,12 +9,12 @@ import robustreg
 
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
-    ("_tree", "_host", "_files", "_progress"),
+    ("_tree", "_host", "_files", "_progress", "_settings"),
     ("store",),
     ("divergences", "patterns", "axes", "parameters"),
     ("conjugates", "worst_cases"),
     ("regularisers", "transitions"),
-    ("successors", "gauge"),
+    ("successors", "gauge", "masks"),
     ("mdp",),
     ("bellman", "sharding"),
     ("linear", "groups"),
