@@ -79,7 +79,7 @@ def test_sixteen_bits(dtype):
     assert float(abs(np.asarray(p, float).sum(-1) - 1).max()) > 1e-5
     for make in (lambda: rr.kl(jnp.asarray(2.0, dtype), p), lambda: rr.kl(dtype(2.0), log_prior=jax.nn.log_softmax(x))):
         for reg in (make(), jax.jit(make)()):
-            assert reg.beta.dtype == reg.log_prior.dtype == np.float32
+            assert reg.log_prior is not None and reg.beta.dtype == reg.log_prior.dtype == np.float32
             np.testing.assert_allclose(np.exp(np.asarray(reg.log_prior, float)).sum(-1), 1, rtol=1e-6)
     reg = rr.alpha(jnp.asarray(1.5, dtype), jnp.asarray(2.0, dtype), p, state_scale=jnp.ones(8, dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(reg)} == {np.dtype(np.float32)}
@@ -113,8 +113,8 @@ def test_foreign_bytes_and_containers_of_tracers():
         method = getattr(rr.kl(1.0), name)
         np.testing.assert_array_equal(method(q.astype(">f8")), method(q))
         np.testing.assert_array_equal(method(q.astype(">f4")), method(q.astype("f4")))
-    found = jax.jit(lambda a: rr.kl([a, 2 * a]).conjugate(q))(1.0)
-    np.testing.assert_allclose(found, rr.kl([1.0, 2.0]).conjugate(q), rtol=1e-15)
+    found = jax.jit(lambda a: rr.kl([a, 2 * a]).conjugate(q))(1.0)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_allclose(found, rr.kl(np.array([1.0, 2.0])).conjugate(q), rtol=1e-15)
 
 
 def test_priors_of_a_grid():

@@ -186,7 +186,7 @@ def test_values_at_probability_0_and_masks_are_the_same_in_both_forms():
         # Whatever a masked action is given that underflows: a large negative number stands for minus infinity.
         low = np.where(np.isneginf(logs) & (p0 == 0), -1e9, logs)
         np.testing.assert_array_equal(rr.worst_case(reg, log_policy=low), logarithmic)
-    assert np.isnan(rr.worst_case(rr.kl(1.0), [np.nan, 1.0])[0])
+    assert np.isnan(rr.worst_case(rr.kl(1.0), np.array([np.nan, 1.0]))[0])
 
 
 def test_value_keeps_its_gradient():
@@ -201,7 +201,7 @@ def test_value_keeps_its_gradient():
 
 def test_one_form_of_the_policy_at_a_time():
     reg = rr.kl(1.0)
-    for bad in ({}, {"policy": [0.5, 0.5], "log_policy": [-1.0, -1.0]}):
+    for bad in ({}, {"policy": np.ones(1), "log_policy": np.zeros(1)}):
         for f in (lambda **kw: rr.worst_case(reg, **kw), reg.worst_case):
             with pytest.raises(ValueError, match="log_policy, one of the two"):
                 f(**bad)
