@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, masks
+from robustreg import _host, _tree, conjugates, masks
 from robustreg.divergences import Scales, eps, kl_divergence, lam, weighted
 from robustreg.regularisers import KL, Regulariser, kl, maximise
 
@@ -30,6 +30,15 @@ class Entropy(KL):
     """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure. Build it with `entropy`."""
 
     has_reference = False
+
+    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Entropy":
+        return Entropy(beta, log_prior)
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        # As against the uniform distribution, which has the mass of a policy, and a constant.
+        logs = float(np.log(q.shape[0]))
+        value, policy = conjugates.kl_maximiser(q, self.beta, self._prior - logs)
+        return value + logs / self.beta, policy
 
     def _value(self, policy: Array) -> Array:
         # The counting measure has another mass than a policy: no extension to other measures applies.

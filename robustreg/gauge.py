@@ -131,6 +131,8 @@ def _first_ratio(reg: Regulariser, x: Array, weight: Array | None, top: Array) -
 
 
 def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
+    # One array: its maximum is one of its entries (see `conjugates._gaps`).
+    x = lax.optimization_barrier(x)
     best = jnp.max(jnp.where(jnp.isneginf(reg._prior), -jnp.inf, x), axis=0)
     mean = _pool(weight, weighted(jnp.exp(reg._prior), x))
     top = _pool(weight, best)
