@@ -225,7 +225,8 @@ def test_the_leaf_travels(tmp_path):
         rtol=1e-11,
     )
     wide = rr.shard(m, jax.devices()[:1], pad=True)
-    assert np.array_equal(wide.available, MASK) and wide.available.sharding == wide.reward.sharding
+    assert wide.available is not None and np.array_equal(wide.available, MASK)
+    assert wide.available.sharding == wide.reward.sharding
 
 
 # ---- refusals

@@ -96,6 +96,29 @@ def test_made_in_float64_and_used_where_there_is_none(inside_jit):
     np.testing.assert_allclose(found["solve"], TRUTH, atol=1e-3)
 
 
+def test_arrays_given_to_methods_are_cast():
+    """Float64 arrays themselves, and not only leaves, where JAX has none."""
+    policy, dr, q = RIGHT.policy, RIGHT.perturbation, RIGHT.q
+    with jax.enable_x64(False):
+        found = {
+            "worst_case": rr.worst_case(REG, policy),
+            "slack": rr.slack(REG, dr),
+            "conjugate": rr.alpha(0.5, REG.beta).conjugate(q),
+            "argmax": rr.alpha(2.0, REG.beta).argmax(q),
+            "value": REG.value(policy),
+            "critical_beta": rr.critical_beta(REG, dr),
+            "weights": rr.critical_beta(REG, dr, weights=RIGHT.value),
+            "calibrate": rr.calibrate(REG, dr[None], 0.5),
+            "expect": WIDE.transitions.expect(RIGHT.value),
+            "push": WIDE.transitions.push(policy),
+            "support": rr.HalfSpace(REG, policy).support(policy),
+            "half-space": rr.HalfSpace(REG, policy).slack(dr),
+            "attack": rr.baselines.norm_attack(policy, 0.1),
+            "decision": rr.baselines.single_decision(q, 1.0).value,
+        }
+    assert {name: str(x.dtype) for name, x in found.items()} == dict.fromkeys(found, "float32")
+
+
 def test_made_in_float32_and_used_where_there_is_float64():
     """A float32 MDP is one of float32, with a float64 regulariser and policy too."""
     assert NARROW.dtype == np.float32
