@@ -292,6 +292,8 @@ def _primal(board: play.Board, position: play.Position, policy: Array, accuracy:
     problem = board.problem
     cost, extra = board.adversary.price(problem, position.params, policy, play.visits(board, policy))
     never = jnp.where(policy == 0, -jnp.inf, 0).astype(policy.dtype)
+    # The price is computed with an error of its own, which must not be in the agent's favour.
+    cost = cost + jnp.where(jnp.isfinite(cost), problem.regulariser._value_error(policy), 0)
     fixed = Fixed(policy, cost, unlimited(problem), never)
     value, error, noise = _value(board, fixed, problem.reward, position.value, accuracy, _EVALUATION)
     return value - error - extra, noise

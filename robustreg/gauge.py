@@ -26,6 +26,7 @@ iteration. Where t is 0 or infinite they are 0.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ from robustreg.regularisers import Regulariser, maximise
 
 # Six steps are typical. From far right of a nearly quadratic level each step halves t: no bound on the digits needed.
 _MAX_STEPS = 100
+# A root is one if the level changes sign within this share of it.
+_NEAR = 0.05
 
 
 def implicit_root(
@@ -152,8 +155,31 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
     start = jnp.maximum(_first_ratio(reg, floor, weight, best), 0)
     state = (start, unlimited | none | ~((start > 0) & jnp.isfinite(start)), jnp.asarray(0, jnp.int32))
     t = lax.while_loop(lambda state: ~jnp.all(state[1]) & (state[2] < _MAX_STEPS), step, state)[0]
+
+    def outside(t: Array) -> Array:
+        """Whether `t x` is out of the set; what overflows is."""
+        return ~(_pool(weight, maximise(_at(reg, t), x)[0]) <= 0)
+
+    # Newton starts from a ratio that may overflow, or so far right that the level there is rounding or not finite.
+    lost = ~(unlimited | none) & ~(~outside(t * (1 - _NEAR)) & outside(t * (1 + _NEAR)))
+    t = lax.cond(jnp.any(lost), lambda: jnp.where(lost, _bisected(outside, t), t), lambda: t)
     t = jnp.where(unlimited, jnp.inf, jnp.where(none, 0, t))
     return jnp.where(jnp.isnan(top) | jnp.isnan(mean), jnp.nan, t)
+
+
+def _bisected(outside: Callable[[Array], Array], like: Array) -> Array:
+    """Where `outside` turns true, by bisection of the logarithm over all numbers that there are."""
+    most = 0.99 * math.log(float(jnp.finfo(like.dtype).max))
+
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = 0.5 * (low + high)
+        above = outside(jnp.exp(middle))
+        return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+    # Each halving is a digit: of the exponent first.
+    start = (jnp.full_like(like, -most), jnp.full_like(like, most))
+    return jnp.exp(lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)[0])
 
 
 def proper(t: Array) -> Array:

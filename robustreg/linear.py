@@ -234,7 +234,13 @@ def _eliminated(
     # What was asked for is lost itself where it is NaN.
     todo = ~solved & jnp.isfinite(_norm(b, transpose))
     start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), todo.reshape(flat[1:]))
-    x, error, solved, _ = lax.while_loop(lambda state: jnp.any(state[3]), one, start)
+
+    def loop() -> tuple[Array, ...]:
+        return lax.while_loop(lambda state: jnp.any(state[3]), one, start)
+
+    # Not the loop alone: with one lane its matrix does not depend on the turn, and the compiler would write it out
+    # before the loop, at every call.
+    x, error, solved, _ = lax.cond(jnp.any(todo), loop, lambda: start)
     return x.reshape(b.shape), error.reshape(batch), solved.reshape(batch)
 
 

@@ -11,10 +11,10 @@ ROOT = Path(robustreg.__file__).parent
 LAYERS = (
     ("_tree", "_host", "_files", "_progress", "_settings"),
     ("store",),
-    ("divergences", "patterns", "axes", "parameters"),
+    ("divergences", "patterns", "axes", "parameters", "elimination"),
     ("conjugates", "worst_cases"),
     ("regularisers", "transitions"),
-    ("successors", "gauge", "masks"),
+    ("successors", "gauge", "masks", "ranges"),
     ("mdp",),
     ("bellman", "sharding"),
     ("linear", "groups"),
