@@ -68,13 +68,26 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers
     Returns:
         `(1/beta) log sum p0 exp(beta q)`, `[...]`, and `p0 exp(beta (q - that))`, `[A, ...]`.
     """
-    best, gap = _gaps(q, beta, log_prior, reduce)
+    # (Two evaluations of a gap that round differently do no harm here.)
+    masked = jnp.isneginf(log_prior)
+    best = reduce.largest(jnp.where(masked, -jnp.inf, q))
+    gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
     exponent = log_prior - gap
     top = reduce.largest(exponent)
     weight = jnp.exp(exponent - top[None])
     total = reduce.total(weight)
-    level = jnp.where(reduce.largest(gap) < _NEAR, _near_level(gap, log_prior, reduce), top + jnp.log(total))
+    plain = top + jnp.log(total)
+
+    def careful() -> Array:
+        near = reduce.largest(gap) < _NEAR
+        return jnp.where(near, _near_level(gap, log_prior, reduce), plain)
+
+    # Gaps below `_NEAR` have a level above `-_NEAR`. In a solve it matters where that is so in all states of a lane: a
+    # state whose actions are worth the same always is.
+    maybe = plain > -1.1 * _NEAR
+    maybe = jnp.all(maybe, axis=0) if reduce is _tree.LANES and plain.ndim else maybe
+    level = lax.cond(jnp.any(maybe), careful, lambda: plain)
     return best + level / beta, weight / total[None]
 
 

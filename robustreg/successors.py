@@ -105,7 +105,7 @@ class BoundSuccessors(Transitions):
         return BoundSuccessors(self.indices, _tree.pick_lanes(self.probabilities, index), self.pattern)
 
     def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
-        return jnp.sum(self.probabilities, axis=0), jnp.sum(jnp.abs(self.probabilities), axis=0)
+        return _tree.total(self.probabilities), _tree.total(jnp.abs(self.probabilities))
 
     def _silenced(self, lost: Array) -> "BoundSuccessors":
         where = _tree.shared_by(lost, self.probabilities.shape[3:])
