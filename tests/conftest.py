@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import jax  # noqa: E402  # after the flags, which are read once
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,3 +20,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def pytest_configure(config):
     """Turn every warning into an error, whatever the project file says."""
     config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Drop a module's compiled programs at its end: each holds memory maps, of which a process may have 65,530.
+
+    The compiler crashes when there are no more.
+    """
+    yield
+    jax.clear_caches()
