@@ -105,6 +105,8 @@ class Fixed(Regulariser):
 class Unregularised(Regulariser):
     """The maximum as a bound regulariser: `Omega*(q) = max q`, whose subgradient is the first best action."""
 
+    has_reference = False
+
     beta: Array
     log_prior: Array
 
@@ -126,6 +128,8 @@ class Unregularised(Regulariser):
 @_tree.dataclass
 class _Nothing(Regulariser):
     """Stands for "no regulariser": binds to no cost at all, an infinite beta in the rounding bound."""
+
+    has_reference = False
 
     beta: Array
     log_prior: Array | None = None

@@ -193,19 +193,26 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
     return jnp.where(overflow, far, near), rho
 
 
-def lipschitz(beta: Array, log_prior: Array, alpha: Array) -> Array:
-    """Bound the change of the maximiser in the 1-norm by that of q in the largest entry, `[*b]`.
+def policy_change(dq: Array, beta: Array, log_prior: Array, alpha: Array) -> Array:
+    """Bound the change x of the maximiser in the 1-norm where no action value changes by more than `dq`, `[*B]`.
 
-    The derivative is `beta (diag w - w w^T / W)`, of norm at most `beta W`, with `w = p0^{alpha-1} p^{2-alpha}`: W is
-    at most 1 for alpha from 1 to 2 [Hoelder], at most `p0^{alpha-1}` of the least p0 below, and unbounded above.
+    The derivative of the maximiser is `beta (diag w - w w^T / W)`, of norm at most `beta W`, `w = p0^{alpha-1}
+    p^{2-alpha}`. W is at most 1 for alpha from 1 to 2 [Hoelder], and at most `p0^{alpha-1}` of the least p0 below.
+    Above, with `h = alpha - 1`, `(u^h - v^h)(u - v) >= 2^{1-h} |u - v|^alpha` and Hoelder's inequality give
+    `2^{1-h} x^alpha / h <= beta <dq, dp> <= beta dq x`, hence a root: `x <= (h 2^{h-1} beta dq)^{1/h}`.
 
     Args:
+        dq: `[*B]`.
         beta, alpha: `[1 or S, *b]`.
         log_prior: `[A, 1 or S, *b]`.
     """
     least = jnp.min(jnp.where(jnp.isneginf(log_prior), 0, log_prior), axis=0)
-    stiff = beta * jnp.exp(jnp.minimum(alpha - 1, 0) * least)
-    return jnp.max(jnp.where(alpha > 2, jnp.inf, stiff), axis=0)
+    h, moved = alpha - 1, beta * dq[None]
+    steep = h > 1
+    order = jnp.where(steep, h, 1)
+    root = (order * 2 ** (order - 1) * moved) ** (1 / order)
+    change = jnp.where(steep, root, moved * jnp.exp(jnp.minimum(h, 0) * least))
+    return jnp.minimum(jnp.max(jnp.where(jnp.isnan(change), 2, change), axis=0), 2)
 
 
 def largest_weight(reward: Array, gap: Array, beta: Array, log_prior: Array, alpha: Array) -> Array:

@@ -197,7 +197,9 @@ def rounding(policy: Array, log_prior: Array, alpha: Array) -> Array:
     unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
     moved = jnp.abs(_tree.total(policy) - 1) + n * unit
     tilt = _tree.total(jnp.where(taken, policy * jnp.abs(eps(ratio, h[None])), 0))
-    return unit * _tree.total(terms + jnp.where(taken, slopes, 0)) / scale + moved * tilt
+    # At the prior itself only the square of the rounding of logarithms is left.
+    square = _tree.total((policy + prior) * jnp.where(taken, 2 + logs, 0) ** 2) * (unit * (2 + jnp.abs(alpha))) ** 2
+    return unit * _tree.total(terms + jnp.where(taken, slopes, 0)) / scale + moved * tilt + square
 
 
 def missing(policy: Array, prior: Array, ratio: Array) -> Array:

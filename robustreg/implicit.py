@@ -147,10 +147,10 @@ def harmless(problem: bellman.Lanes, lost: Array) -> bellman.Lanes:
 def policy_error(problem: bellman.Lanes, half_width: Array) -> Array:
     """Bound the relative error of an occupancy, in the 1-norm, that is due to the error of V, `[*B]`.
 
-    Action values that err by `g w` move a policy by at most `x = min(2, L g w)` in the 1-norm, L being the Lipschitz
-    constant of the regulariser's maximiser. With another policy P, `d' - d = (I - K'^T)^{-1} (K' - K)^T d`, so that
-    states are visited otherwise by at most `g x horizon` of all visits, and actions by x more.
+    Action values that err by `g w` move a policy by at most some x in the 1-norm, as its regulariser says. With another
+    policy P, `d' - d = (I - K'^T)^{-1} (K' - K)^T d`, so that states are visited otherwise by at most `g x horizon` of
+    all visits, and actions by x more.
     """
-    moved = problem.regulariser._lipschitz() * problem.discount * half_width
-    moved = jnp.where(half_width == 0, 0, jnp.minimum(jnp.where(jnp.isnan(moved), 2, moved), 2))
+    moved = problem.regulariser._policy_change(problem.discount * half_width)
+    moved = jnp.where(half_width == 0, 0, moved)
     return moved * (1 + problem.discount * problem.horizon)

@@ -7,6 +7,7 @@ how large the summands of a backup are (`magnitudes`). All are functions of what
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -60,10 +61,8 @@ def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magni
         weighed = jnp.sum(jnp.where(size == 0, 0, weight * size), axis=0)
         return jnp.max(jnp.minimum(weighed, jnp.max(size, axis=0)), axis=0)
 
-    shape = jnp.broadcast_shapes(limit.shape, regulariser.beta.shape[1:], regulariser._prior.shape[2:])
-    plain = jnp.broadcast_to(largest, shape)
-    wild = jnp.any(largest > _WILD * top)
-    charged = lax.cond(wild, lambda: jnp.broadcast_to(charge(), shape), lambda: plain)
+    plain = jnp.broadcast_to(largest, jax.eval_shape(charge).shape)
+    charged = lax.cond(jnp.any(largest > _WILD * top), charge, lambda: plain)
     return Magnitudes(
         largest,
         jnp.minimum(charged, plain),

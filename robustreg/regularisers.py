@@ -54,9 +54,9 @@ class Regulariser:
     def _worst_case(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case")
 
-    def _lipschitz(self) -> Array:
-        """Bound the change of the maximiser in the 1-norm by that of q in the largest entry, `[*b]`."""
-        return jnp.full(self.beta.shape[1:], jnp.inf, self.beta.dtype)
+    def _policy_change(self, dq: Array) -> Array:
+        """Bound the change of the maximiser in the 1-norm where no action value changes by more than `dq`, `[*B]`."""
+        return jnp.full_like(dq, 2)
 
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
         """Bound the probability of an action that is worth less than that of the largest `reward` by `gap`, `[A, ...]`.
@@ -213,7 +213,7 @@ def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
 
 @functools.partial(jax.jit, static_argnames="method")
 def _acted(reg: Regulariser, x: ArrayLike, method: str) -> Any:
-    given = jnp.asarray(x).dtype
+    given = jax.dtypes.canonicalize_dtype(jnp.asarray(x).dtype)
     bound, x = reg._public(x, refuse=True)
     if hasattr(bound, "rows"):
         bound = dataclasses.replace(bound, rows=True)
@@ -262,8 +262,8 @@ class _Divergence(Regulariser):
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         return conjugates.policy_tangent(policy, self._prior, self._order, self.beta, self._change(dq, change))
 
-    def _lipschitz(self) -> Array:
-        return conjugates.lipschitz(self.beta, self._prior, self._order)
+    def _policy_change(self, dq: Array) -> Array:
+        return conjugates.policy_change(dq, self.beta, self._prior, self._order)
 
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
         return conjugates.largest_weight(reward, gap, self.beta, self._prior, self._order)

@@ -210,7 +210,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
     improved = width + noise < state.half_width
     stalled = jnp.where(improved, 0, state.stalled + 1)
     # The bound of a start far away says nothing about the next step's.
-    steady = noise > 0.5 * state.noise
+    steady = noise >= 0.5 * state.noise
     status = _verdict(width, noise, tol, stalled, steady, state.steps, limit)
 
     step = solvers.Step(

@@ -372,16 +372,24 @@ def test_the_adjoint_reports_its_error(monkeypatch):
 
     probe = jnp.zeros(LANES)
     gradient, error = jax.grad(objective, (0, 1))(x, probe)
-    assert (0 <= np.asarray(error)).all() and (np.asarray(error) <= 1e-9).all()
+    # That of the policy counts, optimal but for rounding: stiff for alpha < 0, by a root for alpha > 2.
+    assert (0 <= np.asarray(error)).all() and (np.asarray(error) <= 1e-4).all()
+    assert (np.asarray(error)[(ALPHAS >= 0) & (ALPHAS <= 2)] <= 1e-9).all()
     assert objective(x, probe) == objective(x, probe + 1)
     jax.clear_caches()
     monkeypatch.setattr(linear, "_KRYLOV_STEPS", 1)
     monkeypatch.setattr(linear, "_ROUNDS", 1)
+    other = jax.grad(objective, (0, 1))(x, probe)[0]
+    np.testing.assert_allclose(other["reward"], gradient["reward"], rtol=1e-8, atol=1e-10)
+    # With no other way left either, there is no gradient.
+    monkeypatch.setattr(linear, "_DENSE", 0)
+    monkeypatch.setattr(linear, "_SWEEPS", 0)
+    jax.clear_caches()
     poor, error = jax.grad(objective, (0, 1))(x, probe)
     jax.clear_caches()
-    assert (np.asarray(error) > 1e-6).all() and np.isfinite(np.asarray(poor["reward"])).all()
-    missed = np.abs(np.asarray(poor["reward"] - gradient["reward"])).sum((-1, -2))
-    assert (missed <= 2 * np.asarray(error) * np.abs(np.asarray(poor["reward"])).sum((-1, -2))).all()
+    # (The gradient of an action that is never taken is 0 whatever the occupancy.)
+    never = np.asarray(gradient["reward"]) == 0
+    assert np.isinf(np.asarray(error)).all() and np.isnan(np.asarray(poor["reward"])[~never]).all()
 
 
 def test_memory_does_not_hold_a_copy_of_shared_transitions():

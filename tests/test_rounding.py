@@ -224,7 +224,7 @@ def test_a_conjugate_that_comes_out_low_is_not_certified(small, monkeypatch):
         return (bounds if len(calls) == 1 else shifted)(*arguments)
 
     monkeypatch.setattr(certificates.bellman, "value_bounds", once)
-    wrong = jax.jit(lambda *claim: certify(*claim))(m, reg, sol.value, sol.policy, sol.perturbation)
+    wrong = jax.jit(lambda *claim: certify(*claim, strict=False))(m, reg, sol.value, sol.policy, sol.perturbation)
     assert np.isfinite(np.asarray(honest.gap)).all() and np.isnan(np.asarray(wrong.gap)).all()
     with pytest.raises(rr.SolveError):
         wrong.raise_if_loose(1e6)
@@ -260,6 +260,7 @@ def test_dual_function_is_the_textbook_s():
     rng = np.random.default_rng(0)
     for alpha in (-3.0, -0.5, 0.3, 0.7, 1.5, 3.0):
         prior, q, beta = rng.dirichlet(np.ones(5)).astype(LONG), rng.normal(size=5).astype(LONG), LONG(2.0)
+        prior = prior / prior.sum()  # to the last digit of this precision
         h = LONG(alpha) - 1
         for level in (0.05, 0.3, 0.8):
             psi = q.max() - np.expm1(h * level) / h / beta
@@ -270,5 +271,7 @@ def test_dual_function_is_the_textbook_s():
             extended = (a * p + (1 - a) * prior - prior ** (1 - a) * p**a).sum() / (a * (1 - a))
             gap = beta * (q.max() - q)
             ours = q.max() - ((p * gap).sum() + extended + (1 - p.sum()) * np.expm1(h * level) / h) / beta
-            assert abs(float(ours - textbook)) <= 1e-17 * (1 + abs(float(textbook)))
+            # Of the size of what the textbook's form takes the difference of.
+            summands = abs(psi) + ((prior * np.abs(base) ** (alpha / h)).sum() + 1) / abs(beta * alpha)
+            assert abs(ours - textbook) <= 64 * np.finfo(LONG).eps * (1 + summands)
             assert float(textbook) >= float(oracle.conjugate(alpha, 2.0, prior.astype(float), q.astype(float))) - 1e-14
