@@ -39,6 +39,9 @@ def solve(chain: Array, exits: Array, b: Array, transpose: bool = False) -> Arra
         `x [S]`, entry by entry to a few S units of rounding of `(I - K)^{-1} |b|`.
     """
     n = b.shape[0]
+    if n <= _BLOCK:
+        inverse = _inverse(chain, exits)
+        return _product(b, inverse) if transpose else _product(inverse, b)
     count = -(-n // _BLOCK)
     # Padding is states that nothing leads to and that nothing leaves.
     extra = count * _BLOCK - n

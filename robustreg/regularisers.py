@@ -59,12 +59,7 @@ class Regulariser:
         return jnp.full_like(dq, 2)
 
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
-        """Bound the probability of an action that is worth less than that of the largest `reward` by `gap`, `[A, ...]`.
-
-        Args:
-            reward: `[A, ...]`, finite; whose largest entry among the allowed ones tells the better action.
-            gap: in reward units, `[A, ...]`.
-        """
+        """Bound the probability of an action worth less than that of the largest `reward` by `gap`, all `[A, ...]`."""
         return jnp.ones_like(gap)
 
     def _worst_case_of_logs(self, log_policy: Array) -> Array:
@@ -134,7 +129,7 @@ class Regulariser:
         return self._leaves.batch
 
     def bind(self, batch_ndim: int, dtype: Any, n_actions: int) -> Any:
-        """The same regulariser in the kernels' layout: leaves `[*core reversed, *B]`, cast to `dtype`."""
+        """Lay it out for the kernels: leaves `[*core reversed, *B]`, cast to `dtype`."""
         return self._rearrange(lambda x, core: _tree.lanes_last(x, batch_ndim, core), dtype, n_actions)
 
     def _public(self, x: ArrayLike, refuse: bool = False) -> tuple[Any, Array]:

@@ -9,6 +9,8 @@ import pytest
 
 import robustreg as rr
 
+pytestmark = pytest.mark.slow
+
 S, A = 6, 3
 RNG = np.random.default_rng(0)
 P = RNG.dirichlet(np.ones(S), (2, S, A))

@@ -123,6 +123,7 @@ def test_without_tol_only_rounding_is_convergence(dtype):
     assert np.array_equal(long.tol, long.relative_gap) and (np.asarray(long.steps) == 60).all()
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_single_games():
     """One lane alone, under jit, and as an element of a vmap."""
     index = lanes(alpha=(0.5, 2.0), beta=(0.5, 20.0), discount=(0.9,))
@@ -253,6 +254,7 @@ def test_restricted_adversaries_against_a_convex_program(kind):
             np.testing.assert_allclose(phi @ w, dr[i].reshape(2, 6).T, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_smaller_sets_are_worth_more_to_the_agent():
     """Whole set <= larger box <= smaller box <= states only = nominal optimum; no budget is the whole set; per lane."""
     cases = stack([garnet_case(3), all_cases()[5]])
@@ -313,6 +315,7 @@ def test_float32_keeps_its_precision():
     assert game.primal.dtype == np.float32 and (np.asarray(game.gap) <= 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lake", "grid", "garnets"])
 def test_defaults_reach_a_relative_gap_of_1e_4(name):
     """The problems of the configuration files, all nine regularisers in one batch, 200 steps at most."""

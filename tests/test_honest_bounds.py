@@ -9,6 +9,8 @@ import pytest
 
 import robustreg as rr
 
+pytestmark = pytest.mark.slow
+
 F = np.float32
 
 

@@ -43,6 +43,7 @@ def test_no_product_is_handed_to_a_library_of_reductions():
     assert "fusion" in text and "ynn" not in text and "xnn" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "successors", "matrix-free"])
 def test_groups_change_nothing(kind, monkeypatch):
     """Seven groups of two lanes, with a lane of NaN and axes that some leaves share, against all lanes at once."""

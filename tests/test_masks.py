@@ -77,6 +77,7 @@ def plain_mdp(**options: Any):
     return rr.mdp(P, np.where(MASK, R, 50.0), G, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGS)
 def test_everything_sees_the_mask(name):
     """solve, certify, game, occupancy, guarantee and the optimum, against a prior of 0 at the same places."""
@@ -128,6 +129,7 @@ def test_the_optimum_does_not_play_what_the_prior_forbids():
     np.testing.assert_allclose(table["price_of_robustness"], [2 - (p + 2 * (1 - p))], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_the_mask():
     """One mask, masks in a batch of MDPs, a grid of rewards that are minus infinity where there is no action."""
     m = masked_mdp()
@@ -186,6 +188,7 @@ def test_endings_rewards_by_successor_and_functions():
     np.testing.assert_allclose(rr.solve(free, rr.kl(3.0)).value, rr.solve(masked_mdp(), rr.kl(3.0)).value, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_traced_masks_and_leaves():
     """The factory inside jit and vmap, with the mask traced or what it masks; derivatives see no action that is not."""
     p, r = spoiled("zeros")

@@ -184,6 +184,7 @@ def test_paths_are_consistent_where_moves_slip():
     assert moves.max() == 1
 
 
+@pytest.mark.slow
 def test_price_falls_as_beta_grows(drawn):
     n = drawn("price")
     kernel, reward, discount, initial = small_mdp("price")
@@ -196,6 +197,7 @@ def test_price_falls_as_beta_grows(drawn):
     assert (n["guaranteed"] <= n["nominal"]).all() and (n["nominal"] <= n["optimum"] + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_attacks_outside_break_the_guarantee_but_not_the_bound(drawn):
     n = drawn("attacks")
     kernel, reward, discount, initial = small_mdp("attacks")

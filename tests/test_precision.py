@@ -16,6 +16,8 @@ import pytest
 import robustreg as rr
 from robustreg import _host, _settings
 
+pytestmark = pytest.mark.slow
+
 WIDE = rr.problems.garnet(7, 3, 3, 0.99)
 with jax.enable_x64(False):
     NARROW = rr.problems.garnet(7, 3, 3, 0.99)

@@ -149,6 +149,7 @@ def test_unregularised_optima_never_fall_below_the_robust_value():
 # the four sets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", (*ORDERS, 1.0, 1 - 1e-9, 1 + 1e-9, 5.0))
 def test_sets_and_inclusions(order):
     """Orthant and unnormalised set in the robust set in the half-space; supports are attained; radii end at 0."""
@@ -313,6 +314,7 @@ def test_samples_of_masked_states():
 # transformations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", (-1.0, 0.5, 1.0, 2.0))
 def test_derivatives_of_the_sets(order):
     """Slack and radius of the unnormalised set, its support, and radii: against central differences, every leaf."""
@@ -344,6 +346,7 @@ def test_derivatives_of_the_sets(order):
         np.testing.assert_allclose(paired, jnp.sum(weight * slope), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_batches_jit_and_lanes():
     """A batch of regularisers is its lanes; jit and vmap give the same; a NaN stays in its lane."""
     rng = np.random.default_rng(8)
@@ -366,6 +369,7 @@ def test_batches_jit_and_lanes():
     np.testing.assert_allclose(2 * np.asarray(jitted), whole[1], rtol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", (rr.RobustSet, rr.UnnormalisedSet))
 def test_float32(kind):
     """The dtype of the input is kept; slack and radius agree with float64 to its digits."""
@@ -384,6 +388,7 @@ def test_float32(kind):
     assert told.guaranteed.dtype == told.total_slack.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_batched_guarantees_and_errors():
     """Batches of discounts, policies and rewards broadcast; wrong arguments are named."""
     rng = np.random.default_rng(10)

@@ -11,6 +11,8 @@ from cases import garnet_case
 
 import robustreg as rr
 
+pytestmark = pytest.mark.slow
+
 STATES, ACTIONS = 2, 4
 PRECISIONS = (np.float32, np.float64)
 LONG = np.longdouble

@@ -123,6 +123,7 @@ def test_steps_differ_between_solvers():
     assert steps["anderson"] < steps["value iteration"] / 4, steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", ["krylov", "direct"])
 def test_slow_discounts_and_stiff_alphas(linear):
     """The whole suite, up to 1 - 1e-6, to the default tolerance: a small multiple of what rounding allows."""
@@ -145,6 +146,7 @@ def test_successor_lists(name):
     check(sol, value, 1e-10, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["newton krylov", "newton direct", "anderson"])
 def test_matrix_free(name):
     """One problem at a time: the caller's function has no batch axes; lanes over regulariser and discount."""

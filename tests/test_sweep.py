@@ -32,6 +32,7 @@ def swept():
     return rr.sweep(M, rr.alpha(1.0, 1.0), GRID, outputs=(*SCALARS, *ARRAYS), tol=1e-8, chunk=4)
 
 
+@pytest.mark.slow
 def test_every_cell_is_its_solve():
     """Value within certificates, everything else of the same solution; results that follow from others do."""
     table = swept()

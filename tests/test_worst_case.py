@@ -11,6 +11,8 @@ import pytest
 
 import robustreg as rr
 
+pytestmark = pytest.mark.slow
+
 ALPHAS = (-2.0, 0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 4.0)
 BETA = 1.7
 RNG = np.random.default_rng(0)
