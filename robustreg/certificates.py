@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 
 from robustreg import _host, _tree, bellman
 from robustreg.mdp import MDP
-from robustreg.regularisers import Regulariser, maximise
+from robustreg.regularisers import Regulariser, by_rows, maximise
 from robustreg.solution import Solution, SolveError, concrete
 
 
@@ -144,7 +144,7 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     best = jnp.max(jnp.where(masked, -jnp.inf, perturbed), axis=0)
     below, above = bellman.value_bounds(problem, h, c, best, jnp.zeros_like(c))
     consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
-    feasible = -maximise(problem.regulariser, jnp.broadcast_to(dr, q.shape))[0]
+    feasible = -maximise(by_rows(problem.regulariser), jnp.broadcast_to(dr, q.shape))[0]
     noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
     stored = 0.5 * unit * jnp.max(jnp.abs(v), axis=0) * (1 + problem.discount) * problem.horizon
     public = [_tree.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]

@@ -40,8 +40,6 @@ from robustreg.regularisers import Regulariser, maximise
 
 # Six steps are typical. From far right of a nearly quadratic level each step halves t: no bound on the digits needed.
 _MAX_STEPS = 100
-# A root is one if the level changes sign within this share of it.
-_NEAR = 0.05
 
 
 def implicit_root(
@@ -161,7 +159,9 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
         return ~(_pool(weight, maximise(_at(reg, t), x)[0]) <= 0)
 
     # Newton starts from a ratio that may overflow, or so far right that the level there is rounding or not finite.
-    lost = ~(unlimited | none) & ~(~outside(t * (1 - _NEAR)) & outside(t * (1 + _NEAR)))
+    # A root is one if the level changes sign close to it.
+    near = 0.5 * float(jnp.finfo(x.dtype).eps) ** 0.5
+    lost = ~(unlimited | none) & ~(~outside(t * (1 - near)) & outside(t * (1 + near)))
     t = lax.cond(jnp.any(lost), lambda: jnp.where(lost, _bisected(outside, t), t), lambda: t)
     t = jnp.where(unlimited, jnp.inf, jnp.where(none, 0, t))
     return jnp.where(jnp.isnan(top) | jnp.isnan(mean), jnp.nan, t)

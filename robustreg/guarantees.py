@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from robustreg import _host, _tree, bellman
 from robustreg.adversary import evaluate, occupancy
 from robustreg.mdp import MDP
-from robustreg.regularisers import Regulariser, maximise
+from robustreg.regularisers import Regulariser, by_rows, maximise
 
 
 @_tree.dataclass
@@ -113,7 +113,7 @@ def _slack(mdp: MDP, reg: Regulariser, dr: Array) -> Array:
     problem = bellman.lanes(mdp, reg, dr.shape[:-2])
     x = _tree.lanes_last(dr, len(problem.batch), 2)
     x = jnp.broadcast_to(x, x.shape[:2] + problem.batch)
-    return _tree.batch_first(-maximise(problem.regulariser, x)[0], 1)
+    return _tree.batch_first(-maximise(by_rows(problem.regulariser), x)[0], 1)
 
 
 def _over_visits(mdp: MDP, policy: ArrayLike, room: Array) -> Array:

@@ -147,7 +147,7 @@ class Regulariser:
             actions, batch, states = leaf.shape[: core - 1], leaf.shape[core - 1 : -1], leaf.shape[-1:]
             return leaf.reshape(actions + at.place(batch, rank, states))
 
-        bound = self._rearrange(place, x.dtype, x.shape[-1])
+        bound = by_rows(self._rearrange(place, x.dtype, x.shape[-1]))
         given, x = x.shape, jnp.moveaxis(x.reshape(at.shape), -1, 0)
         try:
             order = getattr(bound, "alpha", bound.beta)
@@ -199,6 +199,11 @@ class Regulariser:
         return jnp.moveaxis(_act(self, log_policy, "_worst_case_of_logs"), 0, -1)
 
 
+def by_rows(bound: Any) -> Any:
+    """A bound regulariser for which every row of actions is a problem of its own, and lanes are not what matters."""
+    return dataclasses.replace(bound, rows=True) if hasattr(bound, "rows") else bound
+
+
 def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
     """A kernel on an array in the public layout, as one compiled program."""
     if isinstance(x, np.ndarray) and not x.dtype.isnative:
@@ -210,8 +215,6 @@ def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
 def _acted(reg: Regulariser, x: ArrayLike, method: str) -> Any:
     given = jax.dtypes.canonicalize_dtype(jnp.asarray(x).dtype)
     bound, x = reg._public(x, refuse=True)
-    if hasattr(bound, "rows"):
-        bound = dataclasses.replace(bound, rows=True)
     out = maximise(bound, x) if method == "maximise" else getattr(bound, method)(x)
     return jax.tree.map(lambda y: y.astype(given) if jnp.issubdtype(given, jnp.floating) else y, out)
 
