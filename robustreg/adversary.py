@@ -82,6 +82,10 @@ class Fixed(Regulariser):
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         return jnp.sum(self.policy * self._where_taken(q), axis=0) - self.cost, self.policy
 
+    def _excess(self, q: Array, th: Array) -> Array:
+        # An average by known weights: what is hardly ever done hardly counts.
+        return jnp.sum(self.policy * jnp.abs(self._where_taken(q) - th[None]), axis=0)
+
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
         return jnp.broadcast_to(self.policy, jnp.broadcast_shapes(self.policy.shape, gap.shape))
 

@@ -164,8 +164,7 @@ def backup(problem: Lanes, h: Array, c: Array) -> tuple[Array, Array, Array]:
 
 def cost(problem: Lanes, th: Array, q: Array) -> Array:
     """`max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
-    masked = jnp.isneginf(problem.regulariser._prior)
-    return jnp.max(_tree.largest(jnp.where(masked, -jnp.inf, q)) - th, axis=0)
+    return jnp.max(problem.regulariser._excess(q, th), axis=0)
 
 
 def sound(problem: Lanes) -> Array:

@@ -62,6 +62,10 @@ class Regulariser:
         """Bound the probability of an action worth less than that of the largest `reward` by `gap`, all `[A, ...]`."""
         return jnp.ones_like(gap)
 
+    def _excess(self, q: Array, th: Array) -> Array:
+        """`max_a q - th`, `[...]`: how far values that are averaged lie apart."""
+        return _tree.largest(jnp.where(jnp.isneginf(self._prior), -jnp.inf, q)) - th
+
     def _worst_case_of_logs(self, log_policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case_of_logs")
 
