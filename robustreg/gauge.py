@@ -179,7 +179,9 @@ def _bisected(outside: Callable[[Array], Array], like: Array) -> Array:
 
     # Each halving is a digit: of the exponent first.
     start = (jnp.full_like(like, -most), jnp.full_like(like, most))
-    return jnp.exp(lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)[0])
+    found = lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)[0]
+    # A root beyond all numbers is infinite.
+    return jnp.where(found < most - 1, jnp.exp(found), jnp.inf)
 
 
 def proper(t: Array) -> Array:

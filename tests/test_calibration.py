@@ -396,3 +396,16 @@ def test_ranks_derivatives_and_errors():
     case = garnet_case()
     with pytest.raises(ValueError, match="perturbations has shape"):
         rr.calibrate(rr.kl(1.0), x, 0.9, mdp=case.mdp(0.9), policy=case.prior)
+
+
+def test_small_priors_in_single_precision():
+    """Where the first ratio overflows, or the root does: the root, or infinity, and not just any number."""
+    prior, dr = np.array([0.25, 0.75, 2.0**-40], np.float32), np.array([-900.0, 30.0, 1000.0], np.float32)
+    reg = rr.alpha(np.float32(4.5), np.float32(1.0), prior)
+    beta = rr.critical_beta(reg, dr)
+    assert beta.dtype == np.float32
+    exact = rr.critical_beta(rr.alpha(4.5, 1.0, prior.astype(float) / prior.astype(float).sum()), dr.astype(float))
+    np.testing.assert_allclose(beta, exact, rtol=1e-4)
+    prior = np.array([2.0**-38, 2.0**-21, 0.03125, 0.96875 - 2.0**-20], np.float32)
+    dr = np.array([5.3e-8, -2.4e-6, -1e-6, -1.9e-7], np.float32)
+    assert np.isinf(rr.critical_beta(rr.alpha(np.float32(4.78), np.float32(1.0), prior / prior.sum()), dr))
