@@ -1,6 +1,7 @@
 """Bounds as tight as a problem allows, and a status that does not call an empty interval an answer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,10 @@ def penalised(penalty, dtype, seed=0):
 def test_a_penalty_on_what_nobody_does(reg):
     """It costs next to nothing in the bounds, which still hold the truth, in solve, certify, evaluate and nominal."""
     P, r, m = penalised(-(2.0**20), F)
-    sol, free = rr.solve(m, reg), rr.solve(m, dataclasses.replace(reg, log_prior=np.log(F([0.5, 0.5, 1e-38]))))
+    sol, free = (
+        rr.solve(m, reg),
+        rr.solve(m, dataclasses.replace(reg, log_prior=np.log(np.array([0.5, 0.5, 1e-38], F)))),
+    )
     order = float(getattr(reg, "alpha", 1.0))
     truth, _ = oracle.solve(P, r, 0.99, order, 2.0, np.full((8, 3), 1 / 3))
     for low, high in ((sol.lower, sol.upper), (lambda c: (c.lower, c.upper))(rr.certify(m, reg, sol))):
@@ -47,7 +51,7 @@ def test_a_penalty_that_is_paid_counts_in_full():
         assert (np.asarray(sol.lower) <= truth).all() and (truth <= np.asarray(sol.upper)).all()
 
 
-def corridor(n, g, dtype=np.float64):
+def corridor(n, g, dtype: Any = np.float64):
     """n steps to the end, whatever one does."""
     P, r, ends = np.zeros((n, 2, n)), np.full((n, 2), -1.0), np.zeros((n, 2))
     P[np.arange(n - 1), :, np.arange(1, n)] = 1
@@ -82,12 +86,12 @@ def test_an_episode_that_may_go_on_for_ever_counts_for_ever():
     m = rr.mdp(P, np.zeros((2, 2)), 1 - 1e-9, termination=ends, layout="sas")
     horizon = lambda reg: float(bellman.lanes(m, reg).horizon)  # noqa: E731
     assert horizon(rr.kl(1.0)) >= 0.99e9
-    assert horizon(rr.kl(1.0, prior=[1.0, 0.0])) <= 5
+    assert horizon(rr.kl(1.0, prior=np.array([1.0, 0.0]))) <= 5
     # Geometric endings: the expected length is 1/p.
     slow = rr.mdp(np.full((1, 1, 1), 0.99), np.zeros((1, 1)), 1 - 1e-9, termination=np.full((1, 1), 0.01))
     assert 99 <= float(bellman.lanes(slow, rr.kl(1.0)).horizon) <= 250
     # Several lanes, each by its own mask and discount.
-    many = bellman.lanes(m, rr.kl([1.0, 1.0], prior=np.array([[[0.5, 0.5]], [[1.0, 0.0]]]))).horizon
+    many = bellman.lanes(m, rr.kl(np.ones(2), prior=np.array([[[0.5, 0.5]], [[1.0, 0.0]]]))).horizon
     assert many.shape == (2,) and many[0] >= 0.99e9 and many[1] <= 5
 
 

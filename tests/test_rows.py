@@ -1,6 +1,7 @@
 """Rows of P that do not sum to `1 - termination` are noticed inside jit, where no factory can look at them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,10 @@ def kernel(kind, P):
     return rr.MatrixFree(expect, n_states=S, n_actions=A, parameters=P)
 
 
-def build(kind, P, r, g, dtype=np.float64):
+def build(kind, P, r, g, dtype: Any = np.float64):
     """Inside jit or by the class itself: nobody checks."""
-    number = [jnp.asarray(x, dtype) for x in (g, 1 - g, np.full(S, 1 / S))]
-    return rr.MDP(kernel(kind, jnp.asarray(P, dtype)), jnp.asarray(r, dtype), *number)
+    g, complement, initial = (jnp.asarray(x, dtype) for x in (g, 1 - g, np.full(S, 1 / S)))
+    return rr.MDP(kernel(kind, jnp.asarray(P, dtype)), jnp.asarray(r, dtype), g, complement, initial)
 
 
 @pytest.mark.parametrize("kind", ["dense", "successors", "matrix free"])
