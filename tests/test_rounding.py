@@ -218,7 +218,8 @@ def test_a_conjugate_that_comes_out_low_is_not_certified(small, monkeypatch):
     bounds = certificates.bellman.value_bounds
     shifted = lambda problem, h, c, th, cost: tuple(x - 1 for x in bounds(problem, h, c, th - 1, cost))  # noqa: E731
     honest = rr.certify(m, reg, sol)
-    certify = certificates._certify.__wrapped__
+    jitted: Any = certificates._certify
+    certify = jitted.__wrapped__
     calls = []
 
     def once(*arguments):
