@@ -37,12 +37,12 @@ class Entropy(KL):
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         # As against the uniform distribution, which has the mass of a policy, and a constant.
         logs = float(np.log(q.shape[0]))
-        value, policy = conjugates.kl_maximiser(q, self.beta, self._prior - logs)
+        value, policy = conjugates.kl_maximiser(q, self.beta, self._prior - logs, self._reduce)
         return value + logs / self.beta, policy
 
     def _value(self, policy: Array) -> Array:
         # The counting measure has another mass than a policy: no extension to other measures applies.
-        return kl_divergence(policy, self._prior) / self.beta
+        return kl_divergence(policy, self._prior, self._reduce) / self.beta
 
     def _value_error(self, policy: Array) -> Array:
         return Regulariser._value_error(self, policy)
