@@ -96,12 +96,11 @@ def solve(
         return x[0] - chain.apply(x[0], _tree.plain_sum), *x[1:]
 
     def forward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, _, solved = _forward(chain, right[0], accuracy, method)
-        return jnp.where(solved[None], x, jnp.nan), *right[1:]
+        return _or_nan(_forward(chain, right[0], accuracy, method)), *right[1:]
 
     def backward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
-        y, error, solved = _backward(chain, right[0], accuracy, method)
-        return (jnp.where(solved[None], y, jnp.nan), jnp.where(solved, error + inexact, jnp.inf))[: len(right)]
+        _, error, solved = found = _backward(chain, right[0], accuracy, method)
+        return (_or_nan(found), jnp.where(solved, error + inexact, jnp.inf))[: len(right)]
 
     # Transposition wants every right-hand side linear in what is differentiated, also if b alone is not.
     right = (b,) if probe is None else (b + _nothing_of(probe)[None], probe)
@@ -121,19 +120,22 @@ def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> A
     Arguments and result are those of `solve`, and so are derivatives.
     """
 
-    def backward(_: object, right: Array) -> Array:
-        y, _, solved = _backward(chain, right, accuracy, method)
-        return jnp.where(solved[None], y, jnp.nan)
-
-    def forward(_: object, right: Array) -> Array:
-        x, _, solved = _forward(chain, right, accuracy, method)
-        return jnp.where(solved[None], x, jnp.nan)
-
-    return lax.custom_linear_solve(lambda y: y - chain.transpose(y), b, backward, forward)
+    return lax.custom_linear_solve(
+        lambda y: y - chain.transpose(y),
+        b,
+        lambda _, right: _or_nan(_backward(chain, right, accuracy, method)),
+        lambda _, right: _or_nan(_forward(chain, right, accuracy, method)),
+    )
 
 
 # Solution, bound on its relative error, and whether that is small enough to hand the solution out.
 Solved = tuple[Array, Array, Array]
+
+
+def _or_nan(found: Solved) -> Array:
+    """Hand a solution out, NaN in the lanes that are not solved."""
+    x, _, solved = found
+    return jnp.where(solved[None], x, jnp.nan)
 
 
 def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Solved:

@@ -349,13 +349,7 @@ def kl(
             two ways. Inside `jax.jit` values cannot be looked at: rows of a prior that miss 1 by more than 1e-3 (or
             those 4 units) and rows that mask every action become NaN there.
     """
-    return _fitting(
-        KL(
-            parameters.strength("beta", beta),
-            parameters.log_prior(prior, log_prior),
-            parameters.state_scale(state_scale),
-        )
-    )
+    return _fitting(KL(*_common(beta, prior, log_prior, state_scale)))
 
 
 def alpha(
@@ -389,14 +383,13 @@ def alpha(
             two ways. Inside `jax.jit` values cannot be looked at: rows of a prior that miss 1 by more than 1e-3 (or
             those 4 units) and rows that mask every action become NaN there.
     """
-    return _fitting(
-        Alpha(
-            parameters.order(alpha),
-            parameters.strength("beta", beta),
-            parameters.log_prior(prior, log_prior),
-            parameters.state_scale(state_scale),
-        )
-    )
+    return _fitting(Alpha(parameters.order(alpha), *_common(beta, prior, log_prior, state_scale)))
+
+
+def _common(beta: Any, prior: Any, log_prior: Any, state_scale: Any) -> tuple[Array, Array | None, Array | None]:
+    """Check the leaves that every regulariser has."""
+    logs = parameters.strength("beta", beta), parameters.log_prior(prior, log_prior)
+    return *logs, parameters.state_scale(state_scale)
 
 
 def _fitting(reg: Any) -> Any:
