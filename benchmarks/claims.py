@@ -223,10 +223,12 @@ def slacks(batch: Batch, dr: np.ndarray) -> None:
     size = np.abs(dr).max((1, 2))
     batch.record("slack", beyond, size, finite(got), (high - low <= 0.5 * near).all(-1))
     critical = np.asarray(batch.rr.critical_beta(batch.reg, dr), LD)
-    # Zero and infinity say that it lies beyond what the precision (and, in double precision, 1e+-150) can hold.
+    # Zero and infinity say that it, or it times dr, lies beyond what the precision (in double, 1e+-150) can hold.
     share, ends = (1e-9 if batch.precise else 1e-4), np.finfo(dr.dtype)
+    largest = np.abs(np.where(batch.draw.exact.prior > 0, dr, 0)).max(-1).astype(LD)
+    most = min(float(ends.max) / 4, 1e150) / np.maximum(largest, 1)
     at = np.where(np.isnan(critical), 1, critical)
-    at = np.clip(at, max(float(ends.tiny), 1e-150), min(float(ends.max), 1e150))
+    at = np.clip(at, max(float(ends.tiny), 1e-150), np.where(np.isinf(critical), most, np.inf))
     inside = np.where(critical > 0, _conjugate(batch, dr.astype(LD), at * (1 - share))[0], -np.inf)
     outside = np.where(critical < np.inf, _conjugate(batch, dr.astype(LD), at * (1 + share))[1], np.inf)
     beyond = (np.maximum(inside, -outside) - near).max(-1)

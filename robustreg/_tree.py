@@ -158,6 +158,25 @@ def pick_lanes(x: Array, index: tuple[Array, ...]) -> Array:
     return x[(..., *(i if n > 1 else jnp.zeros_like(i) for i, n in zip(index, sizes)))]
 
 
+def materialised(x: Array) -> Array:
+    """`x` as one array in memory, so that all who read it read the same bits.
+
+    The compiler evaluates an expression anew in every kernel that reads it, and two evaluations may round differently
+    (one with a fused multiply-add): a maximum is then none of the numbers that it was taken of.
+    """
+    if jax.__version_info__ >= (0, 11, 2) or not x.size:
+        return lax.optimization_barrier(x)
+    # The CPU compilers of JAX 0.10.0 to 0.11.0 drop the barrier before they look for kernels. A loop they cannot: here one
+    # of no turns, of which they do not know that it has none.
+    first = x[(slice(0, 1),) * x.ndim].reshape(())
+    none = jnp.isnan(first) & (first == first)
+
+    def in_loop(x: Array) -> Array:
+        return lax.while_loop(lambda state: state[0], lambda state: (~state[0], -state[1]), (none, x))[1]
+
+    return lax.platform_dependent(x, cpu=in_loop, default=lax.optimization_barrier)
+
+
 # XLA's CPU compiler hands sums and maxima with 1,024 results or more to a library (JAX 0.10.1 to 0.12 at least) that
 # takes 10 to 40 times as long as the loop which it replaces, and which no longer fuses with what is summed. It knows a
 # reduction by its operation alone, so that the same operation written in another way is left to the compiler.

@@ -51,7 +51,8 @@ def critical_beta(
         per_state: with False (or weights) one beta for all states: without weights, the smallest of theirs.
 
     Returns:
-        `[*B, ..., S]` or `[*B, ...]`, in 1/reward units. Infinite where no allowed action has a positive entry; 0
+        `[*B, ..., S]` or `[*B, ...]`, in 1/reward units. Infinite where no allowed action has a positive entry, or
+        where beta times the largest entry would be beyond the largest number of the precision (1e38 in single); 0
         where the prior's mean is not negative (and some entry is positive): then no beta will do. In between
         `slack` at this beta is 0 to rounding of `|dr| + 1/beta`, and the derivative is that of the implicit function
         theorem; at 0 and infinity it is 0. Relative to the prior's mean of dr, beta is as precise as that mean.

@@ -117,13 +117,14 @@ def _near_level(gap: Array, log_prior: Array, reduce: _tree.Reducers) -> Array:
 def _gaps(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers) -> tuple[Array, Array]:
     """`max q` over the actions that the prior allows, `[...]`, and `beta (max q - q)`, 0 on the others, `[A, ...]`.
 
-    The compiler evaluates an expression wherever it is used, and two evaluations may round differently (one with a
-    fused multiply-add). The barrier makes one array of the gaps, so that a minimum or maximum of what is subtracted
-    from it is one of its entries; it need not be 0.
+    The smallest gap is exactly 0: what is left of it by rounding is subtracted from all, for `exp(-h l)` would magnify
+    it.
     """
     masked = jnp.isneginf(log_prior)
     best = reduce.largest(jnp.where(masked, -jnp.inf, q))
-    return best, lax.optimization_barrier(jnp.where(masked, 0, beta[None] * (best[None] - q)))
+    gap = _tree.materialised(jnp.where(masked, 0, beta[None] * (best[None] - q)))
+    least = -reduce.largest(jnp.where(masked, -jnp.inf, -gap))
+    return best - least / beta, _tree.materialised(jnp.where(masked, 0, gap - least[None]))
 
 
 def alpha_maximiser(
@@ -139,9 +140,6 @@ def alpha_maximiser(
     an upper bound on the conjugate whatever psi, which errs by the square of psi's error only.
     """
     best, gap = _gaps(q, beta, log_prior, reduce)
-    # The best action's gap may be rounding instead of 0, which exp(-h l) would magnify.
-    least = -reduce.largest(jnp.where(jnp.isneginf(log_prior), -jnp.inf, -gap))
-    gap = jnp.where(jnp.isneginf(log_prior), 0, gap - least[None])
     h = alpha - 1
     # A stored prior sums to 1 to rounding only: so does what is compared with it, and no more is lost.
     prior = lax.optimization_barrier(jnp.exp(log_prior))
@@ -157,7 +155,7 @@ def alpha_maximiser(
     spread = reduce.total(prior * (gap - mean[None]) ** 2) / mass
     tiny = reduce.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
     loss = jnp.where(tiny, mean - 0.5 * spread, loss / mass)
-    return best - (least + loss) / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass, reduce)
+    return best - loss / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass, reduce)
 
 
 def _tiny(dtype: np.dtype) -> float:
@@ -183,7 +181,9 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
 
     For h < 0 and small priors `e^{-h l}` overflows; there `log(p/p0)` has the limit `log(-h gap)/h`, free of `l`.
     """
-    scaled = jnp.where(gap == 0, 0, gap * jnp.exp(-h * level)[None])
+    # The factor by halves: for h l above 87, single precision has no e^-hl, but may well have its product with the gap.
+    half = jnp.exp(-0.5 * h * level)[None]
+    scaled = jnp.where(gap == 0, 0, gap * half * half)
     h = h[None]
     x = -h * scaled
     rho = jnp.maximum(1 + x, 0)

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg import _host
+from robustreg import _host, _tree
 from robustreg.divergences import weighted
 from robustreg.regularisers import Regulariser, maximise
 
@@ -132,8 +132,8 @@ def _first_ratio(reg: Regulariser, x: Array, weight: Array | None, top: Array) -
 
 
 def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
-    # One array: its maximum is one of its entries (see `conjugates._gaps`).
-    x = lax.optimization_barrier(x)
+    # Its maximum is to be one of its entries.
+    x = _tree.materialised(x)
     best = jnp.max(jnp.where(jnp.isneginf(reg._prior), -jnp.inf, x), axis=0)
     mean = _pool(weight, weighted(jnp.exp(reg._prior), x))
     top = _pool(weight, best)
@@ -169,7 +169,7 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
 
 def _bisected(outside: Callable[[Array], Array], like: Array) -> Array:
     """Where `outside` turns true, by bisection of the logarithm over all numbers that there are."""
-    most = 0.99 * math.log(float(jnp.finfo(like.dtype).max))
+    most = (1 - 1e-4) * math.log(float(jnp.finfo(like.dtype).max))
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -179,9 +179,9 @@ def _bisected(outside: Callable[[Array], Array], like: Array) -> Array:
 
     # Each halving is a digit: of the exponent first.
     start = (jnp.full_like(like, -most), jnp.full_like(like, most))
-    found = lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)[0]
-    # A root beyond all numbers is infinite.
-    return jnp.where(found < most - 1, jnp.exp(found), jnp.inf)
+    low, high = lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)
+    # Never out: the root is beyond all numbers, and infinite.
+    return jnp.where(high < jnp.asarray(most, like.dtype), jnp.exp(low), jnp.inf)
 
 
 def proper(t: Array) -> Array:
