@@ -166,8 +166,8 @@ def materialised(x: Array) -> Array:
     """
     if jax.__version_info__ >= (0, 11, 2) or not x.size:
         return lax.optimization_barrier(x)
-    # The CPU compilers of JAX 0.10.0 to 0.11.0 drop the barrier before they look for kernels. A loop they keep: here one
-    # of no turns, of which they do not know that it has none.
+    # The CPU compilers of JAX 0.10.0 to 0.11.0 drop the barrier before they look for kernels. A loop they keep: here
+    # one of no turns, of which they do not know that it has none.
     first = x[(slice(0, 1),) * x.ndim].reshape(())
     none = jnp.isnan(first) & (first == first)
 
