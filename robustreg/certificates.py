@@ -114,7 +114,7 @@ def certify(mdp: MDP, reg: Regulariser, sol: Solution, *, strict: bool = False) 
     for name, x in claims.items():
         core, letters = (pairs[:1], "S") if name == "value" else (pairs, "S, A")
         _host.expect_shape(name, x.shape, core, letters)
-    return _certify(mdp, reg, *claims.values(), strict=bool(strict))
+    return _certify(mdp._prepared(), reg, *claims.values(), strict=bool(strict))
 
 
 @functools.partial(jax.jit, static_argnames="strict")

@@ -207,7 +207,7 @@ def solve_game(
     given = {"steps": steps, "responses": responses, "record": record}
     counts = {name: _host.count(name, n) for name, n in given.items()}
     rules = play.Rules(agent or AGENT, response or RESPONSE, scheme, **counts)
-    return _play(mdp._prepared(), reg, adversary, jnp.asarray(-1 if tol is None else tol, mdp.dtype), rules)
+    return _play(mdp._prepared(), reg, adversary, _host.operand(-1 if tol is None else tol, mdp.dtype), rules)
 
 
 @_tree.dataclass

@@ -36,7 +36,7 @@ def number(name: str, x: ArrayLike) -> Array:
     if not any(jnp.issubdtype(kind, real) for real in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"{name} must be a number or an array of real numbers, got {x!r}")
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return jnp.asarray(x, jnp.result_type(float))
+        return jnp.asarray(np.asarray(x, jnp.result_type(float)))  # three times as fast as by the dtype alone
     return jnp.asarray(x, working(x.dtype))
 
 

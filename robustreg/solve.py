@@ -79,13 +79,13 @@ def solve(
     _check_arguments(mdp, reg, solver, tol)
     dtype, max_steps = mdp.dtype, _check_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.
-    tol = jnp.asarray(-1 if tol is None else tol, dtype)
-    init = None if init is None else jnp.asarray(init, dtype)
-    if init is not None and (init.ndim == 0 or init.shape[-1] != mdp.n_states):
-        raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {init.shape}")
-    limit = jnp.asarray(max_steps, jnp.int32)
-    probe = None if adjoint_error is None else jnp.asarray(adjoint_error, dtype)
-    return _solve(mdp._prepared(), reg, solver, tol, limit, init, probe, strict=bool(strict))
+    tol = _host.operand(-1 if tol is None else tol, dtype)
+    start = None if init is None else _host.operand(init, dtype)
+    if start is not None and (start.ndim == 0 or start.shape[-1] != mdp.n_states):
+        raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
+    limit = _host.operand(max_steps, np.int32)
+    probe = None if adjoint_error is None else _host.operand(adjoint_error, dtype)
+    return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=bool(strict))
 
 
 def _check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
