@@ -181,9 +181,7 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
 
     For h < 0 and small priors `e^{-h l}` overflows; there `log(p/p0)` has the limit `log(-h gap)/h`, free of `l`.
     """
-    # The factor by halves: for h l above 87, single precision has no e^-hl, but may well have its product with the gap.
-    half = jnp.exp(-0.5 * h * level)[None]
-    scaled = jnp.where(gap == 0, 0, gap * half * half)
+    scaled = jnp.where(gap == 0, 0, gap * jnp.exp(-h * level)[None])
     h = h[None]
     x = -h * scaled
     rho = jnp.maximum(1 + x, 0)

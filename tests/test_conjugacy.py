@@ -358,10 +358,28 @@ def test_projection_by_sort_is_the_nearest_point():
     assert (np.einsum("na,nka->nk", x - p, other[None] - p[:, None]) <= 1e-14).all()
 
 
-def test_no_action_is_lost_to_fusion():
-    """Compiled together with what makes its argument, a conjugate is still finite and what it is alone."""
+@pytest.mark.parametrize("order", [-3.0, 0.5, 1.5, 3.0])
+def test_no_action_is_lost_to_fusion(order):
+    """Compiled together with what makes its argument, a conjugate is still finite and what it is alone.
+
+    Some compilers evaluate the product anew in every kernel that reads it, once with a fused multiply-add and once
+    without: then no gap to the best action is exactly 0.
+    """
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1000, 4)), rng.normal(size=(1000, 1))
-    reg = rr.alpha(0.5, 2.5)
-    fused = jax.jit(lambda a, b: reg.conjugate(a * b))(a, b)
+    prior = np.array([1e-9, 0.3, 0.5, 0.2 - 1e-9])
+    reg = rr.alpha(order, 2.5, prior)
+    fused, policy = jax.jit(lambda a, b: (reg.conjugate(a * b), reg.argmax(a * b)))(a, b)
     np.testing.assert_allclose(np.asarray(fused), np.asarray(reg.conjugate(a * b)), atol=1e-14)
+    np.testing.assert_allclose(np.asarray(policy), np.asarray(reg.argmax(a * b)), atol=1e-11)
+
+
+def test_critical_beta_near_the_largest_number():
+    """In single precision: 1e38 is no root that is infinite, as long as it times the largest entry is a number."""
+    prior = np.array([9.9998474e-01, 1.5258789e-05, 9.0949470e-13], np.float32)
+    dr = np.array([-4.0858667e-05, -3.5098817e-06, 2.4326261e-04], np.float32)
+    critical = rr.critical_beta(rr.alpha(np.float32(4.370158), np.float32(1.0), prior), dr)
+    assert 1e37 < float(critical) < 1e38
+    with jax.enable_x64(True):
+        slack = rr.slack(rr.alpha(4.370158, float(critical), prior / prior.sum(dtype=float)), dr.astype(float))
+    assert abs(float(slack)) <= 64 * np.finfo(np.float32).eps * np.abs(dr).max()
