@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ def write_whole(path: Path, write: Callable[[Any], None]) -> None:
         path: of the file; what stood there stays until the new one is complete.
         write: given the open binary file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Of this process and host alone: a folder may be shared by many.
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             write(file)

@@ -4,9 +4,12 @@ A check names its first offender and the remedy. A tracer (inside `jax.jit`, `vm
 dtype but no value: shapes are checked always, values only where they exist.
 """
 
+import contextlib
 import functools
 import operator
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +18,22 @@ import numpy as np
 from jax.core import Tracer
 
 _T = TypeVar("_T")
+
+# Files of a container's share of the processor, in the older layout: microseconds, and of how many.
+_CGROUP_1 = [("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")]
+
+
+def cores() -> int:
+    """Count the processor cores that this process may use: of its affinity, and of its control group (containers)."""
+    allowed = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for quota, period in (("/sys/fs/cgroup/cpu.max", None), *_CGROUP_1):
+        with contextlib.suppress(OSError, ValueError):
+            words = Path(quota).read_text().split()
+            words = words if period is None else [*words, Path(period).read_text()]
+            if float(words[0]) > 0:  # "max" and -1 are no limit
+                allowed = min(allowed, float(words[0]) / float(words[1]))
+            break
+    return max(1, int(allowed))
 
 
 def is_traced(*values: Any) -> bool:

@@ -11,6 +11,7 @@ computed.
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from robustreg.mdp import MDP
 from robustreg.mdp import mdp as make_mdp
 from robustreg.regularisers import Regulariser
 from robustreg.successors import Successors
+from robustreg.transitions import MatrixFree
 
 # Outputs with an entry per state, and but for the value per action.
 ARRAYS = ("value", "policy", "perturbation", "occupancy")
@@ -37,6 +39,8 @@ _CHUNKS = 8
 _BUSY = 2**22
 # Bytes that array outputs of a chunk may take on a CPU.
 _ROOM = 2**28
+# Where an object lies is another in every process. (Functions of a matrix-free kernel are known by their names.)
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Plan:
     Attributes:
         paths: `[n, length]`, flat numbers of cells in the order in which a lane solves them; -1 where there is none.
         line: cells of a line.
+        length: cells of a path as they were asked for; `paths` has about as many.
         width: paths of a chunk.
     """
 
@@ -58,6 +63,7 @@ class Plan:
     shape: tuple[int, ...]
     paths: np.ndarray
     line: int
+    length: int
     width: int
 
     @property
@@ -125,18 +131,57 @@ def make_plan(
         raise ValueError(f"zipped axes must be equally long, got {lengths}")
     shape = (next(iter(lengths.values())),) if zipped else tuple(lengths.values())
     coordinates = {n: x if x.ndim == 1 else np.arange(len(x)) for n, x in values.items()}
-    size = int(np.prod(shape))
-    lines = np.arange(size)[:, None]
+    lines = _lines(values, zipped, shape)
+    fewest, widest, chunks, length = _sizes(mdp, lines.size, lines.shape[1], outputs, chunk, devices)
+    paths = _paths(_keys(coordinates, lines, zipped, shape), lines, length)
+    width = int(np.clip(-(-len(paths) // chunks), fewest, min(widest, len(paths))))
+    width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
+    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], length, width)
+
+
+def relaid(plan: Plan, layout: Mapping[str, Any]) -> Plan:
+    """The plan of the same cells in another layout: that in which a folder was begun, perhaps by another device.
+
+    Args:
+        plan: of these devices.
+        layout: as `layout_of` tells it.
+
+    Raises:
+        ValueError: what is no layout of these cells.
+    """
+    lines = _lines(plan.values, plan.zipped, plan.shape)
+    length, width = (layout.get(name) for name in ("length", "width"))
+    if not all(isinstance(n, int) and 1 <= n <= lines.size for n in (length, width)):
+        raise ValueError(f"length {length} and width {width} are no layout of {lines.size} cells")
+    assert isinstance(length, int) and isinstance(width, int)
+    paths = _paths(_keys(plan.coordinates, lines, plan.zipped, plan.shape), lines, length)
+    new = dataclasses.replace(plan, paths=paths, length=length, width=width)
+    if layout_of(new) != layout:
+        raise ValueError("its cells are in an order that this version of robustreg does not know")
+    return new
+
+
+def layout_of(plan: Plan) -> dict[str, Any]:
+    """Which cells are solved together, as JSON: results depend on it in their last digits."""
+    return {"length": plan.length, "width": plan.width, "paths": _hash(plan.paths)}
+
+
+def _lines(values: Mapping[str, np.ndarray], zipped: bool, shape: tuple[int, ...]) -> np.ndarray:
+    """Flat numbers of cells, `[n, line]`, along beta where it is an axis by itself."""
+    lines = np.arange(int(np.prod(shape)))[:, None]
     if "beta" in values and (not zipped or len(values) == 1):
         lines = np.moveaxis(lines.reshape(shape), list(values).index("beta"), -1).reshape(-1, len(values["beta"]))
         lines = lines[:, np.argsort(values["beta"], kind="stable")]
-    fewest, widest, chunks, length = _sizes(mdp, size, lines.shape[1], outputs, chunk, devices)
+    return lines
+
+
+def _keys(
+    coordinates: Mapping[str, np.ndarray], lines: np.ndarray, zipped: bool, shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Coordinates of every line, those of its first cell."""
     first = lines[:, 0]
-    index = [first] * len(values) if zipped else np.unravel_index(first, shape)
-    paths = _paths({n: coordinates[n][i] for n, i in zip(values, index)}, lines, length)
-    width = int(np.clip(-(-len(paths) // chunks), fewest, min(widest, len(paths))))
-    width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
-    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], width)
+    index = [first] * len(coordinates) if zipped else np.unravel_index(first, shape)
+    return {name: x[i] for (name, x), i in zip(coordinates.items(), index)}
 
 
 def _sizes(
@@ -147,11 +192,12 @@ def _sizes(
     Args:
         mdp: the problem.
         size, line: cells in all, and of a line.
-        outputs, chunk, devices: as in `make_plan`.
+        outputs, chunk, devices: as in `make_plan`. With a chunk, devices have no say: parts of a sweep can then be made
+            on unlike machines.
     """
     # Any device may get any chunk, so that each must be able to hold it.
     widest = chunk or min(device_width(mdp, device) for device in devices)
-    if all(device.platform == "cpu" for device in devices):
+    if chunk or all(device.platform == "cpu" for device in devices):
         fewest, usual, shortest, chunks, room = 1, widest, _SHORTEST, _CHUNKS // 2, _ROOM
     else:
         fewest = usual = int(np.clip(_BUSY // (mdp.n_states * mdp.dtype.itemsize), 1, widest))
@@ -196,7 +242,9 @@ def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np
 
 def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
     """Values of one leaf `[n, ...]`, checked by the factory that makes it."""
-    allowed = MDP_LEAVES + tuple(n for n in REGULARISER_LEAVES if n == "prior" or hasattr(reg, n))
+    allowed = MDP_LEAVES + tuple(
+        n for n in REGULARISER_LEAVES if (reg.has_reference if n == "prior" else hasattr(reg, n))
+    )
     if name not in allowed:
         raise ValueError(f"unknown leaf {name!r} in the grid; there are: {', '.join(allowed)}")
     values = _host.number(name, x)
@@ -250,21 +298,29 @@ def _memory(device: Any) -> int:
 
 
 def digest(plan: Plan, options: tuple) -> dict[str, Any]:
-    """Everything that results depend on, as JSON: what two runs must share to share a folder."""
+    """Everything that results depend on but for the layout, as JSON: what two runs must share to share a folder."""
     leaves, structure = jax.tree.flatten((plan.mdp, plan.reg))
     solver, tol, max_steps = options
     return {
         "data": _hash(*leaves, *plan.values.values()),
-        "structure": hashlib.sha256(str(structure).encode()).hexdigest(),
+        "structure": hashlib.sha256(_ADDRESS.sub("", str(structure)).encode()).hexdigest(),
         "grid": {name: list(x.shape) for name, x in plan.values.items()},
         "zipped": plan.zipped,
         "outputs": list(plan.outputs),
         "solver": repr(solver),
         "tol": None if tol is None else float(tol),
         "max_steps": max_steps,
-        "chunk": [*plan.paths.shape, plan.width, _hash(plan.paths)],
         "dtype": str(plan.mdp.dtype),
+        "kernel": _probed(plan.mdp.transitions),
     }
+
+
+def _probed(kernel: Any) -> list[float]:
+    """What a matrix-free kernel does, in two numbers: the arrays that its function closes over are no leaves."""
+    if not isinstance(kernel, MatrixFree):
+        return []
+    ahead = np.asarray(kernel.expect(jnp.cos(jnp.arange(kernel.n_states))), np.float64).ravel()
+    return [float(ahead.sum()), float(ahead @ np.sin(np.arange(ahead.size)))]
 
 
 def _hash(*arrays: Any) -> str:

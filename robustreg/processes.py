@@ -68,17 +68,24 @@ class Group:
     def say(self, state: str, message: str = "") -> None:
         """Tell the others what this process does: "working", "done" or "failed"."""
         with self._lock:
-            self._state, self._beat = (state, message), self._beat + 1
-            about = {"process": self.index, "host": socket.gethostname(), "pid": os.getpid()}
-            about |= {"state": state, "message": message, "beat": self._beat}
-            # A folder that cannot be written to for a while is silence; for longer, it is the others' to notice.
-            with contextlib.suppress(OSError):
-                write_whole(self._path(self.index), lambda file: file.write(json.dumps(about).encode()))
+            self._state = (state, message)
+            self._write()
+
+    def _write(self) -> None:
+        """Write the present state, with the lock held: a beat must not say again what has just been overtaken."""
+        self._beat += 1
+        about = {"process": self.index, "host": socket.gethostname(), "pid": os.getpid()}
+        about |= {"state": self._state[0], "message": self._state[1], "beat": self._beat}
+        # A folder that cannot be written to for a while is silence; for longer, it is the others' to notice.
+        with contextlib.suppress(OSError):
+            write_whole(self._path(self.index), lambda file: file.write(json.dumps(about).encode()))
 
     def _beats(self) -> None:
-        self.say(*self._state)
-        while not self._stop.wait(self._timeout / _BEATS):
-            self.say(*self._state)
+        while True:
+            with self._lock:
+                self._write()
+            if self._stop.wait(self._timeout / _BEATS):
+                return
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index}.json"
@@ -181,7 +188,7 @@ def sweep(group: Group, run: Run, out: Path, resume: bool, progress: Any = False
 
     if group.index > 0:
         group.wait(("working", "done"))  # the folder is then that of this sweep
-    store = run.open(out, resume or group.index > 0, alone=group.index == 0)
+    run, store = run.open(out, resume or group.index > 0, alone=group.index == 0)
     group.say("working")
     run.fill(store, (group.index, group.count), progress, group.check)
     if group.index > 0:

@@ -76,7 +76,7 @@ def solve(
         TypeError, ValueError: arguments of the wrong kind or shape. Failures of lanes are no exceptions; see `status`
             and `raise_if_failed`.
     """
-    _check_arguments(mdp, reg, solver, tol)
+    check_arguments(mdp, reg, solver, tol)
     dtype, max_steps = mdp.dtype, _check_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.
     tol = _host.operand(-1 if tol is None else tol, dtype)
@@ -88,7 +88,8 @@ def solve(
     return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=bool(strict))
 
 
-def _check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
+def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
+    """Refuse arguments that are none, before anything is traced."""
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
     if solver is not None and not hasattr(solver, "propose"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Sequence
@@ -54,17 +55,33 @@ def _write(path: Path, write: Callable[[Any], None]) -> None:
 
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
     """Names under which two digests differ."""
-    return ", ".join(name for name in one if other.get(name) != one[name])
+    return ", ".join(name for name in one if not _same(one[name], other.get(name)))
 
 
-def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool, alone: bool = True) -> Store:
-    """The folder of a sweep, new or resumed; refuses one that holds another sweep.
+def _same(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal; floats in lists are measurements, and differ in their last digits."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return all(
+            math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) if isinstance(a, float) else a == b
+            for a, b in zip(one, other)
+        )
+    return one == other
+
+
+def open_folder(
+    out: str | os.PathLike, digest: dict[str, Any], layout: dict[str, Any], resume: bool, alone: bool = True
+) -> tuple[Store, dict[str, Any]]:
+    """Open the folder of a sweep, new or resumed; refuses one that holds another sweep.
 
     Args:
         out: the folder, made if it is not there.
         digest: everything that results depend on, JSON values by name.
+        layout: which cells are solved together, if the folder is new.
         resume: whether it may hold results of this sweep already.
         alone: whether nobody else writes to it: what a killed process left half written is then removed.
+
+    Returns:
+        The folder, and the layout in which it was begun: devices of another kind would choose another.
     """
     folder = Path(out)
     manifest = folder / MANIFEST
@@ -73,21 +90,33 @@ def open_folder(out: str | os.PathLike, digest: dict[str, Any], resume: bool, al
     except OSError as error:
         raise SweepError(f"cannot make the folder {folder}: {error.strerror}") from error
     if manifest.exists():
-        held = json.loads(manifest.read_text(encoding="utf-8"))["sweep"]
-        if differ := _differences(digest, held):
+        held = _read(manifest)
+        if differ := _differences(digest, held["sweep"]):
             raise ValueError(
                 f"{folder} holds another sweep (it differs in: {differ}); take another folder, or the "
                 "settings that it was made with"
             )
         if not resume:
             raise ValueError(f"{folder} holds this sweep already; pass resume=True to go on with it")
+        layout = held["layout"]
     else:
         versions = {"jax": jax.__version__, "numpy": np.__version__}
-        text = json.dumps({"sweep": digest, "versions": versions}, indent=1)
+        text = json.dumps({"sweep": digest, "layout": layout, "versions": versions}, indent=1)
         _write(manifest, lambda file: file.write(text.encode()))
-    for left in folder.glob(".chunk-*.partial") if alone else ():
+    for left in folder.glob(".*.partial") if alone else ():
         left.unlink(missing_ok=True)
-    return Store(folder)
+    return Store(folder), layout
+
+
+def _read(manifest: Path) -> dict[str, Any]:
+    """A manifest; refuses what is none."""
+    try:
+        held = json.loads(manifest.read_text(encoding="utf-8"))
+        if isinstance(held["sweep"], dict) and isinstance(held["layout"], dict):
+            return held
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{manifest} is no manifest of a sweep of this version of robustreg; take another folder")
 
 
 def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
@@ -103,11 +132,16 @@ def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
         if not (part / MANIFEST).is_file():
             raise ValueError(f"{part} holds no sweep: it has no {MANIFEST}")
         manifests[part] = (part / MANIFEST).read_bytes()
-    digests = {part: json.loads(text)["sweep"] for part, text in manifests.items()}
+    digests = {part: _read(part / MANIFEST) for part in manifests}
     first = next(iter(digests))
-    for part, digest in digests.items():
-        if differ := _differences(digest, digests[first]):
+    for part, held in digests.items():
+        if differ := _differences(held["sweep"], digests[first]["sweep"]):
             raise ValueError(f"{part} and {first} hold different sweeps (they differ in: {differ})")
+        if held["layout"] != digests[first]["layout"]:
+            raise ValueError(
+                f"{part} and {first} hold the same sweep, but chunks of different cells: their devices chose so; begin "
+                "parts on unlike machines with one and the same chunk"
+            )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for part in digests:

@@ -16,6 +16,7 @@ those that are there. Several processes may share the work (`shard`), each on it
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 import queue
 import threading
@@ -26,57 +27,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _host, _settings, adversary
+from robustreg import _host, _settings
 from robustreg._progress import reporter
 from robustreg.mdp import MDP
-from robustreg.plan import Plan, digest, make_plan, per_lane, problem
+from robustreg.plan import Plan, digest, layout_of, make_plan, per_lane, problem, relaid
 from robustreg.regularisers import Regulariser
-from robustreg.solution import Solution, Status
-from robustreg.solve import solve
+from robustreg.solution import Status
+from robustreg.solve import check_arguments, solve
 from robustreg.solvers import Solver
 from robustreg.store import Fields, Store, open_folder
+from robustreg.sweep_outputs import OUTPUTS, OUTPUTS_BY_DEFAULT, Cell, best_return
 from robustreg.table import Table
-
-
-def _start(m: MDP, value: jax.Array) -> jax.Array:
-    return jnp.einsum("...s,...s->...", m.initial, value, precision=jax.lax.Precision.HIGHEST)
-
-
-def _entropy(m: MDP, reg: Regulariser, sol: Solution) -> jax.Array:
-    states = jnp.sum(adversary.occupancy(m, sol.policy), axis=-1)
-    logs = jnp.where(sol.policy > 0, jnp.log(jnp.where(sol.policy > 0, sol.policy, 1)), 0)
-    entropy = -jnp.sum(sol.policy * logs, axis=-1)
-    return jnp.sum(states * entropy, axis=-1) / jnp.sum(states, axis=-1)
-
-
-def _nominal(m: MDP, reg: Regulariser, sol: Solution) -> jax.Array:
-    return _start(m, adversary.evaluate(m, sol.policy))
-
 
 # Values that the next one on a line is guessed from: a cubic through four.
 _PAST = 4
-
-# What a sweep can put into its table, computed on the device from one chunk: shape [lanes, ...].
-OUTPUTS: dict[str, Callable[[MDP, Regulariser, Solution], jax.Array]] = {
-    "objective": lambda m, reg, sol: sol.objective,
-    "nominal_return": _nominal,
-    "regulariser_cost": lambda m, reg, sol: _nominal(m, reg, sol) - sol.objective,
-    "price_of_robustness": lambda m, reg, sol: _start(m, adversary.nominal_optimum(m, reg)) - _nominal(m, reg, sol),
-    "worst_case_return": lambda m, reg, sol: _start(
-        m, adversary.evaluate(m, sol.policy, reward=jnp.broadcast_to(m.reward, sol.q.shape) - sol.perturbation)
-    ),
-    "policy_entropy": _entropy,
-    "gap": lambda m, reg, sol: sol.gap,
-    "steps": lambda m, reg, sol: sol.steps,
-    "status": lambda m, reg, sol: sol.status,
-    "value": lambda m, reg, sol: sol.value,
-    "policy": lambda m, reg, sol: sol.policy,
-    "perturbation": lambda m, reg, sol: sol.perturbation,
-    "occupancy": lambda m, reg, sol: adversary.occupancy(m, sol.policy),
-}
-
-
-OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")
 
 
 def sweep(
@@ -102,10 +66,11 @@ def sweep(
         mdp, reg: the problem. One batch axis of the MDP (many MDPs) becomes an axis "mdp" of the grid by itself.
         grid: values by leaf: "beta", "alpha", "discount" `[n]`; "prior" `[n, (S,) A]`, "reward" `[n, S, A]`,
             "initial" `[n, S]`, "state_scale" `[n, S]`. A leaf with axes of its own is numbered in the table.
-        outputs: names from `robustreg.sweep.OUTPUTS`.
+        outputs: names from `robustreg.sweep_outputs.OUTPUTS`.
         zipped: pair the values instead of combining each with each.
         solver, tol, max_steps: as in `solve`.
-        chunk: lanes solved together; None chooses by size of the problem and the device. Up to 64 times that is a file.
+        chunk: lanes solved together; None chooses by size of the problem and the device, or as the folder was begun.
+            Up to 64 times that is a file. Parts of a sweep that are made on unlike machines need one and the same.
         devices: local devices to share the work; None: all of the kind that holds the problem. Results are the same
             bits on one as on many of the same kind.
         out: folder to stream to.
@@ -121,28 +86,48 @@ def sweep(
         SweepError: where results cannot be written; everything written before is kept.
     """
     run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices)
+    shard = _checked_shard(shard)
     if out is None:
         table = _Collector(run.plan)
         run.fill(table, shard, progress, lambda: None)
         return table.finish()
-    store = run.open(out, resume, alone=shard in (None, (0, 1)))
+    run, store = run.open(out, resume, alone=shard in (None, (0, 1)))
     run.fill(store, shard, progress, lambda: None)
     return run.read(store)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A sweep that is ready to start: its plan, how cells are solved, and where."""
+    """A sweep that is ready to start: its plan, how cells are solved, and where.
+
+    Attributes:
+        fixed: whether the caller chose the size of chunks, so that no folder may have another.
+    """
 
     plan: Plan
     solver: Solver | None
     tol: Any
     max_steps: int | None
     devices: tuple[Any, ...]
+    fixed: bool
 
-    def open(self, out: str | os.PathLike, resume: bool, alone: bool) -> Store:
-        """Its folder, new or resumed; see `store.open_folder`."""
-        return open_folder(out, digest(self.plan, (self.solver, self.tol, self.max_steps)), resume, alone)
+    def open(self, out: str | os.PathLike, resume: bool, alone: bool) -> tuple["Run", Store]:
+        """Open its folder, new or resumed (see `store.open_folder`), and take on the layout in which that was begun."""
+        mine = layout_of(self.plan)
+        store, layout = open_folder(
+            out, digest(self.plan, (self.solver, self.tol, self.max_steps)), mine, resume, alone
+        )
+        if layout == mine:
+            return self, store
+        if self.fixed:
+            raise ValueError(
+                f"{out} was begun with another chunk ({layout.get('width')} lanes side by side, here "
+                f"{mine['width']}); leave chunk out to go on with it"
+            )
+        try:
+            return dataclasses.replace(self, plan=relaid(self.plan, layout)), store
+        except ValueError as error:
+            raise ValueError(f"{out} cannot be read: {error}; take another folder") from error
 
     def fill(
         self, kept: "Store | _Collector", shard: tuple[int, int] | None, progress: Any, check: Callable[[], None]
@@ -180,13 +165,33 @@ def prepare(
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
     mdp, reg = mdp._canonical(), _host.canonical(reg)
+    check_arguments(mdp, reg, solver, tol)
+    max_steps = None if max_steps is None else _host.count("max_steps", max_steps)
+    chunk = None if chunk is None else _host.count("chunk", chunk)
+    if tol is not None and np.ndim(tol) > 0:
+        raise ValueError(f"tol must be one number for all cells, got shape {np.shape(tol)}")
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a sequence of names: write outputs=[{outputs!r}]")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}; there are: {', '.join(OUTPUTS)}")
     where = _devices(mdp, devices)
     plan = make_plan(mdp, reg, grid, outputs, zipped, chunk, where)
     # Of the working precision before it is placed: a Python float would be traced as one.
-    return Run(plan, solver, None if tol is None else np.asarray(tol, mdp.dtype), max_steps, where)
+    return Run(plan, solver, None if tol is None else np.asarray(tol, mdp.dtype), max_steps, where, chunk is not None)
+
+
+def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
+    """A part of the chunks as two integers."""
+    if shard is None:
+        return None
+    try:
+        i, n = map(operator.index, shard)
+    except (TypeError, ValueError):
+        raise TypeError(f"shard must be (i, n), the i-th of n parts, got {shard!r}") from None
+    if not 0 <= i < n:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got ({i}, {n})")
+    return i, n
 
 
 def _devices(mdp: MDP, devices: Sequence[Any] | None) -> tuple[Any, ...]:
@@ -206,7 +211,7 @@ def _devices(mdp: MDP, devices: Sequence[Any] | None) -> tuple[Any, ...]:
 def _fed(devices: Sequence[Any], jobs: int) -> list[Any]:
     """The device of every thread."""
     # Kernels of one chunk use one core each; an accelerator only needs the next chunk to be ready.
-    cores = max(1, (os.cpu_count() or 1) // len(devices))
+    cores = max(1, _host.cores() // len(devices))
     rounds = max(cores if device.platform == "cpu" else 2 for device in devices)
     return [device for _ in range(rounds) for device in devices][:jobs]
 
@@ -280,19 +285,23 @@ def _cells(
     """Outputs of one chunk, `[length, width, ...]` each; `lanes` and `begins` as `Plan` makes them."""
     n = next(iter(lanes.values())).shape[1]
     past = jnp.full((_PAST, n, mdp.n_states), jnp.nan, mdp.dtype)
+    priced = "price_of_robustness" in outputs
 
-    def place(past: tuple[jax.Array, jax.Array], here: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def place(past: tuple[jax.Array, jax.Array, jax.Array], here: Any) -> tuple[Any, dict[str, jax.Array]]:
         """The cells at one place of every path, started from those at the places before."""
         lanes, begins = here
         m, r = problem(mdp, reg, lanes)
         x = jnp.log(lanes.get("beta", jnp.ones(n, mdp.dtype)))
-        values, xs = jnp.where(begins, jnp.nan, past[0]), past[1]
+        values, xs, optimum = jnp.where(begins, jnp.nan, past[0]), past[1], past[2]
+        if priced:  # the same all along a line
+            optimum = jax.lax.cond(begins, lambda: per_lane(best_return(m, r), n), lambda: optimum)
         sol = solve(m, r, solver, tol=tol, max_steps=max_steps, init=_continued(values, xs, x))
         values = jnp.concatenate([per_lane(sol.value, n)[None], values[:-1]])
         xs = jnp.concatenate([x[None], xs[:-1]])
-        return (values, xs), {name: per_lane(OUTPUTS[name](m, r, sol), n) for name in outputs}
+        cell = Cell(m, sol, optimum if priced else None)
+        return (values, xs, optimum), {name: per_lane(OUTPUTS[name](cell), n) for name in outputs}
 
-    return jax.lax.scan(place, (past, past[..., 0]), (lanes, begins))[1]
+    return jax.lax.scan(place, (past, past[..., 0], past[0, :, 0]), (lanes, begins))[1]
 
 
 def _continued(values: jax.Array, xs: jax.Array, x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ def _extra(name: str) -> Any:
         raise ModuleNotFoundError(f'{name} is not installed: pip install "robustreg[tables]"') from error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Table:
     """Results over a grid.
 
@@ -43,6 +43,18 @@ class Table:
 
     def __len__(self) -> int:
         return self.computed.size
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same cells and results, NaN being equal to NaN."""
+        if not isinstance(other, Table):
+            return NotImplemented
+        mine, its = (({"": t.computed}, t.coordinates, t.columns) for t in (self, other))
+        return self.zipped == other.zipped and all(
+            list(a) == list(b) and all(np.array_equal(a[name], b[name], equal_nan=True) for name in a)
+            for a, b in zip(mine, its)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays have none
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A result, or a coordinate of every cell."""
@@ -94,8 +106,14 @@ class Table:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One dict per computed cell: coordinates and scalars, statuses by name."""
-        flat = {name: x.ravel() for name, x in (self._cells() | self.scalars()).items()}
-        for i in np.flatnonzero(self.computed.ravel()):
+        return self._rows(np.flatnonzero(self.computed.ravel()))
+
+    def _rows(self, cells: np.ndarray) -> Iterator[dict[str, Any]]:
+        """Those of some cells, by flat number."""
+        places = [cells] * len(self.coordinates) if self.zipped else np.unravel_index(cells, self.shape)
+        flat = {name: x[i] for (name, x), i in zip(self.coordinates.items(), places)}
+        flat |= {name: x.ravel()[cells] for name, x in self.scalars().items()}
+        for i in range(len(cells)):
             row = {name: x[i].item() for name, x in flat.items()}
             if "status" in row:
                 row["status"] = Status(row["status"]).name
@@ -125,12 +143,13 @@ class Table:
 
     def __repr__(self) -> str:
         """Head and tail, aligned."""
-        rows = list(self.rows())
+        cells = np.flatnonzero(self.computed.ravel())
         axes = " x ".join(f"{name} {x.size}" for name, x in self.coordinates.items())
-        title = f"Table({'zip of ' if self.zipped else ''}{axes}; {len(rows)} of {len(self)} cells)"
-        if not rows:
+        title = f"Table({'zip of ' if self.zipped else ''}{axes}; {len(cells)} of {len(self)} cells)"
+        if not len(cells):
             return title
-        shown = rows if len(rows) <= 12 else [*rows[:6], dict.fromkeys(rows[0], "..."), *rows[-5:]]
+        rows = list(self._rows(cells if len(cells) <= 12 else np.concatenate([cells[:6], cells[-5:]])))
+        shown = rows if len(cells) <= 12 else [*rows[:6], dict.fromkeys(rows[0], "..."), *rows[6:]]
         text = [[f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()] for row in shown]
         widths = [max(len(name), *(len(line[i]) for line in text)) for i, name in enumerate(rows[0])]
         lines = [[*rows[0]], *text]

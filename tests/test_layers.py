@@ -22,7 +22,7 @@ LAYERS = (
     ("solution",),
     ("solve", "table"),
     ("adversary", "budgets", "certificates", "problems", "interop", "baselines"),
-    ("guarantees", "calibration", "robust_sets", "plan", "pooled", "play"),
+    ("guarantees", "calibration", "robust_sets", "plan", "pooled", "play", "sweep_outputs"),
     ("game",),
     ("sweep",),
     ("processes",),

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import types
 from importlib import import_module
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import cli, store
+from robustreg import cli, plan, store
+from robustreg.store import join
 
 engine = import_module("robustreg.sweep")
 SCALARS = (
@@ -231,12 +235,113 @@ def test_another_sweep_in_the_folder_is_refused(tmp_path):
         ({"chunk": 2}, "chunk"),
     ]
     for change, name in changes:
-        with pytest.raises(ValueError, match=rf"another sweep \(it differs in: {name}\)"):
+        with pytest.raises(ValueError, match=rf"another (sweep \(it differs in: )?{name}"):
             rr.sweep(M, rr.kl(1.0), SMALL, **({"tol": 1e-8, "chunk": 1, "out": tmp_path, "resume": True} | change))
     with pytest.raises(ValueError, match="differs in: data"):
         rr.sweep(M, rr.kl(1.0, prior=np.array([0.4, 0.6])), SMALL, tol=1e-8, chunk=1, out=tmp_path, resume=True)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["sweep"]["dtype"] == "float64" and "jax" in manifest["versions"]
+
+
+def test_a_folder_keeps_the_layout_of_the_devices_that_began_it(tmp_path, monkeypatch):
+    """Begun on an accelerator, which lays cells out otherwise, and finished here: bit for bit what that would get."""
+    grid = {"beta": np.geomspace(0.1, 30, 60), "discount": [0.8, 0.9]}
+    original, here = plan._sizes, plan.make_plan(M, rr.kl(1.0), grid, ("objective",), False, None, jax.local_devices())
+    with monkeypatch.context() as m:
+        # What `_sizes` says for a card: all cells at once, on short paths.
+        m.setattr(plan, "_sizes", lambda *_: (8, 16, 3, 7))
+        whole = rr.sweep(M, rr.kl(1.0), grid, tol=1e-8)
+        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "half", shard=(0, 2))
+        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "other", shard=(1, 2))
+    layout = json.loads((tmp_path / "half" / "manifest.json").read_text())["layout"]
+    assert plan._sizes is original and layout != plan.layout_of(here)
+    kept = len(list((tmp_path / "half").glob("chunk-*.npz")))
+    every = join([tmp_path / name for name in ("half", "other")], tmp_path / "all")
+    joined = rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=every, resume=True, shard=None)
+    resumed = rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "half", resume=True)
+    assert 0 < kept < len(list((tmp_path / "half").glob("chunk-*.npz")))
+    assert resumed == whole and joined == whole
+    with pytest.raises(ValueError, match="begun with another chunk"):
+        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "half", resume=True, chunk=5)
+    rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "mine", shard=(1, 2))
+    with pytest.raises(ValueError, match="begin parts on unlike machines with one and the same chunk"):
+        join([tmp_path / "other", tmp_path / "mine"], tmp_path / "none")
+    for text in ("", "{}", '{"sweep": {}, "layout": []}'):
+        (tmp_path / "mine" / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="no manifest of a sweep"):
+            rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "mine", resume=True)
+    (tmp_path / "mine" / "manifest.json").write_text(
+        (tmp_path / "half" / "manifest.json").read_text().replace('"length": 7', '"length": 6')
+    )
+    with pytest.raises(ValueError, match="in an order that this version"):
+        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "mine", resume=True)
+
+
+def test_a_chunk_that_was_asked_for_is_the_same_on_every_device():
+    card = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**36})
+    grid = {"beta": np.geomspace(0.1, 30, 600)}
+    made = [plan.make_plan(M, rr.kl(1.0), grid, ("gap",), False, 7, where) for where in (jax.local_devices(), [card])]
+    assert plan.layout_of(made[0]) == plan.layout_of(made[1])
+
+
+KERNEL = """
+import sys
+import jax.numpy as jnp
+import robustreg as rr
+P = jnp.array([[[0.5, 0.5], [1.0, 0.0]], [[0.0, 1.0], [0.5, 0.5]]], jnp.float32)
+P = P if sys.argv[2] == "same" else jnp.full((2, 2, 2), 0.5)
+m = rr.mdp(rr.MatrixFree(lambda v: P @ v, n_states=2, n_actions=2), jnp.eye(2, dtype=jnp.float32), 0.9)
+rr.sweep(m, rr.kl(1.0), {"beta": [1.0, 2.0, 4.0]}, out=sys.argv[1], resume=True, chunk=1)
+"""  # fmt: skip
+
+
+@pytest.mark.slow
+def test_matrix_free_sweeps_are_resumed_in_another_process(tmp_path):
+    """A function lies elsewhere in every process, and what it closes over is no leaf."""
+
+    def begin(what):
+        command = [sys.executable, "-c", KERNEL, str(tmp_path), what]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_ENABLE_X64": "0"})
+
+    for _ in range(2):
+        assert begin("same").returncode == 0
+    assert "differs in: kernel" in begin("other").stderr
+
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        ({"tol": -1e-3}, "tol must be positive"), ({"tol": 0.0}, "tol must be positive"),
+        ({"tol": [1e-3, 1e-2]}, "one number for all cells"), ({"chunk": -3}, "chunk must be at least 1"),
+        ({"chunk": 0}, "chunk must be at least 1"), ({"chunk": 2.5}, "chunk must be an integer"),
+        ({"max_steps": 0}, "max_steps must be at least 1"), ({"shard": (3, 2)}, "0 <= i < n"),
+        ({"shard": (-1, 2)}, "0 <= i < n"), ({"shard": (0, 0)}, "0 <= i < n"),
+        ({"shard": 3}, r"shard must be \(i, n\)"),
+        ({"outputs": "gap"}, "sequence of names"), ({"solver": rr.Newton}, "instance"),
+    ],
+)  # fmt: skip
+def test_what_solve_refuses_a_sweep_refuses(wrong, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        rr.sweep(M, rr.kl(1.0), SMALL, **wrong)
+
+
+def test_no_prior_for_what_has_none():
+    with pytest.raises(ValueError, match="unknown leaf 'prior' in the grid; there are: .*beta"):
+        rr.sweep(M, rr.entropy(1.0), {"prior": np.full((1, 2), 0.5)})
+
+
+def test_large_tables_print_their_ends_at_once():
+    n = 300_000
+    columns = {"objective": np.arange(n, dtype=float), "status": np.zeros(n, np.int32)}
+    table = rr.Table({"beta": np.geomspace(0.1, 1, n)}, columns, False, np.ones(n, bool))
+    start = time.perf_counter()
+    text = repr(table)
+    assert time.perf_counter() - start < 0.1
+    assert text.count("\n") == 13 and "299999" in text and "300000 of 300000 cells" in text
+    assert len(list(table.rows())) == n
+    other = rr.Table(table.coordinates, columns | {"objective": columns["objective"] + 1}, False, table.computed)
+    assert table == rr.Table(table.coordinates, dict(columns), False, table.computed) and table != other
+    assert table != "a table"
 
 
 def test_a_full_disk_is_an_error_that_keeps_what_there_is(tmp_path, monkeypatch, undisturbed):
