@@ -7,10 +7,13 @@ blue) can be read with every common form of colour blindness.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
+
+from robustreg._files import write_whole
 
 Marks = Mapping[str, Sequence[int]]
 Grid = tuple[int, int]
@@ -46,6 +49,14 @@ def new_figure(width: float, height: float) -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('figures need matplotlib: pip install "robustreg[figures]"') from error
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def write_figures(out: Path, drawn: Mapping[str, Any]) -> list[Path]:
+    """Write figures by name as PNG files into a folder; each appears whole or not at all."""
+    paths = [out / f"{name}.png" for name in drawn]
+    for path, figure in zip(paths, drawn.values()):
+        write_whole(path, lambda file, figure=figure: figure.savefig(file, format="png"))
+    return paths
 
 
 def heading(title: str, subject: str, between: str = "\n") -> str:

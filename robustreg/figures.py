@@ -30,6 +30,7 @@ from robustreg.drawing import (
     inhabited,
     legend_of,
     new_figure,
+    write_figures,
     write_numbers,
 )
 from robustreg.mdp import MDP
@@ -77,10 +78,7 @@ def write(
         drawn = {"decision": decision_bars(solution.q, solution.policy, dr, title=title, actions=actions)}
     else:
         drawn = {"heat_map": heat_map(solution.value, solution.policy, dr, title=title, actions=actions)}
-    paths = [out / f"{name}.png" for name in drawn]
-    for path, figure in zip(paths, drawn.values()):
-        figure.savefig(path)
-    return paths
+    return write_figures(out, drawn)
 
 
 def directions(m: MDP) -> tuple[tuple[str, ...], np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from robustreg.drawing import INK, heading, new_figure
+from robustreg.drawing import INK, heading, new_figure, write_figures
 from robustreg.solution import Status
 from robustreg.table import Table
 
@@ -77,10 +77,7 @@ def write(out: Path, table: Table, title: str = "") -> list[Path]:
         drawn["price"] = price(table, title=title)
     if "steps" in table.columns and not table.zipped and {"alpha", "discount"} & set(table.coordinates):
         drawn["steps"] = step_map(table, title=title)
-    paths = [out / f"{name}.png" for name in drawn]
-    for path, figure in zip(paths, drawn.values()):
-        figure.savefig(path)
-    return paths
+    return write_figures(out, drawn)
 
 
 def returns(table: Table, *, title: str = "") -> Any:

@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import importlib
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from robustreg._files import write_whole
 from robustreg.solution import Status
 
 
@@ -122,10 +124,15 @@ class Table:
     def to_csv(self, path: str | Path) -> Path:
         """Write coordinates and scalars, one line per computed cell."""
         path = Path(path)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*self.coordinates, *self.scalars()], lineterminator="\n")
+
+        def write(file: Any) -> None:
+            text = io.TextIOWrapper(file, "utf-8", newline="")
+            writer = csv.DictWriter(text, [*self.coordinates, *self.scalars()], lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows())
+            text.detach()  # writes what is left; the file is not ours to close
+
+        write_whole(path, write)
         return path
 
     def to_pandas(self) -> Any:
