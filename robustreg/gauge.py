@@ -154,34 +154,35 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
     state = (start, unlimited | none | ~((start > 0) & jnp.isfinite(start)), jnp.asarray(0, jnp.int32))
     t = lax.while_loop(lambda state: ~jnp.all(state[1]) & (state[2] < _MAX_STEPS), step, state)[0]
 
-    def outside(t: Array) -> Array:
-        """Whether `t x` is out of the set; what overflows is."""
-        return ~(_pool(weight, maximise(_at(reg, t), x)[0]) <= 0)
+    def level(t: Array) -> Array:
+        return _pool(weight, maximise(_at(reg, t), x)[0])
 
     # Newton starts from a ratio that may overflow, or so far right that the level there is rounding or not finite.
     # A root is one if the level changes sign close to it.
     near = 0.5 * float(jnp.finfo(x.dtype).eps) ** 0.5
-    lost = ~(unlimited | none) & ~(~outside(t * (1 - near)) & outside(t * (1 + near)))
-    t = lax.cond(jnp.any(lost), lambda: jnp.where(lost, _bisected(outside, t), t), lambda: t)
+    lost = ~(unlimited | none) & ~((level(t * (1 - near)) <= 0) & (level(t * (1 + near)) > 0))
+    t = lax.cond(jnp.any(lost), lambda: jnp.where(lost, _bisected(level, t), t), lambda: t)
     t = jnp.where(unlimited, jnp.inf, jnp.where(none, 0, t))
     return jnp.where(jnp.isnan(top) | jnp.isnan(mean), jnp.nan, t)
 
 
-def _bisected(outside: Callable[[Array], Array], like: Array) -> Array:
-    """Where `outside` turns true, by bisection of the logarithm over all numbers that there are."""
+def _bisected(level: Callable[[Array], Array], like: Array) -> Array:
+    """Where an increasing `level` becomes positive, by bisection of the logarithm over all numbers that there are.
+
+    Infinite where it does nowhere, or only where it is no number any more: no root can be told there.
+    """
     most = (1 - 1e-4) * math.log(float(jnp.finfo(like.dtype).max))
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
-        above = outside(jnp.exp(middle))
+        above = ~(level(jnp.exp(middle)) <= 0)
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
     # Each halving is a digit: of the exponent first.
     start = (jnp.full_like(like, -most), jnp.full_like(like, most))
     low, high = lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)
-    # Never out: the root is beyond all numbers, and infinite.
-    return jnp.where(high < jnp.asarray(most, like.dtype), jnp.exp(low), jnp.inf)
+    return jnp.where(level(jnp.exp(high)) > 0, jnp.exp(low), jnp.inf)
 
 
 def proper(t: Array) -> Array:

@@ -95,10 +95,10 @@ def test_certified_batches_hold_the_truth(width, dtype):
     """`solve` and `certify` as compiled, at discount 0, where the truth is Omega* of the reward."""
     alpha, beta, log_prior, reward, P = lanes(width, dtype)
     zero = np.zeros(width, dtype)
-    for reg, order in (
-        (rr.alpha(alpha, beta, log_prior=log_prior), alpha),
-        (rr.kl(beta, log_prior=log_prior), np.ones(width)),
-    ):
+    regs = [(rr.alpha(alpha, beta, log_prior=log_prior), alpha)]
+    # KL has no root that could be lost: one width is enough.
+    regs += [(rr.kl(beta, log_prior=log_prior), np.ones(width))] if width == 32 else []
+    for reg, order in regs:
         truth = dual(order, beta, log_prior, reward)
         own = np.spacing(LONG(1)) * 8 * (1 / beta.astype(LONG) + np.abs(reward).max((1, 2)))[:, None]
         m = rr.mdp(P, reward, zero, layout="sas", normalise=True)
@@ -180,7 +180,8 @@ def test_a_converged_solve_passes_its_own_verdict(dtype):
     alpha, beta, discount = (index[:, i].astype(dtype) for i in range(3))
     for seed in range(3):
         case = garnet_case(seed)
-        prior = None if seed == 0 else case.prior.astype(dtype)
+        # (Written out, so that one program serves all.)
+        prior = (np.full_like(case.prior, 1 / ACTIONS) if seed == 0 else case.prior).astype(dtype)
         m = case.mdp(discount)
         m = jax.tree.map(lambda x: jnp.asarray(x, dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, m)
         for reg in (rr.alpha(alpha, beta, prior), rr.kl(beta, prior)):
