@@ -181,7 +181,9 @@ def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
 
     For h < 0 and small priors `e^{-h l}` overflows; there `log(p/p0)` has the limit `log(-h gap)/h`, free of `l`.
     """
-    scaled = jnp.where(gap == 0, 0, gap * jnp.exp(-h * level)[None])
+    # The factor by halves: where gaps come close to the largest number, e^-hl is below the smallest.
+    half = jnp.exp(-0.5 * h * level)[None]
+    scaled = jnp.where(gap == 0, 0, gap * half * half)
     h = h[None]
     x = -h * scaled
     rho = jnp.maximum(1 + x, 0)

@@ -169,7 +169,7 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
 def _bisected(level: Callable[[Array], Array], like: Array) -> Array:
     """Where an increasing `level` becomes positive, by bisection of the logarithm over all numbers that there are.
 
-    Infinite where it does nowhere, or only where it is no number any more: no root can be told there.
+    Infinite where it does nowhere, or above 1 only where it is no number any more: it overflows before its root.
     """
     most = (1 - 1e-4) * math.log(float(jnp.finfo(like.dtype).max))
 
@@ -182,7 +182,9 @@ def _bisected(level: Callable[[Array], Array], like: Array) -> Array:
     # Each halving is a digit: of the exponent first.
     start = (jnp.full_like(like, -most), jnp.full_like(like, most))
     low, high = lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)
-    return jnp.where(level(jnp.exp(high)) > 0, jnp.exp(low), jnp.inf)
+    # (At the other end, where a level is rounding or its beta no number, the root is 0 for all that can be told.)
+    beyond = (high >= jnp.asarray(most, like.dtype)) | ((high > 0) & jnp.isnan(level(jnp.exp(high))))
+    return jnp.where(beyond, jnp.inf, jnp.exp(low))
 
 
 def proper(t: Array) -> Array:
