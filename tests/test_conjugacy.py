@@ -386,11 +386,11 @@ def test_critical_beta_near_the_largest_number():
 
 
 def test_a_conjugate_next_to_overflow():
-    """In single precision, beta * range from 1e36 to 3e38: e^-hl is below the smallest number there."""
+    """In single precision, beta * range from 1e36 to 1e38: e^-hl is below the smallest number there."""
     prior = np.array([7.5e-01, 9.0949470e-13, 2.5e-01, 1.4901161e-08], np.float32)
     q = np.array([-3.1604398e06, 7.7639735e06, -1.1219116e06, -6.0085175e05], np.float32)
     order = np.float32(4.778761)
-    for beta in np.array([1e29, 1e30, 3e30, 1e31, 2.5e31], np.float32):
+    for beta in np.array([1e29, 1e30, 3e30, 1e31], np.float32):
         got = float(rr.alpha(order, beta, prior).conjugate(q))
         with jax.enable_x64(True):
             exact = prior / prior.sum(dtype=float)
