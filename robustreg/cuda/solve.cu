@@ -1,0 +1,265 @@
+// A certified solve of one lane per block: the loop of `robustreg.solve` with Newton's method, from the first backup to
+// the last, without leaving the chip.
+//
+// The first proposal is some plain sweeps: far from the solution a policy is not worth evaluating. All others are Newton
+// steps. Every lane stops by itself, and what it computes depends on its own numbers alone.
+
+// Long lists and dense rows are not written out in full.
+constexpr int SLOTS_AT_ONCE = SLOTS <= 16 ? SLOTS : 8;
+
+struct Tables {
+  const int* near;             // [ENTRIES, S]: successors of a state, entry by entry
+  const float* probabilities;  // [A, SLOTS, S]
+  const float* reward;         // [A, S]
+  const float* leave;          // [A, S] if episodes end
+  const float* prior;          // [A, S], or [A] if all states share it
+  const float* beta;           // [S] if states have their own
+};
+
+// Where the successors of this thread's states are. If every state is a successor there is nothing to know; long lists
+// are read again at every use.
+struct Near {
+#if KEPT
+  unsigned short at[OWN][ENTRIES];
+#endif
+};
+
+DEVICE int successor(const Tables& tables, const Near& near, int e, int s, int i) {
+#if DENSE
+  return i;
+#elif KEPT
+  return near.at[e][i];
+#else
+  return __ldg(tables.near + (size_t)i * STATES + s);
+#endif
+}
+
+DEVICE float probability(const Tables& tables, int a, int k, int s) {
+  return __ldg(tables.probabilities + (size_t)(a * SLOTS + k) * STATES + s);
+}
+
+// Expectations of v over the successors, one per action.
+DEVICE void expect(const Tables& tables, const Near& near, int e, int s, const float* v, Actions& ahead) {
+#pragma unroll
+  for (int a = 0; a < ACTIONS; a++) ahead[a] = 0;
+#pragma unroll SLOTS_AT_ONCE
+  for (int k = 0; k < SLOTS; k++) {
+    const float common = JOINT ? v[successor(tables, near, e, s, k)] : 0;
+#pragma unroll
+    for (int a = 0; a < ACTIONS; a++) {
+      const float next = JOINT ? common : v[successor(tables, near, e, s, a * SLOTS + k)];
+      ahead[a] = fmaf(probability(tables, a, k, s), next, ahead[a]);
+    }
+  }
+}
+
+// T V - c of one state at V = v + c, the policy, and the largest action value less c.
+template <bool EXACT>
+DEVICE float backup(const Tables& tables, const Numbers& lane, const Near& near, int e, const float* v, float c,
+                    Actions& policy, float& best) {
+  const int s = state(e);
+  Actions q, log_prior;
+  expect(tables, near, e, s, v, q);
+#pragma unroll
+  for (int a = 0; a < ACTIONS; a++) {
+    const float leave = ENDS ? __ldg(tables.leave + a * STATES + s) : lane.complement;
+    q[a] = fmaf(lane.discount, q[a], __ldg(tables.reward + a * STATES + s) - c * leave);
+    log_prior[a] = __ldg(tables.prior + (STATE_PRIOR ? a * STATES + s : a));
+  }
+  const float beta = STATE_BETA ? __ldg(tables.beta + s) : lane.beta;
+  return maximise<EXACT>(q, log_prior, beta, lane.h, policy, best);
+}
+
+// The chain of a policy: its weights where there are few, else the policy itself.
+struct Chain {
+  const Tables& tables;
+  const Near& near;
+  const Numbers& lane;
+  Block& block;
+#if KEPT
+  float weight[OWN][ENTRIES];
+#else
+  Actions policy[OWN];
+#endif
+
+  // Set the policy of one state.
+  DEVICE void set(int e, const Actions& choice) {
+#if KEPT
+#pragma unroll
+    for (int i = 0; i < ENTRIES; i++) {
+      weight[e][i] = 0;
+#pragma unroll
+      for (int a = 0; a < ACTIONS; a++) {
+        if (!JOINT && i / SLOTS != a) continue;
+        // Rows of actions that are not taken may hold anything.
+        const float p = choice[a] == 0 ? 0.f : choice[a] * probability(tables, a, JOINT ? i : i % SLOTS, state(e));
+        weight[e][i] += p;
+      }
+      weight[e][i] *= lane.discount;
+    }
+#else
+    policy[e] = choice;
+#endif
+  }
+
+  DEVICE void operator()(const Vector& x, Vector& y) const {
+    const float* at = share(block, x);
+#pragma unroll
+    for (int e = 0; e < OWN; e++) {
+      float sum = 0;
+#if KEPT
+#pragma unroll
+      for (int i = 0; i < ENTRIES; i++) sum = fmaf(weight[e][i], at[successor(tables, near, e, 0, i)], sum);
+      y[e] = sum;
+#else
+      Actions ahead;
+      expect(tables, near, e, state(e), at, ahead);
+#pragma unroll
+      for (int a = 0; a < ACTIONS; a++) sum += policy[e][a] == 0 ? 0.f : policy[e][a] * ahead[a];
+      y[e] = lane.discount * sum;
+#endif
+    }
+  }
+};
+
+// One backup of all states, the policy's chain, and the residual d = T V - V with its extremes.
+DEVICE Residual look(Chain& chain, const Vector& h, float c, Vector& d) {
+  const float* at = share(chain.block, h);
+  float found[3] = {-INF, -INF, -INF};
+#pragma unroll
+  for (int e = 0; e < OWN; e++) {
+    Actions policy;
+    float best;
+    const float th = backup<true>(chain.tables, chain.lane, chain.near, e, at, c, policy, best);
+    chain.set(e, policy);
+    d[e] = th - h[e];
+    // A maximum passes over NaN.
+    const bool finite = fabsf(d[e]) < INF;
+    found[0] = fmaxf(found[0], finite ? -d[e] : INF);
+    found[1] = fmaxf(found[1], finite ? d[e] : INF);
+    found[2] = fmaxf(found[2], finite ? best - th : INF);
+  }
+  reduce<3, false>(chain.block, found);
+  return {-found[0], found[1], found[2]};
+}
+
+// V <- T V, `count` times.
+DEVICE void sweep(Chain& chain, Vector& h, float c, int count) {
+#pragma unroll 1
+  for (int k = 0; k < count; k++) {
+    const float* at = share(chain.block, h);
+#pragma unroll
+    for (int e = 0; e < OWN; e++) {
+      Actions policy;
+      float best;
+      h[e] = backup<false>(chain.tables, chain.lane, chain.near, e, at, c, policy, best);
+    }
+  }
+}
+
+// Newton's forcing: a lane whose certificate a step did not halve solves ten times more accurately from then on.
+struct Forcing {
+  float share, last;
+};
+
+// V + (I - K)^{-1} d, loosely at first. Returns the number of products.
+DEVICE int newton(Chain& chain, Vector& h, Vector& d, const Certificate& found, float goal, Forcing& forcing) {
+  if (found.width > 0.5f * forcing.last) forcing.share = fmaxf(0.1f * forcing.share, 10 * EPS);
+  forcing.last = found.width;
+  const float reduction = found.width <= goal ? 1.f : fmaxf(forcing.share, 0.25f * goal / found.width);
+  const int products = bicgstab(chain.block, d, found.largest, reduction, chain);
+#pragma unroll
+  for (int e = 0; e < OWN; e++) h[e] += d[e];
+  return products;
+}
+
+// Where the answers go: h and c of the value, certified half-width, backups, status, products with K.
+struct Answer {
+  float *h, *c, *half_width;
+  int *steps, *status, *products;
+};
+
+DEVICE void write(const Answer& answer, const Vector& h, float c) {
+#pragma unroll
+  for (int e = 0; e < OWN; e++) {
+    const int s = threadIdx.x + e * THREADS;
+    if (s < STATES) answer.h[(size_t)blockIdx.x * STATES + s] = h[e];
+  }
+  if (threadIdx.x == 0) answer.c[blockIdx.x] = c;
+}
+
+DEVICE void run(Chain& chain, const Integers& at, const Answer& answer, Vector h) {
+  const Numbers& lane = chain.lane;
+  Books books = {INF, INF, 0, 0};
+  Forcing forcing = {FORCING, INF};
+  Vector d;
+  float c = 0, size = recentre(chain.block, h, c);
+  int status = at.valid ? RUNNING : NONFINITE_INPUT, products = 0;
+  if (!at.valid) write(answer, h, c);
+  while (status == RUNNING) {
+    const Residual residual = look(chain, h, c, d);
+    const Certificate found = certify(lane, residual, size, c);
+    bool improved;
+    const bool first = books.steps == 0;
+    status = judge(lane, found, at.limit, books, improved);
+    // From here V = h + c, and h + d + c is the middle of the certified interval.
+    c += found.shift;
+#pragma unroll
+    for (int e = 0; e < OWN; e++) d[e] -= found.middle;
+    // The value that a half-width belongs to is written with it: a later one may be worse.
+    if (improved || (first && status != RUNNING)) {
+      Vector middle;
+#pragma unroll
+      for (int e = 0; e < OWN; e++) middle[e] = h[e] + d[e];
+      write(answer, middle, c);
+    }
+    if (status != RUNNING) break;
+    if (first && at.sweeps > 0) {
+#pragma unroll
+      for (int e = 0; e < OWN; e++) h[e] += d[e];
+      sweep(chain, h, c, at.sweeps);
+      books.steps += at.sweeps;
+    } else {
+      products += newton(chain, h, d, found, lane.tol < 0 ? found.noise : lane.tol - found.noise, forcing);
+    }
+    size = recentre(chain.block, h, c);
+  }
+  if (threadIdx.x == 0) {
+    answer.half_width[blockIdx.x] = books.half_width;
+    answer.steps[blockIdx.x] = books.steps;
+    answer.status[blockIdx.x] = status;
+    answer.products[blockIdx.x] = products;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    solve(const int* __restrict__ near, const float* __restrict__ probabilities, const float* __restrict__ reward,
+          const float* __restrict__ leave, const float* __restrict__ prior, const float* __restrict__ beta,
+          const Numbers* __restrict__ numbers, const Integers* __restrict__ integers, const float* __restrict__ start,
+          float* __restrict__ h, float* __restrict__ c, float* __restrict__ half_width, int* __restrict__ steps,
+          int* __restrict__ status, int* __restrict__ products) {
+  __shared__ Shared memory;
+  const Integers at = integers[blockIdx.x];
+  const Numbers lane = numbers[blockIdx.x];
+  const Tables tables = {
+      near + (size_t)at.near * ENTRIES * STATES,
+      probabilities + (size_t)at.probabilities * ACTIONS * SLOTS * STATES,
+      reward + (size_t)at.reward * ACTIONS * STATES,
+      leave + (size_t)at.leave * ACTIONS * STATES,
+      prior + (size_t)at.prior * ACTIONS * (STATE_PRIOR ? STATES : 1),
+      beta + (size_t)at.beta * STATES,
+  };
+  Near places;
+  Vector value;
+#pragma unroll
+  for (int e = 0; e < OWN; e++) {
+    value[e] = start[(size_t)blockIdx.x * STATES + state(e)];
+#if KEPT
+#pragma unroll
+    for (int i = 0; i < ENTRIES; i++) places.at[e][i] = tables.near[(size_t)i * STATES + state(e)];
+#endif
+  }
+  Block block = {&memory, 0, 0};
+  Chain chain = {tables, places, lane, block};
+  run(chain, at, {h, c, half_width, steps, status, products}, value);
+}
