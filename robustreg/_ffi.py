@@ -17,7 +17,7 @@ def _struct(name: str, *fields: tuple[str, Any], base: bool = True) -> Any:
 
 
 # Functions of `Api` that are called here, by their place in the table.
-ERROR_CREATE, STREAM_GET, DEVICE_ORDINAL_GET, FUNCTIONS = 0, 4, 17, 18
+ERROR_CREATE, STREAM_GET, FUNCTIONS = 0, 4, 5
 _INTERNAL, _METADATA = 13, 1  # XLA_FFI_Error_Code_INTERNAL, XLA_FFI_Extension_Metadata
 
 Version = _struct("Version", ("major_version", C.c_int), ("minor_version", C.c_int))
@@ -44,7 +44,7 @@ Extension = _struct(
     base=False,
 )
 _ErrorCreate = _struct("_ErrorCreate", ("message", C.c_char_p), ("errc", C.c_int))
-_Get = _struct("_Get", ("ctx", C.c_void_p), ("found", C.c_void_p))
+_StreamGet = _struct("_StreamGet", ("ctx", C.c_void_p), ("stream", C.c_void_p))
 _HANDLER = C.CFUNCTYPE(C.c_void_p, C.POINTER(CallFrame))
 _FUNCTION = C.CFUNCTYPE(C.c_void_p, C.c_void_p)
 
@@ -55,13 +55,12 @@ class Call(NamedTuple):
     Attributes:
         buffers: addresses of the arguments, then of the results.
         lanes: leading axis of the first result.
-        stream, device: where it has to happen, on a GPU; functions, since a CPU has neither.
+        stream: where it has to happen, on a GPU; a function, since a CPU has none.
     """
 
     buffers: list[int]
     lanes: int
     stream: Callable[[], int]
-    device: Callable[[], int]
 
 
 Launch = Callable[[Call], None]
@@ -96,8 +95,7 @@ def _handle(frame: Any, launch: Launch) -> int | None:
             C.cast(pack.args[i], C.POINTER(Buffer)).contents for pack in (frame.args, frame.rets) for i in range(pack.size)
         ]
         lanes = int(buffers[frame.args.size].dims[0])
-        addresses = [int(b.data or 0) for b in buffers]
-        launch(Call(addresses, lanes, lambda: _get(frame, STREAM_GET), lambda: _get(frame, DEVICE_ORDINAL_GET) & 0xFFFF))
+        launch(Call([int(b.data or 0) for b in buffers], lanes, lambda: _stream(frame)))
         return None
     except BaseException as error:  # nothing may leave a callback
         message = f"{type(error).__name__}: {error}".encode()
@@ -118,7 +116,7 @@ def _call(frame: Any, function: int, args: Any) -> int | None:
     return _FUNCTION(frame.api.contents.functions[function])(C.addressof(args))
 
 
-def _get(frame: Any, function: int) -> int:
-    args = _Get(C.sizeof(_Get), None, frame.ctx, None)
-    _call(frame, function, args)
-    return int(args.found or 0)
+def _stream(frame: Any) -> int:
+    args = _StreamGet(C.sizeof(_StreamGet), None, frame.ctx, None)
+    _call(frame, STREAM_GET, args)
+    return int(args.stream or 0)

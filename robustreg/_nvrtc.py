@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from robustreg import _ffi
 
-# Of CUdevice_attribute.
-_MAJOR, _MINOR = 75, 76
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR, and CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
+_MAJOR, _MINOR, _SHARED = 75, 76, 8
 _SYSTEM = ("libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12", "/usr/local/cuda/lib64/libnvrtc.so")
 
 
@@ -87,19 +87,25 @@ class Kernel:
 
     def __call__(self, call: _ffi.Call) -> None:
         """Launch it; the results are there when the stream has come so far."""
-        driver, device = _driver(), call.device()
+        driver, context, stream = _driver(), C.c_void_p(), C.c_void_p(call.stream())
         values = [C.c_void_p(address) for address in call.buffers]
         parameters = (C.c_void_p * len(values))(*(C.addressof(value) for value in values))
         size = (C.c_uint(call.lanes), 1, 1, C.c_uint(self.threads), 1, 1, C.c_uint(self.shared))
-        kernel = self._on(device)
-        _require(driver, driver.cuLaunchKernel(kernel, *size, C.c_void_p(call.stream()), parameters, None))
+        _require(driver, driver.cuStreamGetCtx(stream, C.byref(context)))
+        _require(driver, driver.cuCtxPushCurrent_v2(context))
+        try:
+            _require(driver, driver.cuLaunchKernel(self._loaded_here(), *size, stream, parameters, None))
+        finally:
+            driver.cuCtxPopCurrent_v2(C.byref(context))
 
-    def _on(self, device: int) -> C.c_void_p:
-        """The kernel on a device, compiled at its first use there."""
+    def _loaded_here(self) -> C.c_void_p:
+        """The kernel on the current device, compiled at its first use there."""
+        driver, device = _driver(), C.c_int()
+        _require(driver, driver.cuCtxGetDevice(C.byref(device)))
         with self._lock:
-            if device not in self._loaded:
-                self._loaded[device] = self._load(device)
-            return self._loaded[device]
+            if device.value not in self._loaded:
+                self._loaded[device.value] = self._load(device.value)
+            return self._loaded[device.value]
 
     def _load(self, device: int) -> C.c_void_p:
         driver, major, minor = _driver(), C.c_int(), C.c_int()
@@ -107,12 +113,10 @@ class Kernel:
         _require(driver, driver.cuDeviceGetAttribute(C.byref(minor), _MINOR, device))
         cubin = compile_cubin(self.source, f"sm_{major.value}{minor.value}")
         module, function = C.c_void_p(), C.c_void_p()
-        # In the context of the caller, which is XLA's for this device.
         _require(driver, driver.cuModuleLoadData(C.byref(module), cubin))
         _require(driver, driver.cuModuleGetFunction(C.byref(function), module, self.name.encode()))
         if self.shared:
-            maximum = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _require(driver, driver.cuFuncSetAttribute(function, maximum, self.shared))
+            _require(driver, driver.cuFuncSetAttribute(function, _SHARED, self.shared))
         return function
 
 

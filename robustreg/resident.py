@@ -40,6 +40,8 @@ from robustreg.transitions import Dense
 _STATES, _DENSE_STATES, _ACTIONS, _SLOTS = 2048, 128, 16, 16
 # States of a thread, and weights that it keeps in registers; registers of a multiprocessor, and of a thread.
 _OWN, _KEPT, _REGISTERS, _EACH = 4, 40, 65536, 128
+# Plain sweeps before the first Newton step, by the square root of the number of states, and by the horizon.
+_SWEEPS, _SWEEPS_OF_HORIZON = 2, 2
 _FILES = ("conjugates.cu", "certificate.cu", "krylov.cu", "solve.cu")
 _TABLES = ("near", "probabilities", "reward", "leave", "prior", "beta")
 
@@ -194,7 +196,7 @@ def _solve(
     tables = _tables(sizes, problem)
     rows = [_rows_of_lanes(x.shape[x.ndim - len(batch) :], batch) for x, _ in tables]
     # Plain sweeps cost less than products and bring a policy worth evaluating, unless episodes are over before.
-    sweeps = jnp.minimum(round(2 * sizes.states**0.5), jnp.ceil(2 * _each(problem.horizon, batch))).astype(jnp.int32)
+    sweeps = jnp.minimum(round(_SWEEPS * sizes.states**0.5), jnp.ceil(_SWEEPS_OF_HORIZON * _each(problem.horizon, batch))).astype(jnp.int32)
     limits = jnp.minimum(jnp.minimum(limit, 2**30), solver.max_steps + sweeps).astype(jnp.int32)
     sweeps = jnp.clip(sweeps, 0, jnp.maximum(limits - 2, 0))
     valid = _each(bellman.sound(problem), batch).astype(jnp.int32)
@@ -295,8 +297,8 @@ def _launch(sizes: Sizes, place: Carrier) -> Callable[..., list[Array]]:
         tables, lanes, own = args[: len(_TABLES)], args[len(_TABLES) :], batched[: len(_TABLES)]
         lanes = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(lanes, batched[len(_TABLES) :])]
         # Element i of the batch has the tables' rows from i M on.
-        rows = jnp.asarray([x.shape[1] if b else 0 for x, b in zip(tables, own)], jnp.int32)
-        lanes[1] = lanes[1].at[..., : len(_TABLES)].add(jnp.arange(size, dtype=jnp.int32)[:, None, None] * rows)
+        steps = np.array([x.shape[1] if b else 0 for x, b in zip(tables, own)] + [0] * 3, np.int32)
+        lanes[1] = lanes[1] + jnp.arange(size, dtype=jnp.int32)[:, None, None] * jnp.asarray(steps)[None, None]
         tables = [x.reshape(-1, *x.shape[2:]) if b else x for x, b in zip(tables, own)]
         found = run(*tables, *(x.reshape(-1, *x.shape[2:]) for x in lanes))
         return [x.reshape(size, -1, *x.shape[1:]) for x in found], [True] * len(found)
