@@ -42,7 +42,7 @@ _STATES, _DENSE_STATES, _ACTIONS, _SLOTS = 2048, 128, 16, 16
 _OWN, _KEPT, _REGISTERS, _EACH = 4, 40, 65536, 128
 # Plain sweeps before the first Newton step, by the square root of the number of states, and by the horizon.
 _SWEEPS, _SWEEPS_OF_HORIZON = 2, 2
-_FILES = ("conjugates.cu", "certificate.cu", "krylov.cu", "solve.cu")
+_FILES = ("conjugates.cu", "certificate.cu", "krylov.cu", "rows.cu", "solve.cu")
 _TABLES = ("near", "probabilities", "reward", "leave", "prior", "beta")
 
 
@@ -76,16 +76,28 @@ class Sizes(NamedTuple):
     forcing: float
 
     @property
+    def copies(self) -> int:
+        """Threads that share a state: one per action of a dense row."""
+        return 2 ** math.ceil(math.log2(self.actions)) if self.dense else 1
+
+    @property
     def threads(self) -> int:
         """Threads of a block: a power of two."""
-        return max(32, 2 ** math.ceil(math.log2(self.states / _OWN)))
+        places = 2 ** math.ceil(math.log2(self.states if self.dense else self.states / _OWN))
+        return max(32, self.copies * max(places, 4))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor has registers for."""
+        each = _EACH if not self.dense or self.states <= _DENSE_STATES // 2 else 2 * _EACH
+        return _REGISTERS // (each * self.threads)
 
     def source(self) -> str:
         """The kernel's text for these sizes."""
-        own = -(-self.states // self.threads)
+        own = -(-self.states * self.copies // self.threads)
         numbers = {name.upper(): int(value) for name, value in self._asdict().items() if not isinstance(value, float)}
-        numbers |= {"THREADS": self.threads, "BLOCKS": max(1, _REGISTERS // (_EACH * self.threads))}
-        numbers |= {"KEPT": int(not self.dense and own * self.entries <= _KEPT)}
+        numbers |= {"THREADS": self.threads, "BLOCKS": self.blocks, "COPIES": self.copies}
+        numbers |= {"KEPT": int(own * self.entries <= _KEPT)}
         texts = {"TERMS": self.terms, "FORCING": self.forcing, "LOG_ACTIONS": math.log(self.actions)}
         lines = [f"#define {name} {value}" for name, value in numbers.items()]
         lines += [f"#define {name} {value:.9e}f" for name, value in texts.items()]
@@ -185,7 +197,8 @@ def _eligible(problem: bellman.Lanes, solver: Any) -> Sizes | None:
     state = {"state_prior": reg._prior.shape[1] > 1, "state_beta": reg.beta.shape[0] > 1}
     newton = {"inner_steps": solver.inner_steps, "forcing": float(solver.forcing)}
     kind = {"ends": problem.ends, "alpha": type(reg) is Alpha, "dense": isinstance(rows, Dense)}
-    return Sizes(n_states, n_actions, entries, slots, joint, terms=float(terms), **kind, **state, **newton)
+    sizes = Sizes(n_states, n_actions, entries, slots, joint, terms=float(terms), **kind, **state, **newton)
+    return sizes if sizes.blocks else None
 
 
 def _solve(
@@ -264,7 +277,7 @@ def _tables(sizes: Sizes, problem: bellman.Lanes) -> list[tuple[Array, Array]]:
 
     if isinstance(kernel, Dense):
         near = none.astype(jnp.int32)
-        p = jnp.moveaxis(kernel.probabilities, (-2, -1, -3), (0, 1, 2))
+        p = jnp.moveaxis(kernel.probabilities, (-3, -2, -1), (0, 1, 2))
     else:
         assert isinstance(kernel, BoundSuccessors)
         near = jnp.swapaxes(kernel.indices, 0, 1).reshape(sizes.entries, sizes.states).astype(jnp.int32)
@@ -338,7 +351,7 @@ def _error_of_test(sizes: Sizes, place: Carrier) -> str:
         value = np.log(np.mean(np.exp(betas[:, None, None] * q), axis=1)) / betas[:, None]
     numbers = [[b, 0.5, 0.5, 2, 1, 0, 1e-4, 1, 1, 100, 1 / b, math.log(a), b, 0] for b in betas]
     prior = np.full((a, s) if sizes.state_prior else (a, 1), -math.log(a))
-    tables = (near if not sizes.dense else np.zeros(1), p, reward, np.full((a, s), 0.5), prior, np.full(s, betas[0]))
+    tables = (near if not sizes.dense else np.zeros(1), p if not sizes.dense else p.transpose(2, 0, 1), reward, np.full((a, s), 0.5), prior, np.full(s, betas[0]))
     tables = [x[None].astype(np.int32 if i == 0 else np.float32) for i, x in enumerate(tables)]
     if sizes.state_beta:
         tables[5] = np.stack([np.full(s, b, np.float32) for b in betas])

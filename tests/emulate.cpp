@@ -23,6 +23,9 @@
 struct Index {
   int x;
 };
+struct float4 {
+  float x, y, z, w;
+};
 static Index threadIdx, blockIdx;
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
@@ -38,11 +41,15 @@ static void make_room() {
 }
 static void __syncthreads() { make_room(); }
 static void __syncwarp() { make_room(); }
-static float __shfl_xor_sync(unsigned, float value, int offset) {
+static float exchange(float value, int other) {
   const int self = threadIdx.x, now = turn[self] ^= 1;
   exchanged[now][self] = value;
   make_room();
-  return exchanged[now][self ^ offset];
+  return exchanged[now][other];
+}
+static float __shfl_xor_sync(unsigned, float value, int offset) { return exchange(value, threadIdx.x ^ offset); }
+static float __shfl_sync(unsigned, float value, int lane) {
+  return exchange(value, threadIdx.x / 32 * 32 + lane);
 }
 static float __int_as_float(int bits) {
   float x;
@@ -83,9 +90,12 @@ extern "C" void launch(void** buffers, int blocks) {
       fibers[t].uc_link = &scheduler;
       makecontext(&fibers[t], thread, 0);
     }
-    for (bool any = true; any;) {
+    // Forwards and backwards in turn: what reads before a barrier what another thread writes would not go unnoticed.
+    bool any = true;
+    for (int round = 0; any; round++) {
       any = false;
-      for (int t = 0; t < THREADS; t++) {
+      for (int i = 0; i < THREADS; i++) {
+        const int t = round % 2 ? THREADS - 1 - i : i;
         if (finished[t]) continue;
         threadIdx.x = t;
         swapcontext(&scheduler, &fibers[t]);

@@ -1,10 +1,11 @@
 // Vectors over the states of a lane, spread over the threads of its block, and BiCGSTAB on them (`linear.bicgstab`).
 //
-// Thread t holds states t, t + THREADS, ...; places beyond the last state are copies of state 0, which lead where it
-// leads and to which nothing leads, so that no sum or maximum has to leave them out.
+// COPIES threads next to each other hold the same states: one if rows are lists, one per action if they are dense. The
+// places beyond the last state are copies of state 0, which lead where it leads and to which nothing leads. So every
+// state counts by the number of its copies in a sum, which is as good an inner product, and in no maximum.
 
-#define OWN ((STATES + THREADS - 1) / THREADS)
-#define PLACES (OWN * THREADS)
+#define PLACES (THREADS / COPIES)  // states that a block holds at a time
+#define OWN ((STATES + PLACES - 1) / PLACES)
 #define WARPS (THREADS / 32)
 #define ALL 0xffffffffu
 
@@ -14,15 +15,13 @@ struct Vector {
   DEVICE float operator[](int e) const { return x[e]; }
 };
 
-// State at a thread's place e.
-DEVICE int state(int e) {
-  const int s = threadIdx.x + e * THREADS;
-  return s < STATES ? s : 0;
-}
+// A thread's place e, and the state there.
+DEVICE int place(int e) { return threadIdx.x / COPIES + e * PLACES; }
+DEVICE int state(int e) { return place(e) < STATES ? place(e) : 0; }
 
 // Memory of a block: two of each, used in turn, so that one barrier a use is enough.
-struct Shared {
-  float vector[2][PLACES];
+struct alignas(16) Shared {
+  float vector[2][OWN * PLACES];  // (four states at least)
   float partial[2][WARPS][8];
 };
 
@@ -40,7 +39,8 @@ DEVICE void barrier() {
 DEVICE const float* share(Block& block, const Vector& x) {
   float* at = block.memory->vector[block.vector];
 #pragma unroll
-  for (int e = 0; e < OWN; e++) at[threadIdx.x + e * THREADS] = x[e];
+  for (int e = 0; e < OWN; e++)
+    if (threadIdx.x % COPIES == 0) at[place(e)] = x[e];
   barrier();
   block.vector ^= 1;
   return at;
@@ -85,9 +85,9 @@ DEVICE float recentre(Block& block, Vector& h, float& c) {
   return 0.5f * (ends[1] + ends[0]);
 }
 
-// Mean over the states, of vectors that are kept free of it: constants are what I - K nearly loses. If episodes end they
-// are not, and nothing is taken off.
-DEVICE float mean(float total) { return ENDS ? 0.f : total * (1.f / PLACES); }
+// Mean of a vector, from its sum. Vectors are kept free of it, because constants are what I - K nearly loses; if episodes
+// end they are not, and nothing is taken off.
+DEVICE float mean(float total) { return ENDS ? 0.f : total * (1.f / (OWN * THREADS)); }
 
 // (I - K)^{-1} b for b of size `scale`, to a residual of `reduction` times that of x = 0, in the place of b.
 // `apply(x, y)` puts K x in y. Returns the number of products.

@@ -4,62 +4,14 @@
 // The first proposal is some plain sweeps: far from the solution a policy is not worth evaluating. All others are Newton
 // steps. Every lane stops by itself, and what it computes depends on its own numbers alone.
 
-// Long lists and dense rows are not written out in full.
-constexpr int SLOTS_AT_ONCE = SLOTS <= 16 ? SLOTS : 8;
-
-struct Tables {
-  const int* near;             // [ENTRIES, S]: successors of a state, entry by entry
-  const float* probabilities;  // [A, SLOTS, S]
-  const float* reward;         // [A, S]
-  const float* leave;          // [A, S] if episodes end
-  const float* prior;          // [A, S], or [A] if all states share it
-  const float* beta;           // [S] if states have their own
-};
-
-// Where the successors of this thread's states are. If every state is a successor there is nothing to know; long lists
-// are read again at every use.
-struct Near {
-#if KEPT
-  unsigned short at[OWN][ENTRIES];
-#endif
-};
-
-DEVICE int successor(const Tables& tables, const Near& near, int e, int s, int i) {
-#if DENSE
-  return i;
-#elif KEPT
-  return near.at[e][i];
-#else
-  return __ldg(tables.near + (size_t)i * STATES + s);
-#endif
-}
-
-DEVICE float probability(const Tables& tables, int a, int k, int s) {
-  return __ldg(tables.probabilities + (size_t)(a * SLOTS + k) * STATES + s);
-}
-
-// Expectations of v over the successors, one per action.
-DEVICE void expect(const Tables& tables, const Near& near, int e, int s, const float* v, Actions& ahead) {
-#pragma unroll
-  for (int a = 0; a < ACTIONS; a++) ahead[a] = 0;
-#pragma unroll SLOTS_AT_ONCE
-  for (int k = 0; k < SLOTS; k++) {
-    const float common = JOINT ? v[successor(tables, near, e, s, k)] : 0;
-#pragma unroll
-    for (int a = 0; a < ACTIONS; a++) {
-      const float next = JOINT ? common : v[successor(tables, near, e, s, a * SLOTS + k)];
-      ahead[a] = fmaf(probability(tables, a, k, s), next, ahead[a]);
-    }
-  }
-}
-
-// T V - c of one state at V = v + c, the policy, and the largest action value less c.
+// T V - c at this thread's place e for V = v + c, the policy, and the largest action value less c.
 template <bool EXACT>
-DEVICE float backup(const Tables& tables, const Numbers& lane, const Near& near, int e, const float* v, float c,
-                    Actions& policy, float& best) {
+DEVICE float backup(const Chain& chain, int e, const float* v, float c, Actions& policy, float& best) {
+  const Tables& tables = chain.tables;
+  const Numbers& lane = chain.lane;
   const int s = state(e);
   Actions q, log_prior;
-  expect(tables, near, e, s, v, q);
+  chain.rows.expect(tables, e, v, q);
 #pragma unroll
   for (int a = 0; a < ACTIONS; a++) {
     const float leave = ENDS ? __ldg(tables.leave + a * STATES + s) : lane.complement;
@@ -70,58 +22,6 @@ DEVICE float backup(const Tables& tables, const Numbers& lane, const Near& near,
   return maximise<EXACT>(q, log_prior, beta, lane.h, policy, best);
 }
 
-// The chain of a policy: its weights where there are few, else the policy itself.
-struct Chain {
-  const Tables& tables;
-  const Near& near;
-  const Numbers& lane;
-  Block& block;
-#if KEPT
-  float weight[OWN][ENTRIES];
-#else
-  Actions policy[OWN];
-#endif
-
-  // Set the policy of one state.
-  DEVICE void set(int e, const Actions& choice) {
-#if KEPT
-#pragma unroll
-    for (int i = 0; i < ENTRIES; i++) {
-      weight[e][i] = 0;
-#pragma unroll
-      for (int a = 0; a < ACTIONS; a++) {
-        if (!JOINT && i / SLOTS != a) continue;
-        // Rows of actions that are not taken may hold anything.
-        const float p = choice[a] == 0 ? 0.f : choice[a] * probability(tables, a, JOINT ? i : i % SLOTS, state(e));
-        weight[e][i] += p;
-      }
-      weight[e][i] *= lane.discount;
-    }
-#else
-    policy[e] = choice;
-#endif
-  }
-
-  DEVICE void operator()(const Vector& x, Vector& y) const {
-    const float* at = share(block, x);
-#pragma unroll
-    for (int e = 0; e < OWN; e++) {
-      float sum = 0;
-#if KEPT
-#pragma unroll
-      for (int i = 0; i < ENTRIES; i++) sum = fmaf(weight[e][i], at[successor(tables, near, e, 0, i)], sum);
-      y[e] = sum;
-#else
-      Actions ahead;
-      expect(tables, near, e, state(e), at, ahead);
-#pragma unroll
-      for (int a = 0; a < ACTIONS; a++) sum += policy[e][a] == 0 ? 0.f : policy[e][a] * ahead[a];
-      y[e] = lane.discount * sum;
-#endif
-    }
-  }
-};
-
 // One backup of all states, the policy's chain, and the residual d = T V - V with its extremes.
 DEVICE Residual look(Chain& chain, const Vector& h, float c, Vector& d) {
   const float* at = share(chain.block, h);
@@ -130,7 +30,7 @@ DEVICE Residual look(Chain& chain, const Vector& h, float c, Vector& d) {
   for (int e = 0; e < OWN; e++) {
     Actions policy;
     float best;
-    const float th = backup<true>(chain.tables, chain.lane, chain.near, e, at, c, policy, best);
+    const float th = backup<true>(chain, e, at, c, policy, best);
     chain.set(e, policy);
     d[e] = th - h[e];
     // A maximum passes over NaN.
@@ -152,7 +52,7 @@ DEVICE void sweep(Chain& chain, Vector& h, float c, int count) {
     for (int e = 0; e < OWN; e++) {
       Actions policy;
       float best;
-      h[e] = backup<false>(chain.tables, chain.lane, chain.near, e, at, c, policy, best);
+      h[e] = backup<false>(chain, e, at, c, policy, best);
     }
   }
 }
@@ -182,8 +82,7 @@ struct Answer {
 DEVICE void write(const Answer& answer, const Vector& h, float c) {
 #pragma unroll
   for (int e = 0; e < OWN; e++) {
-    const int s = threadIdx.x + e * THREADS;
-    if (s < STATES) answer.h[(size_t)blockIdx.x * STATES + s] = h[e];
+    if (place(e) < STATES && threadIdx.x % COPIES == 0) answer.h[(size_t)blockIdx.x * STATES + place(e)] = h[e];
   }
   if (threadIdx.x == 0) answer.c[blockIdx.x] = c;
 }
@@ -249,17 +148,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       prior + (size_t)at.prior * ACTIONS * (STATE_PRIOR ? STATES : 1),
       beta + (size_t)at.beta * STATES,
   };
-  Near places;
+  Rows rows;
+  rows.load(tables);
   Vector value;
 #pragma unroll
-  for (int e = 0; e < OWN; e++) {
-    value[e] = start[(size_t)blockIdx.x * STATES + state(e)];
-#if KEPT
-#pragma unroll
-    for (int i = 0; i < ENTRIES; i++) places.at[e][i] = tables.near[(size_t)i * STATES + state(e)];
-#endif
-  }
+  for (int e = 0; e < OWN; e++) value[e] = start[(size_t)blockIdx.x * STATES + state(e)];
   Block block = {&memory, 0, 0};
-  Chain chain = {tables, places, lane, block};
+  Chain chain = {tables, rows, lane, block};
   run(chain, at, {h, c, half_width, steps, status, products}, value);
 }

@@ -1,0 +1,175 @@
+// Rows of P as a block holds them, and the chain K = g P_pi of a policy on them (`robustreg.successors`, `transitions`).
+
+// Of one lane, in device memory.
+struct Tables {
+  const int* near;             // [ENTRIES, S]: successors of a state, entry by entry; nothing if rows are dense
+  const float* probabilities;  // [A, SLOTS, S]; [S, A, S] if rows are dense
+  const float* reward;         // [A, S]
+  const float* leave;          // [A, S] if episodes end
+  const float* prior;          // [A, S], or [A] if all states share it
+  const float* beta;           // [S] if states have their own
+};
+
+#if DENSE
+
+// Each of the COPIES threads of a state keeps the row of one of its actions.
+struct Rows {
+  float row[STATES];
+
+  DEVICE void load(const Tables& tables) {
+    const int a = threadIdx.x % COPIES, s = state(0);
+    const float* at = tables.probabilities + (s * ACTIONS + (a < ACTIONS ? a : 0)) * STATES;
+#if STATES % 4
+#pragma unroll
+    for (int k = 0; k < STATES; k++) row[k] = __ldg(at + k);
+#else
+#pragma unroll
+    for (int k = 0; k < STATES; k += 4) {
+      const float4 four = __ldg((const float4*)(at + k));
+      row[k] = four.x, row[k + 1] = four.y, row[k + 2] = four.z, row[k + 3] = four.w;
+    }
+#endif
+  }
+
+  // Expectation of v for the action of this thread.
+  DEVICE float own(const float* shared) const {
+    const float* v = (const float*)__builtin_assume_aligned(shared, 16);
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int k = 0; k < STATES; k++) sum[k % 4] = fmaf(row[k], v[k], sum[k % 4]);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+
+  // Expectations of v, one per action.
+  DEVICE void expect(const Tables&, int, const float* v, Actions& ahead) const {
+    const float mine = own(v);
+#pragma unroll
+    for (int a = 0; a < ACTIONS; a++) ahead[a] = __shfl_sync(ALL, mine, threadIdx.x % 32 / COPIES * COPIES + a);
+  }
+};
+
+struct Chain {
+  const Tables& tables;
+  const Rows& rows;
+  const Numbers& lane;
+  Block& block;
+  float share_of_action;  // g times the probability of this thread's action
+
+  DEVICE void set(int, const Actions& policy) {
+    share_of_action = 0;
+#pragma unroll
+    for (int a = 0; a < ACTIONS; a++) share_of_action = threadIdx.x % COPIES == a ? policy[a] : share_of_action;
+    share_of_action *= lane.discount;
+  }
+
+  DEVICE void operator()(const Vector& x, Vector& y) const {
+    const float* at = share(block, x);
+    // Rows of actions that are not taken may hold anything.
+    float sum = share_of_action == 0 ? 0.f : share_of_action * rows.own(at);
+#pragma unroll
+    for (int o = COPIES / 2; o; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
+    y[0] = sum;
+  }
+};
+
+#else
+
+// Long lists are not written out in full.
+constexpr int SLOTS_AT_ONCE = SLOTS <= 16 ? SLOTS : 8;
+
+// Where the successors of this thread's states are; long lists are read again at every use.
+struct Rows {
+#if KEPT
+  unsigned short near[OWN][ENTRIES];
+#endif
+
+  DEVICE void load(const Tables& tables) {
+#if KEPT
+#pragma unroll
+    for (int e = 0; e < OWN; e++)
+#pragma unroll
+      for (int i = 0; i < ENTRIES; i++) near[e][i] = tables.near[i * STATES + state(e)];
+#endif
+  }
+
+  DEVICE int successor(const Tables& tables, int e, int i) const {
+#if KEPT
+    return near[e][i];
+#else
+    return __ldg(tables.near + i * STATES + state(e));
+#endif
+  }
+
+  // Expectations of v at this thread's place e, one per action.
+  DEVICE void expect(const Tables& tables, int e, const float* v, Actions& ahead) const {
+#pragma unroll
+    for (int a = 0; a < ACTIONS; a++) ahead[a] = 0;
+#pragma unroll SLOTS_AT_ONCE
+    for (int k = 0; k < SLOTS; k++) {
+      const float common = JOINT ? v[successor(tables, e, k)] : 0;
+#pragma unroll
+      for (int a = 0; a < ACTIONS; a++) {
+        const float next = JOINT ? common : v[successor(tables, e, a * SLOTS + k)];
+        ahead[a] = fmaf(probability(tables, a, k, state(e)), next, ahead[a]);
+      }
+    }
+  }
+
+  DEVICE static float probability(const Tables& tables, int a, int k, int s) {
+    return __ldg(tables.probabilities + (a * SLOTS + k) * STATES + s);
+  }
+};
+
+// The chain's weights where there are few, else the policy itself.
+struct Chain {
+  const Tables& tables;
+  const Rows& rows;
+  const Numbers& lane;
+  Block& block;
+#if KEPT
+  float weight[OWN][ENTRIES];
+#else
+  Actions policy[OWN];
+#endif
+
+  // Set the policy of this thread's place e.
+  DEVICE void set(int e, const Actions& choice) {
+#if KEPT
+#pragma unroll
+    for (int i = 0; i < ENTRIES; i++) {
+      weight[e][i] = 0;
+#pragma unroll
+      for (int a = 0; a < ACTIONS; a++) {
+        if (!JOINT && i / SLOTS != a) continue;
+        const float p = Rows::probability(tables, a, JOINT ? i : i % SLOTS, state(e));
+        // Rows of actions that are not taken may hold anything.
+        weight[e][i] += choice[a] == 0 ? 0.f : choice[a] * p;
+      }
+      weight[e][i] *= lane.discount;
+    }
+#else
+    policy[e] = choice;
+#endif
+  }
+
+  DEVICE void operator()(const Vector& x, Vector& y) const {
+    const float* at = share(block, x);
+#pragma unroll
+    for (int e = 0; e < OWN; e++) {
+      float sum = 0;
+#if KEPT
+#pragma unroll
+      for (int i = 0; i < ENTRIES; i++) sum = fmaf(weight[e][i], at[rows.successor(tables, e, i)], sum);
+      y[e] = sum;
+#else
+      Actions ahead;
+      rows.expect(tables, e, at, ahead);
+#pragma unroll
+      for (int a = 0; a < ACTIONS; a++) sum += policy[e][a] == 0 ? 0.f : policy[e][a] * ahead[a];
+      y[e] = lane.discount * sum;
+#endif
+    }
+  }
+};
+
+#endif
