@@ -92,7 +92,9 @@ def _handle(frame: Any, launch: Launch) -> int | None:
         if frame.extension_start and _answered(frame):
             return None
         buffers = [
-            C.cast(pack.args[i], C.POINTER(Buffer)).contents for pack in (frame.args, frame.rets) for i in range(pack.size)
+            C.cast(pack.args[i], C.POINTER(Buffer)).contents
+            for pack in (frame.args, frame.rets)
+            for i in range(pack.size)
         ]
         lanes = int(buffers[frame.args.size].dims[0])
         launch(Call([int(b.data or 0) for b in buffers], lanes, lambda: _stream(frame)))

@@ -22,7 +22,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple, Protocol
 
@@ -186,19 +186,32 @@ def _eligible(problem: bellman.Lanes, solver: Any) -> Sizes | None:
         return None
     if problem.dtype != np.float32 or math.prod(problem.batch) == 0 or n_actions > _ACTIONS or n_states > _STATES:
         return None
-    if isinstance(rows, Dense) and n_states <= _DENSE_STATES:
-        entries, slots, joint = n_states, n_states, True
-    elif isinstance(rows, BoundSuccessors) and rows.fan_out <= _SLOTS:
-        slots, joint = rows.fan_out, rows.indices.shape[1] < n_actions or n_actions == 1
-        entries = slots if joint else slots * n_actions
-    else:
+    dense = isinstance(rows, Dense) and n_states <= _DENSE_STATES
+    if not dense and not (isinstance(rows, BoundSuccessors) and rows.fan_out <= _SLOTS):
         return None
-    terms = 4 + (rows.fan_out if problem.strict else min(rows.fan_out, 4 * rows.fan_out**0.5))
-    state = {"state_prior": reg._prior.shape[1] > 1, "state_beta": reg.beta.shape[0] > 1}
-    newton = {"inner_steps": solver.inner_steps, "forcing": float(solver.forcing)}
-    kind = {"ends": problem.ends, "alpha": type(reg) is Alpha, "dense": isinstance(rows, Dense)}
-    sizes = Sizes(n_states, n_actions, entries, slots, joint, terms=float(terms), **kind, **state, **newton)
+    sizes = Sizes(
+        states=n_states,
+        actions=n_actions,
+        entries=entries(problem),
+        slots=rows.fan_out,
+        joint=entries(problem) == rows.fan_out,
+        dense=dense,
+        terms=float(4 + (rows.fan_out if problem.strict else min(rows.fan_out, 4 * rows.fan_out**0.5))),
+        ends=problem.ends,
+        alpha=type(reg) is Alpha,
+        state_prior=reg._prior.shape[1] > 1,
+        state_beta=reg.beta.shape[0] > 1,
+        inner_steps=solver.inner_steps,
+        forcing=float(solver.forcing),
+    )
     return sizes if sizes.blocks else None
+
+
+def entries(problem: bellman.Lanes) -> int:
+    """Successors of a state: those of all its actions one after the other, or those that its actions share."""
+    rows = problem.transitions
+    own = isinstance(rows, BoundSuccessors) and rows.indices.shape[1] == problem.reward.shape[0]
+    return rows.fan_out * (problem.reward.shape[0] if own else 1)
 
 
 def _solve(
@@ -209,7 +222,9 @@ def _solve(
     tables = _tables(sizes, problem)
     rows = [_rows_of_lanes(x.shape[x.ndim - len(batch) :], batch) for x, _ in tables]
     # Plain sweeps cost less than products and bring a policy worth evaluating, unless episodes are over before.
-    sweeps = jnp.minimum(round(_SWEEPS * sizes.states**0.5), jnp.ceil(_SWEEPS_OF_HORIZON * _each(problem.horizon, batch))).astype(jnp.int32)
+    sweeps = jnp.minimum(
+        round(_SWEEPS * sizes.states**0.5), jnp.ceil(_SWEEPS_OF_HORIZON * _each(problem.horizon, batch))
+    ).astype(jnp.int32)
     limits = jnp.minimum(jnp.minimum(limit, 2**30), solver.max_steps + sweeps).astype(jnp.int32)
     sweeps = jnp.clip(sweeps, 0, jnp.maximum(limits - 2, 0))
     valid = _each(bellman.sound(problem), batch).astype(jnp.int32)
@@ -289,7 +304,7 @@ def _tables(sizes: Sizes, problem: bellman.Lanes) -> list[tuple[Array, Array]]:
 
 
 @functools.cache
-def _launch(sizes: Sizes, place: Carrier) -> Callable[..., list[Array]]:
+def _launch(sizes: Sizes, place: Carrier) -> Callable[..., Sequence[Array]]:
     """The kernel as a function of tables `[M, ...]`, numbers `[n, 14]`, integers `[n, 9]` and starts `[n, S]`.
 
     Batch axes of `jax.vmap` become more lanes of one launch, and more rows of the tables that have them.
@@ -299,7 +314,7 @@ def _launch(sizes: Sizes, place: Carrier) -> Callable[..., list[Array]]:
     _ffi.register(target, place.target, place.kernel(sizes))
 
     @custom_vmap
-    def run(*args: Array) -> list[Array]:
+    def run(*args: Array) -> Sequence[Array]:
         n = args[-1].shape[0]
         floats = [jax.ShapeDtypeStruct(s, np.float32) for s in ((n, sizes.states), (n,), (n,))]
         integers = [jax.ShapeDtypeStruct((n,), np.int32)] * 3
@@ -338,29 +353,38 @@ def _warn(error: str) -> None:
 
 def _error_of_test(sizes: Sizes, place: Carrier) -> str:
     """What is wrong with the kernel's answers to two lanes of a random problem, "" if nothing."""
+    arguments, value = _test_problem(sizes)
+    with jax.ensure_compile_time_eval():
+        device = jax.local_devices(backend=place.platform)[0]
+        found = jax.jit(_launch(sizes, place))(*jax.device_put(arguments, device))
+        h, c, half_width, _, status, _ = (np.asarray(x) for x in found)
+    error = np.abs(h.astype(float) + c[:, None] - value).max(axis=1)
+    right = (status == 0).all() and (error <= half_width).all() and (half_width <= 1.01e-4).all()
+    return "" if right else f"status {status}, errors {error}, certified {half_width}"
+
+
+def _test_problem(sizes: Sizes) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Arguments of a kernel for two lanes of a random problem, and the values `[2, S]`."""
     rng, s, a = np.random.default_rng(0), sizes.states, sizes.actions
     near = (np.arange(s) + np.arange(sizes.entries)[:, None] ** 2) % s
-    near = np.broadcast_to(np.arange(s)[:, None], (s, s)) if sizes.dense else near
+    if sizes.dense:
+        near = np.broadcast_to(np.arange(s)[:, None], (s, s))
     p = rng.random((a, sizes.slots, s)) + 0.1
     p = (p / p.sum(1, keepdims=True)).astype(np.float32)
     reward, betas = rng.random((a, s)).astype(np.float32), np.array([0.5, 8], np.float32)
     value = np.zeros((2, s))
-    for _ in range(60):
-        ahead = value[:, near].reshape(2, -1, sizes.slots, s)
-        q = reward + 0.5 * np.sum(p * ahead, axis=2)
+    for _ in range(60):  # at a discount of one half
+        q = reward + 0.5 * np.sum(p * value[:, near].reshape(2, -1, sizes.slots, s), axis=2)
         value = np.log(np.mean(np.exp(betas[:, None, None] * q), axis=1)) / betas[:, None]
-    numbers = [[b, 0.5, 0.5, 2, 1, 0, 1e-4, 1, 1, 100, 1 / b, math.log(a), b, 0] for b in betas]
-    prior = np.full((a, s) if sizes.state_prior else (a, 1), -math.log(a))
-    tables = (near if not sizes.dense else np.zeros(1), p if not sizes.dense else p.transpose(2, 0, 1), reward, np.full((a, s), 0.5), prior, np.full(s, betas[0]))
-    tables = [x[None].astype(np.int32 if i == 0 else np.float32) for i, x in enumerate(tables)]
-    if sizes.state_beta:
-        tables[5] = np.stack([np.full(s, b, np.float32) for b in betas])
-    rows = [[0, 0, 0, 0, 0, i * sizes.state_beta, 200, 4, 1] for i in range(2)]
-    arguments = (*tables, np.asarray(numbers, np.float32), np.asarray(rows, np.int32), np.zeros((2, s), np.float32))
-    with jax.ensure_compile_time_eval():
-        device = jax.local_devices(backend=place.platform)[0]
-        h, c, half_width, _, status, _ = jax.jit(_launch(sizes, place))(*jax.device_put(arguments, device))
-        error = np.abs(np.asarray(h, float) + np.asarray(c, float)[:, None] - value).max(axis=1)
-        bounds, status = np.asarray(half_width), np.asarray(status)
-    right = (status == 0).all() and (error <= bounds).all() and (bounds <= 1.01e-4).all()
-    return "" if right else f"status {status}, errors {error}, certified {bounds}"
+    floats = (
+        (p.transpose(2, 0, 1) if sizes.dense else p)[None],
+        reward[None],
+        np.full((1, a, s), 0.5),
+        np.full((1, a, s if sizes.state_prior else 1), -math.log(a)),
+        np.broadcast_to(betas[:, None], (2, s)),
+        [[b, 0.5, 0.5, 2, 1, 0, 1e-4, 1, 1, 100, 1 / b, math.log(a), b, 0] for b in betas],
+    )
+    integers = np.asarray([[0, 0, 0, 0, 0, i * sizes.state_beta, 200, 4, 1] for i in range(2)], np.int32)
+    tables = (near[None], *floats)
+    whole = [np.ascontiguousarray(x, np.int32 if i == 0 else np.float32) for i, x in enumerate(tables)]
+    return (*whole, integers, np.zeros((2, s), np.float32)), value

@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import cases
 import emulated
@@ -151,7 +152,7 @@ def test_own_tables(twice):
     bonus = rng.random((2, 1, 1)).astype(DTYPE)
 
     def problem(dtype):
-        grid = rr.problems.slippery_grid(16, dtype=dtype)
+        grid: Any = rr.problems.slippery_grid(16, dtype=dtype)
         p = np.asarray(grid.transitions.probabilities)
         p = np.stack([p, p[..., ::-1], p])[:, None]
         reward = np.asarray(grid.reward) + bonus.astype(dtype)
@@ -211,7 +212,7 @@ def test_init(twice):
 
 def test_vmap_and_gradients(twice):
     """Axes of `vmap` become lanes, over any leaf and twice; derivatives are those at the certified value."""
-    grid = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
+    grid: Any = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
     rewards = np.asarray(grid.reward) * (1 + 0.1 * np.arange(3, dtype=DTYPE))[:, None, None]
 
     def objective(reward, beta, kernel):
@@ -266,7 +267,8 @@ def test_a_kernel_that_fails_its_test_is_not_used(carrier, monkeypatch):
         def kernel(self, sizes):
             return lambda call: None  # nothing is written
 
-    monkeypatch.setattr(resident, "carrier", lambda broken=Broken(): broken)
+    broken = Broken()
+    monkeypatch.setattr(resident, "carrier", lambda: broken)
     jax.clear_caches()
     m = rr.problems.garnet(21, 3, 2, 0.9, dtype=DTYPE)
     with pytest.warns(UserWarning, match="without its CUDA kernel"):
@@ -303,6 +305,31 @@ def test_source_compiles(variant, architecture):
     assert cubin[:4] == b"\x7fELF"
 
 
+def test_the_launch(carrier, monkeypatch):
+    """What the driver is asked to do, in order: it is played by one that refuses everything else."""
+    if not isinstance(carrier, emulated.Emulated):
+        pytest.skip("a real driver is at work")
+    try:
+        _nvrtc.library()
+    except OSError as missing:
+        pytest.skip(str(missing))
+    sizes = SIZES._replace(states=20)
+    driver = carrier.driver(sizes)
+    monkeypatch.setattr(_nvrtc, "_driver", lambda: driver)
+    kernel = _nvrtc.Kernel(sizes.source(), "solve", sizes.threads)
+    arguments, value = resident._test_problem(sizes)
+    found = [np.zeros((2, 20), np.float32), *(np.zeros(2, t) for t in (*[np.float32] * 2, *[np.int32] * 3))]
+    buffers = [x.ctypes.data for x in (*arguments, *found)]
+    for _ in range(2):
+        kernel(_ffi.Call(buffers, 2, lambda: 0x5678))
+    assert (driver.times_loaded(), driver.still_pushed()) == (1, 0)
+    np.testing.assert_array_equal(found[4], 0)
+    assert (np.abs(found[0].astype(float) + found[1][:, None] - value) <= found[2][:, None]).all()
+    with pytest.raises(RuntimeError, match="refused"):
+        kernel(_ffi.Call(buffers, 2, lambda: 0x1111))
+    assert driver.still_pushed() == 0
+
+
 OFFSETS = """
 #include <cstddef>
 #include <cstdio>
@@ -314,7 +341,8 @@ int main() {
   SHOW(Args, size), SHOW(Args, types), SHOW(Args, args), SHOW(Rets, size), SHOW(Rets, rets);
   SHOW(CallFrame, api), SHOW(CallFrame, ctx), SHOW(CallFrame, stage), SHOW(CallFrame, args), SHOW(CallFrame, rets);
   SHOW(Metadata, api_version), SHOW(Metadata_Extension, metadata);
-  SHOW(Error_Create_Args, message), SHOW(Error_Create_Args, errc), SHOW(Stream_Get_Args, ctx), SHOW(Stream_Get_Args, stream);
+  SHOW(Error_Create_Args, message), SHOW(Error_Create_Args, errc);
+  SHOW(Stream_Get_Args, ctx), SHOW(Stream_Get_Args, stream);
 }
 """
 
