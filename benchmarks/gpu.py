@@ -151,30 +151,49 @@ def grids() -> list[Row]:
 
 
 def kernel() -> list[Row]:
-    """The kernel alone: products and backups of a lane, and the arithmetic that they are."""
-    rows = []
-    for size in (4,) if SMALL else (16, 32):
-        problem = grid(size, 0.9 if SMALL else 0.99, 1e-3)
-        m, betas = problem.mdp._prepared(), problem.lanes(8 if SMALL else 4096)
+    """The kernel alone: products and backups of a lane, and the arithmetic that they are.
 
-        def run(m: Any, beta: jax.Array) -> Any:
-            lanes = bellman.lanes(m, rr.kl(beta))
-            found = resident.find(lanes, rr.Newton())
-            start = jnp.zeros((m.n_states, *beta.shape), jnp.float32)
-            tol = jnp.full(beta.shape, 1e-3, jnp.float32)
-            return None if found is None else found[1](lanes, tol, jnp.asarray(2**30, jnp.int32), start)
-
-        found, row = measured(functools.partial(jax.jit(run), m), betas)
-        row |= {"section": "kernel", "problem": problem.name, "lanes": betas.size, "method": "kernel"}
-        if found is None:
-            rows.append(show(row | {"error": "no kernel on this device"}))
-            continue
-        n_entries = resident.entries(bellman.lanes(m, rr.kl(betas)))
-        steps, products = (np.asarray(x, float) for x in (found.steps, found.products))
-        work = m.n_states * (steps * m.n_actions * (2 * n_entries + 8) + products * (2 * n_entries + 15)).sum()
-        row |= {"products": products.mean(), "most": products.max(), "backups": steps.mean()}
-        rows.append(show(row | {"flop_per_s": work / row["seconds"]}))
+    Also with other constants than those that `robustreg.resident` was given after such a run: states of a thread, plain
+    sweeps by the root of the number of states, and registers of a thread.
+    """
+    chosen, rows = (resident._OWN, resident._SWEEPS, resident._EACH), []
+    others = [] if SMALL else [(2, 2, 128), (8, 2, 128), (4, 1, 128), (4, 4, 128), (4, 2, 96), (4, 2, 168)]
+    for constants in (chosen, *others):
+        try:
+            resident._OWN, resident._SWEEPS, resident._EACH = constants
+            for size in (4,) if SMALL else (16, 32):
+                rows.append(alone(grid(size, 0.9 if SMALL else 0.99, 1e-3), constants))
+        finally:
+            resident._OWN, resident._SWEEPS, resident._EACH = chosen
     return rows
+
+
+def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
+    """The kernel of one grid."""
+    m, betas = problem.mdp._prepared(), problem.lanes(8 if SMALL else 4096)
+
+    def run(m: Any, beta: jax.Array) -> Any:
+        lanes = bellman.lanes(m, rr.kl(beta))
+        found = resident.find(lanes, rr.Newton())
+        start = jnp.zeros((m.n_states, *beta.shape), jnp.float32)
+        tol = jnp.full(beta.shape, problem.tol, jnp.float32)
+        return None if found is None else found[1](lanes, tol, jnp.asarray(2**30, jnp.int32), start)
+
+    resident._launch.cache_clear()
+    resident._tested.cache_clear()
+    row: Row = {"section": "kernel", "problem": problem.name, "lanes": betas.size, "method": f"{constants}"}
+    try:
+        found, times = measured(functools.partial(jax.jit(run), m), betas)
+    except Exception as error:  # too many registers, say
+        return show(row | said(error))
+    if found is None:
+        return show(row | {"error": "no kernel on this device"})
+    n_entries = resident.entries(bellman.lanes(m, rr.kl(betas)))
+    steps, products = (np.asarray(x, float) for x in (found.steps, found.products))
+    work = m.n_states * (steps * m.n_actions * (2 * n_entries + 8) + products * (2 * n_entries + 15)).sum()
+    row |= {"products": products.mean(), "most": products.max(), "backups": steps.mean()}
+    row["inside"] = inside(problem, betas, (found.h + found.c[None]).T, found.half_width)
+    return show(row | times | {"flop_per_s": work / times["seconds"]})
 
 
 def sparse(count: int) -> Any:

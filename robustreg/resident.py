@@ -146,6 +146,7 @@ class Found(NamedTuple):
     Attributes:
         h, c: the value `h + c`, `[S, *B]` and `[*B]`.
         half_width: its certified half-width, `[*B]`.
+        noise: rounding bound of the last step, `[*B]`.
         steps, status: backups and `Status`, `[*B]`.
         products: with a policy's chain, `[*B]`.
     """
@@ -153,6 +154,7 @@ class Found(NamedTuple):
     h: Array
     c: Array
     half_width: Array
+    noise: Array
     steps: Array
     status: Array
     products: Array
@@ -316,7 +318,7 @@ def _launch(sizes: Sizes, place: Carrier) -> Callable[..., Sequence[Array]]:
     @custom_vmap
     def run(*args: Array) -> Sequence[Array]:
         n = args[-1].shape[0]
-        floats = [jax.ShapeDtypeStruct(s, np.float32) for s in ((n, sizes.states), (n,), (n,))]
+        floats = [jax.ShapeDtypeStruct(s, np.float32) for s in ((n, sizes.states), (n,), (n,), (n,))]
         integers = [jax.ShapeDtypeStruct((n,), np.int32)] * 3
         return jax.ffi.ffi_call(target, floats + integers, vmap_method="sequential")(*args)
 
@@ -357,7 +359,7 @@ def _error_of_test(sizes: Sizes, place: Carrier) -> str:
     with jax.ensure_compile_time_eval():
         device = jax.local_devices(backend=place.platform)[0]
         found = jax.jit(_launch(sizes, place))(*jax.device_put(arguments, device))
-        h, c, half_width, _, status, _ = (np.asarray(x) for x in found)
+        h, c, half_width, _, _, status, _ = (np.asarray(x) for x in found)
     error = np.abs(h.astype(float) + c[:, None] - value).max(axis=1)
     right = (status == 0).all() and (error <= half_width).all() and (half_width <= 1.01e-4).all()
     return "" if right else f"status {status}, errors {error}, certified {half_width}"

@@ -185,8 +185,8 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
 
     def kernel(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
         x = engine(problem, tol, limit, h)
-        zero, count = jnp.zeros_like(x.half_width), jnp.zeros_like(x.steps)
-        return Loop(x.h, x.c, zero, zero, x.h, x.c, x.half_width, count, x.steps, x.status, ())
+        size, count = jnp.zeros_like(x.half_width), jnp.zeros_like(x.steps)
+        return Loop(x.h, x.c, size, x.noise, x.h, x.c, x.half_width, count, x.steps, x.status, ())
 
     return lax.platform_dependent(problem, tol, h, **{platform: kernel}, default=loop)
 

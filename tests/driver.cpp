@@ -46,8 +46,8 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   const bool right = function == (void*)0xdef0 && gy == 1 && gz == 1 && by == 1 && bz == 1 && bx == THREADS &&
                      shared == 0 && on == stream && !extra && pushed == 1;
   if (!right) return 1;  // CUDA_ERROR_INVALID_VALUE
-  void* buffers[15];
-  for (int i = 0; i < 15; i++) buffers[i] = *(void**)parameters[i];
+  void* buffers[16];
+  for (int i = 0; i < 16; i++) buffers[i] = *(void**)parameters[i];
   launch(buffers, (int)gx);
   return 0;
 }

@@ -58,8 +58,7 @@ static float __int_as_float(int bits) {
 }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdividef(float a, float b) { return a / b; }
-#define __expf expf
-#define __logf logf
+#define __log2f log2f
 template <class T> static T __ldg(const T* at) { return *at; }
 
 #include KERNEL
@@ -69,8 +68,8 @@ static void** arguments;
 static void thread() {
   void** p = arguments;
   solve((int*)p[0], (float*)p[1], (float*)p[2], (float*)p[3], (float*)p[4], (float*)p[5], (Numbers*)p[6],
-        (Integers*)p[7], (float*)p[8], (float*)p[9], (float*)p[10], (float*)p[11], (int*)p[12], (int*)p[13],
-        (int*)p[14]);
+        (Integers*)p[7], (float*)p[8], (float*)p[9], (float*)p[10], (float*)p[11], (float*)p[12], (int*)p[13],
+        (int*)p[14], (int*)p[15]);
   finished[threadIdx.x] = 1;
 }
 

@@ -318,12 +318,12 @@ def test_the_launch(carrier, monkeypatch):
     monkeypatch.setattr(_nvrtc, "_driver", lambda: driver)
     kernel = _nvrtc.Kernel(sizes.source(), "solve", sizes.threads)
     arguments, value = resident._test_problem(sizes)
-    found = [np.zeros((2, 20), np.float32), *(np.zeros(2, t) for t in (*[np.float32] * 2, *[np.int32] * 3))]
+    found = [np.zeros((2, 20), np.float32), *(np.zeros(2, t) for t in (*[np.float32] * 3, *[np.int32] * 3))]
     buffers = [x.ctypes.data for x in (*arguments, *found)]
     for _ in range(2):
         kernel(_ffi.Call(buffers, 2, lambda: 0x5678))
     assert (driver.times_loaded(), driver.still_pushed()) == (1, 0)
-    np.testing.assert_array_equal(found[4], 0)
+    np.testing.assert_array_equal(found[5], 0)
     assert (np.abs(found[0].astype(float) + found[1][:, None] - value) <= found[2][:, None]).all()
     with pytest.raises(RuntimeError, match="refused"):
         kernel(_ffi.Call(buffers, 2, lambda: 0x1111))

@@ -1,6 +1,4 @@
 // The regularised maximum of one state's action values and its policy: `robustreg.conjugates` for one thread.
-//
-// Where EXACT is false a value is good to some five digits: for sweeps, whose result the certificate does not rest on.
 
 #define INF __int_as_float(0x7f800000)
 #define NOT_A_NUMBER __int_as_float(0x7fc00000)
@@ -10,9 +8,18 @@
 #define NEAR_PRIOR 0.125f         // gaps up to which a logarithm is that of a number known to be close to 1
 #define TINY_GAP 8.6317e-5f       // EPS^0.5 / 4: gaps (1 + |h|) below this leave nothing but two moments
 #define SMALL_ORDER 1.4210855e-14f  // EPS^2: below this h counts as 0
+#define LOG2_E 1.4426950f
 
-template <bool EXACT> DEVICE float exponential(float x) { return EXACT ? expf(x) : __expf(x); }
-template <bool EXACT> DEVICE float logarithm(float x) { return EXACT ? logf(x) : __logf(x); }
+// 2^x to some seven digits, 0 where it is no normal number.
+DEVICE float power_of_two(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
 
 struct Actions {
   float x[ACTIONS];
@@ -149,8 +156,9 @@ DEVICE void normalise(const Level& at, float low, float high, const Actions& gap
   for (int a = 0; a < ACTIONS; a++) policy[a] /= sum;
 }
 
-// max_p <p, q> - D_alpha[p0 : p]/beta, its policy, and the largest action value.
-// Not inlined: a thread calls it for each of its states in turn.
+// max_p <p, q> - D_alpha[p0 : p]/beta, its policy, and the largest action value. Where EXACT is false the value is good to
+// some five digits and there is no policy: for sweeps, on which the certificate does not rest. Not inlined: a thread
+// calls it for each of its states in turn.
 template <bool EXACT>
 __device__ __noinline__ float maximise(const Actions& q, const Actions& log_prior, float beta, float h, Actions& policy,
                                        float& best) {
@@ -189,7 +197,7 @@ DEVICE float level_near_prior(const Actions& gap, const Actions& log_prior) {
 }
 
 // log sum p0 exp(beta q) / beta, its policy, and the largest action value.
-template <bool EXACT>
+template <bool>
 DEVICE float maximise(const Actions& q, const Actions& log_prior, float beta, float, Actions& policy, float& best) {
   Actions gap;
   best = best_and_gaps(q, log_prior, beta, gap);
@@ -202,18 +210,15 @@ DEVICE float maximise(const Actions& q, const Actions& log_prior, float beta, fl
   }
 #pragma unroll
   for (int a = 0; a < ACTIONS; a++) {
-    policy[a] = exponential<EXACT>(log_prior[a] - gap[a] - top);
+    policy[a] = expf(log_prior[a] - gap[a] - top);
     total += policy[a];
   }
-  float level = top + logarithm<EXACT>(total);
-  if (EXACT) {
-    const float share = 1 / total;
+  const float share = 1 / total;
 #pragma unroll
-    for (int a = 0; a < ACTIONS; a++) policy[a] *= share;
-    // (Where a gap is NaN, so is the total.)
-    if (largest < NEAR_PRIOR && total < INF) level = level_near_prior(gap, log_prior);
-  }
-  return EXACT ? best + level / beta : best + __fdividef(level, beta);
+  for (int a = 0; a < ACTIONS; a++) policy[a] *= share;
+  // (Where a gap is NaN, so is the total.)
+  const bool near = largest < NEAR_PRIOR && total < INF;
+  return best + (near ? level_near_prior(gap, log_prior) : top + logf(total)) / beta;
 }
 
 #endif

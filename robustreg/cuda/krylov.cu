@@ -1,8 +1,8 @@
 // Vectors over the states of a lane, spread over the threads of its block, and BiCGSTAB on them (`linear.bicgstab`).
 //
 // COPIES threads next to each other hold the same states: one if rows are lists, one per action if they are dense. The
-// places beyond the last state are copies of state 0, which lead where it leads and to which nothing leads. So every
-// state counts by the number of its copies in a sum, which is as good an inner product, and in no maximum.
+// places beyond the last state are copies of state 0, which lead where it leads and to which nothing leads: that state
+// counts for more in a sum, which is as good an inner product, and in no maximum.
 
 #define PLACES (THREADS / COPIES)  // states that a block holds at a time
 #define OWN ((STATES + PLACES - 1) / PLACES)
@@ -48,25 +48,47 @@ DEVICE const float* share(Block& block, const Vector& x) {
 
 template <bool SUM> DEVICE float joined(float a, float b) { return SUM ? a + b : fmaxf(a, b); }
 
-// Sums or maxima of N numbers over all threads, the same in every thread, always in the same order.
+DEVICE constexpr int log2_of(int n) { return n < 2 ? 0 : 1 + log2_of(n / 2); }
+
+// Sums or maxima over the states of N numbers, the same in every thread, always in the same order.
+//
+// A warp halves the numbers that a thread holds at every exchange, instead of exchanging all of them five times; what
+// its threads then hold is read back from shared memory. Copies of a state hold the same and do not take part.
 template <int N, bool SUM> DEVICE void reduce(Block& block, float (&x)[N]) {
+  constexpr int padded = N < 2 ? 1 : N < 3 ? 2 : N < 5 ? 4 : 8;
+  constexpr int distinct = log2_of(32 / COPIES), numbers = log2_of(padded);
+  constexpr int halvings = numbers < distinct ? numbers : distinct, left = padded >> halvings;
+  float y[padded];
 #pragma unroll
-  for (int o = 16; o; o >>= 1)
+  for (int i = 0; i < padded; i++) y[i] = i < N ? x[i] : 0.f;
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] = joined<SUM>(x[i], __shfl_xor_sync(ALL, x[i], o));
-  if (WARPS == 1) return;
+  for (int k = 0; k < distinct; k++) {
+    const int half = padded >> (k + 1), offset = 16 >> k;
+    const bool upper = threadIdx.x & offset;
+    if (k < halvings) {
+#pragma unroll
+      for (int i = 0; i < half; i++) {
+        const float kept = upper ? y[i + half] : y[i], sent = upper ? y[i] : y[i + half];
+        y[i] = joined<SUM>(kept, __shfl_xor_sync(ALL, sent, offset));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < left; i++) y[i] = joined<SUM>(y[i], __shfl_xor_sync(ALL, y[i], offset));
+    }
+  }
   float (*at)[8] = block.memory->partial[block.partial];
-  if (threadIdx.x % 32 == 0)
+  const int thread = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (thread % (32 >> halvings) == 0)
 #pragma unroll
-    for (int i = 0; i < N; i++) at[threadIdx.x / 32][i] = x[i];
-  __syncthreads();
+    for (int i = 0; i < left; i++) at[warp][thread / (32 >> halvings) * left + i] = y[i];
+  barrier();
   block.partial ^= 1;
 #pragma unroll
-  for (int i = 0; i < N; i++) x[i] = at[threadIdx.x % WARPS][i];
+  for (int i = 0; i < N; i++) x[i] = at[0][i];
 #pragma unroll
-  for (int o = WARPS / 2; o; o >>= 1)
+  for (int w = 1; w < WARPS; w++)
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] = joined<SUM>(x[i], __shfl_xor_sync(ALL, x[i], o));
+    for (int i = 0; i < N; i++) x[i] = joined<SUM>(x[i], at[w][i]);
 }
 
 // h less the middle of its range, which moves to c; returns max |h| then: rounding grows with it.
@@ -87,7 +109,7 @@ DEVICE float recentre(Block& block, Vector& h, float& c) {
 
 // Mean of a vector, from its sum. Vectors are kept free of it, because constants are what I - K nearly loses; if episodes
 // end they are not, and nothing is taken off.
-DEVICE float mean(float total) { return ENDS ? 0.f : total * (1.f / (OWN * THREADS)); }
+DEVICE float mean(float total) { return ENDS ? 0.f : total * (1.f / (OWN * PLACES)); }
 
 // (I - K)^{-1} b for b of size `scale`, to a residual of `reduction` times that of x = 0, in the place of b.
 // `apply(x, y)` puts K x in y. Returns the number of products.
@@ -130,7 +152,7 @@ DEVICE int bicgstab(Block& block, Vector& b, float scale, float reduction, const
       first[1] += u[e];
     }
     reduce<2, true>(block, first);
-    const float a = rho / first[0];
+    const float a = __fdividef(rho, first[0]);
     Vector v = u, s;
 #pragma unroll
     for (int e = 0; e < OWN; e++) {
@@ -152,8 +174,8 @@ DEVICE int bicgstab(Block& block, Vector& b, float scale, float reduction, const
     }
     reduce<6, true>(block, f);
     // An exact half step leaves s = 0 and a product of 0: nothing more is to be taken off.
-    const float squared = f[1] - mean(f[5]) * f[5], omega = squared > 0 ? f[0] / squared : 0.f;
-    const float next = f[4] - omega * f[3], turn = next / rho * a / omega;
+    const float squared = f[1] - mean(f[5]) * f[5], omega = squared > 0 ? __fdividef(f[0], squared) : 0.f;
+    const float next = f[4] - omega * f[3], turn = __fdividef(next, rho) * __fdividef(a, omega);
     size = fmaxf(f[2] - omega * f[0], 4 * EPS * f[2]);
     // A vanishing inner product shows as NaN or infinity here: the best iterate so far is the answer.
     const bool finite = fabsf(f[2] - omega * f[0]) < INF && fabsf(next) < INF, better = finite && size < least;

@@ -41,12 +41,19 @@ struct Rows {
   }
 
   // Expectations of v, one per action.
-  DEVICE void expect(const Tables&, int, const float* v, Actions& ahead) const {
+  template <class Source> DEVICE void expect(const Source&, int, const float* v, Actions& ahead) const {
     const float mine = own(v);
 #pragma unroll
     for (int a = 0; a < ACTIONS; a++) ahead[a] = __shfl_sync(ALL, mine, threadIdx.x % 32 / COPIES * COPIES + a);
   }
 };
+
+// Its rows are in registers already.
+struct InMemory {
+  static constexpr bool CLEAN = false;
+  const Tables& tables;
+};
+using InRegisters = InMemory;
 
 struct Chain {
   const Tables& tables;
@@ -100,25 +107,56 @@ struct Rows {
 #endif
   }
 
-  // Expectations of v at this thread's place e, one per action.
-  DEVICE void expect(const Tables& tables, int e, const float* v, Actions& ahead) const {
+  // Expectations of v at this thread's place e, one per action, with probabilities from a `source`.
+  template <class Source> DEVICE void expect(const Source& source, int e, const float* v, Actions& ahead) const {
 #pragma unroll
     for (int a = 0; a < ACTIONS; a++) ahead[a] = 0;
 #pragma unroll SLOTS_AT_ONCE
     for (int k = 0; k < SLOTS; k++) {
-      const float common = JOINT ? v[successor(tables, e, k)] : 0;
+      const float common = JOINT ? v[successor(source.tables, e, k)] : 0;
 #pragma unroll
       for (int a = 0; a < ACTIONS; a++) {
-        const float next = JOINT ? common : v[successor(tables, e, a * SLOTS + k)];
-        ahead[a] = fmaf(probability(tables, a, k, state(e)), next, ahead[a]);
+        const float next = JOINT ? common : v[successor(source.tables, e, a * SLOTS + k)];
+        ahead[a] = fmaf(source(e, a, k), next, ahead[a]);
       }
     }
   }
+};
 
-  DEVICE static float probability(const Tables& tables, int a, int k, int s) {
-    return __ldg(tables.probabilities + (a * SLOTS + k) * STATES + s);
+// Probabilities of a successor, by place, action and slot: from device memory,
+struct InMemory {
+  static constexpr bool CLEAN = false;  // whether rows of masked actions are known to be finite
+  const Tables& tables;
+
+  DEVICE float operator()(int e, int a, int k) const {
+    return __ldg(tables.probabilities + (a * SLOTS + k) * STATES + state(e));
   }
 };
+
+// or, for sweep after sweep, from registers, if there are few.
+#if OWN * ACTIONS * SLOTS <= 80
+struct InRegisters {
+  static constexpr bool CLEAN = true;
+  const Tables& tables;
+  float at[OWN][ACTIONS][SLOTS];
+
+  DEVICE InRegisters(const Tables& tables) : tables(tables) {
+    const InMemory memory{tables};
+#pragma unroll
+    for (int e = 0; e < OWN; e++)
+#pragma unroll
+      for (int a = 0; a < ACTIONS; a++) {
+        const bool masked = __ldg(tables.prior + (STATE_PRIOR ? a * STATES + state(e) : a)) == -INF;
+#pragma unroll
+        for (int k = 0; k < SLOTS; k++) at[e][a][k] = masked ? 0.f : memory(e, a, k);
+      }
+  }
+
+  DEVICE float operator()(int e, int a, int k) const { return at[e][a][k]; }
+};
+#else
+using InRegisters = InMemory;
+#endif
 
 // The chain's weights where there are few, else the policy itself.
 struct Chain {
@@ -141,7 +179,7 @@ struct Chain {
 #pragma unroll
       for (int a = 0; a < ACTIONS; a++) {
         if (!JOINT && i / SLOTS != a) continue;
-        const float p = Rows::probability(tables, a, JOINT ? i : i % SLOTS, state(e));
+        const float p = InMemory{tables}(e, a, JOINT ? i : i % SLOTS);
         // Rows of actions that are not taken may hold anything.
         weight[e][i] += choice[a] == 0 ? 0.f : choice[a] * p;
       }
@@ -163,7 +201,7 @@ struct Chain {
       y[e] = sum;
 #else
       Actions ahead;
-      rows.expect(tables, e, at, ahead);
+      rows.expect(InMemory{tables}, e, at, ahead);
 #pragma unroll
       for (int a = 0; a < ACTIONS; a++) sum += policy[e][a] == 0 ? 0.f : policy[e][a] * ahead[a];
       y[e] = lane.discount * sum;
