@@ -39,7 +39,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import robustreg as rr  # noqa: E402  # the checkout's own
 from benchmarks.hand import Problem, careful_hand, inside, vmapped_hand  # noqa: E402
-from robustreg import bellman, resident  # noqa: E402
+from robustreg import bellman, resident, resident_kernel  # noqa: E402
 
 Row = dict[str, Any]
 SMALL = False
@@ -156,15 +156,15 @@ def kernel() -> list[Row]:
     Also with other constants than those that `robustreg.resident` was given after such a run: states of a thread, plain
     sweeps by the root of the number of states, and registers of a thread.
     """
-    chosen, rows = (resident._OWN, resident._SWEEPS, resident._EACH), []
+    chosen, rows = (resident_kernel.OWN, resident.SWEEPS, resident_kernel.EACH), []
     others = [] if SMALL else [(2, 2, 128), (8, 2, 128), (4, 1, 128), (4, 4, 128), (4, 2, 96), (4, 2, 168)]
     for constants in (chosen, *others):
         try:
-            resident._OWN, resident._SWEEPS, resident._EACH = constants
+            resident_kernel.OWN, resident.SWEEPS, resident_kernel.EACH = constants
             for size in (4,) if SMALL else (16, 32):
                 rows.append(alone(grid(size, 0.9 if SMALL else 0.99, 1e-3), constants))
         finally:
-            resident._OWN, resident._SWEEPS, resident._EACH = chosen
+            resident_kernel.OWN, resident.SWEEPS, resident_kernel.EACH = chosen
     return rows
 
 
@@ -179,8 +179,8 @@ def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
         tol = jnp.full(beta.shape, problem.tol, jnp.float32)
         return None if found is None else found[1](lanes, tol, jnp.asarray(2**30, jnp.int32), start)
 
-    resident._launch.cache_clear()
-    resident._tested.cache_clear()
+    resident_kernel.function.cache_clear()
+    resident_kernel.works.cache_clear()
     row: Row = {"section": "kernel", "problem": problem.name, "lanes": betas.size, "method": f"{constants}"}
     try:
         found, times = measured(functools.partial(jax.jit(run), m), betas)

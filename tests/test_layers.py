@@ -11,6 +11,7 @@ ROOT = Path(robustreg.__file__).parent
 LAYERS = (
     ("_tree", "_host", "_files", "_progress", "_settings", "_ffi"),
     ("store", "_nvrtc"),
+    ("resident_kernel",),
     ("divergences", "patterns", "axes", "parameters", "elimination"),
     ("conjugates", "worst_cases"),
     ("regularisers", "transitions"),

@@ -12,23 +12,34 @@ struct Tables {
 
 #if DENSE
 
-// Each of the COPIES threads of a state keeps the row of one of its actions.
+// Each of the COPIES threads of a state keeps the row of one of its actions: the first HELD entries in registers, the
+// others in shared memory, entry by entry.
+#define HELD (STATES < 64 ? STATES : 64)
+#ifdef __CUDACC__
+extern __shared__ float others[];
+#else
+static float others[(STATES - HELD) * THREADS + 1];
+#endif
+
 struct Rows {
-  float row[STATES];
+  float row[HELD];
 
   DEVICE void load(const Tables& tables) {
     const int a = threadIdx.x % COPIES, s = state(0);
     const float* at = tables.probabilities + (s * ACTIONS + (a < ACTIONS ? a : 0)) * STATES;
 #if STATES % 4
 #pragma unroll
-    for (int k = 0; k < STATES; k++) row[k] = __ldg(at + k);
+    for (int k = 0; k < HELD; k++) row[k] = __ldg(at + k);
 #else
 #pragma unroll
-    for (int k = 0; k < STATES; k += 4) {
+    for (int k = 0; k < HELD; k += 4) {
       const float4 four = __ldg((const float4*)(at + k));
       row[k] = four.x, row[k + 1] = four.y, row[k + 2] = four.z, row[k + 3] = four.w;
     }
 #endif
+    // (A thread reads what it wrote itself: no barrier.)
+#pragma unroll 8
+    for (int k = HELD; k < STATES; k++) others[(k - HELD) * THREADS + threadIdx.x] = __ldg(at + k);
   }
 
   // Expectation of v for the action of this thread.
@@ -36,7 +47,10 @@ struct Rows {
     const float* v = (const float*)__builtin_assume_aligned(shared, 16);
     float sum[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int k = 0; k < STATES; k++) sum[k % 4] = fmaf(row[k], v[k], sum[k % 4]);
+    for (int k = 0; k < HELD; k++) sum[k % 4] = fmaf(row[k], v[k], sum[k % 4]);
+#pragma unroll 16
+    for (int k = HELD; k < STATES; k++)
+      sum[k % 4] = fmaf(others[(k - HELD) * THREADS + threadIdx.x], v[k], sum[k % 4]);
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
