@@ -120,12 +120,12 @@ def _solve(
     batch, n = problem.batch, math.prod(problem.batch)
     tables = _tables(sizes, problem)
     rows = [_rows_of_lanes(x.shape[x.ndim - len(batch) :], batch) for x, _ in tables]
-    # Plain sweeps cost less than products and bring a policy worth evaluating, unless episodes are over before.
-    sweeps = jnp.minimum(
-        round(SWEEPS * sizes.states**0.5), jnp.ceil(SWEEPS_OF_HORIZON * _each(problem.horizon, batch))
-    ).astype(jnp.int32)
+    # Plain sweeps cost less than products and bring a policy worth evaluating, unless episodes are over before. Their
+    # number is even.
+    few = jnp.ceil(SWEEPS_OF_HORIZON * _each(problem.horizon, batch))
+    sweeps = jnp.minimum(round(SWEEPS * sizes.states**0.5), few).astype(jnp.int32)
     limits = jnp.minimum(jnp.minimum(limit, 2**30), solver.max_steps + sweeps).astype(jnp.int32)
-    sweeps = jnp.clip(sweeps, 0, jnp.maximum(limits - 2, 0))
+    sweeps = jnp.maximum(jnp.minimum(sweeps, limits - 2), 0) // 2 * 2
     valid = _each(bellman.sound(problem), batch).astype(jnp.int32)
     integers = jnp.stack([*rows, limits, sweeps, valid], axis=-1)
     start = jnp.moveaxis(h.reshape(sizes.states, n), 0, 1)

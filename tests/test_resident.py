@@ -152,6 +152,15 @@ def test_shapes(twice, problem):
     assert_alike(loop, kernel, rr.solve(PROBLEMS[problem](np.float64), double(reg)))
 
 
+def test_extreme_strengths(twice):
+    """From policies that are the prior to rounding to policies that are deterministic to rounding."""
+    reg = rr.kl(single([1e-20, 1e-12, 1e-8, 1e-6, 1e-4, 1e6, 1e10, 1e20]))
+    discount = np.array([0.0, 0.99, 0.9999])[:, None]
+    loop, kernel = twice(lambda: rr.solve(rr.problems.garnet(30, 3, 2, discount, dtype=DTYPE), reg))
+    assert_alike(loop, kernel, rr.solve(rr.problems.garnet(30, 3, 2, discount), double(reg)))
+    assert (np.asarray(kernel.status) == 0).all()
+
+
 def test_own_tables(twice):
     """Rewards, rows, priors, strengths and discounts of different lanes, in different axes."""
     rng = np.random.default_rng(0)
@@ -285,6 +294,43 @@ def test_a_kernel_that_fails_its_test_is_not_used(carrier, monkeypatch):
     with pytest.warns(UserWarning, match="without its CUDA kernel"):
         sol = rr.solve(m, rr.kl(single(3.0)), tol=1e-3)
     assert sol.status == 0
+    jax.clear_caches()
+
+
+def test_sweeps_calibrations_and_games(twice):
+    """What is built on solves is as it was: tables, the strength for a guarantee, explicit play."""
+    m = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
+
+    def everything():
+        table = rr.sweep(m, rr.kl(1.0), {"beta": [0.5, 5.0, 50.0], "discount": [0.5, 0.9]}, tol=1e-4)
+        game = rr.solve_game(m, rr.kl(single(5.0)), tol=1e-3)
+        return [table[name] for name in ("objective", "status")], game.primal, game.dual, game.status
+
+    (loop, *first), (kernel, *second) = twice(everything)
+    np.testing.assert_allclose(kernel[0], loop[0], atol=2e-4)
+    np.testing.assert_array_equal(kernel[1], 0)
+    for a, b in zip(first, second):
+        np.testing.assert_allclose(a, b, rtol=5e-3)
+
+
+def test_lowering_for_a_card_needs_none(monkeypatch):
+    """One call of the kernel for CUDA, in the place of the loop, and none for a CPU."""
+
+    class Card:
+        platform, target = "cuda", "CUDA"
+
+        def kernel(self, sizes):
+            return lambda call: None
+
+    card = Card()
+    monkeypatch.setattr(resident_kernel, "carrier", lambda: card)
+    monkeypatch.setattr(resident_kernel, "works", lambda *_: True)
+    jax.clear_caches()
+    m = rr.problems.garnet(22, 3, 2, 0.9, dtype=DTYPE)
+    traced = jax.jit(lambda beta: rr.solve(m, rr.kl(beta), tol=1e-3).value).trace(single([1.0, 2.0]))
+    for platform, calls in (("cuda", 1), ("cpu", 0)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("custom_call @robustreg_") == calls
     jax.clear_caches()
 
 

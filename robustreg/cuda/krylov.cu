@@ -19,15 +19,15 @@ struct Vector {
 DEVICE int place(int e) { return threadIdx.x / COPIES + e * PLACES; }
 DEVICE int state(int e) { return place(e) < STATES ? place(e) : 0; }
 
-// Memory of a block: two of each, used in turn, so that one barrier a use is enough.
+// Memory of a block, two of each: what was read since the last barrier is not to be written to.
 struct alignas(16) Shared {
   float vector[2][OWN * PLACES];  // (four states at least)
   float partial[2][WARPS][8];
 };
 
 struct Block {
-  Shared* memory;
-  int vector, partial;  // which of the two is next
+  Shared& memory;
+  int partial;  // which of the two is next
 };
 
 DEVICE void barrier() {
@@ -35,14 +35,14 @@ DEVICE void barrier() {
   else __syncwarp();
 }
 
-// Make a vector readable for all threads.
-DEVICE const float* share(Block& block, const Vector& x) {
-  float* at = block.memory->vector[block.vector];
+// Make a vector readable for all threads, in one of the two places, known to the compiler. Whoever does so again before a
+// reduction, which has a barrier of its own, takes the other.
+template <int PLACE> DEVICE const float* share(Block& block, const Vector& x) {
+  float* at = block.memory.vector[PLACE];
 #pragma unroll
   for (int e = 0; e < OWN; e++)
     if (threadIdx.x % COPIES == 0) at[place(e)] = x[e];
   barrier();
-  block.vector ^= 1;
   return at;
 }
 
@@ -76,7 +76,7 @@ template <int N, bool SUM> DEVICE void reduce(Block& block, float (&x)[N]) {
       for (int i = 0; i < left; i++) y[i] = joined<SUM>(y[i], __shfl_xor_sync(ALL, y[i], offset));
     }
   }
-  float (*at)[8] = block.memory->partial[block.partial];
+  float (*at)[8] = block.memory.partial[block.partial];
   const int thread = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (thread % (32 >> halvings) == 0)
 #pragma unroll

@@ -84,7 +84,7 @@ struct Chain {
   }
 
   DEVICE void operator()(const Vector& x, Vector& y) const {
-    const float* at = share(block, x);
+    const float* at = share<0>(block, x);
     // Rows of actions that are not taken may hold anything.
     float sum = share_of_action == 0 ? 0.f : share_of_action * rows.own(at);
 #pragma unroll
@@ -95,13 +95,13 @@ struct Chain {
 
 #else
 
-// Long lists are not written out in full.
-constexpr int SLOTS_AT_ONCE = SLOTS <= 16 ? SLOTS : 8;
+// Long lists are not written out in full: some 16 successors at once keep memory busy, and more only fill registers.
+constexpr int SLOTS_AT_ONCE = KEPT ? SLOTS : ACTIONS < 16 ? 16 / ACTIONS : 1;
 
 // Where the successors of this thread's states are; long lists are read again at every use.
 struct Rows {
 #if KEPT
-  unsigned short near[OWN][ENTRIES];
+  unsigned short near[OWN][ENTRIES];  // in bytes from the first state's place
 #endif
 
   DEVICE void load(const Tables& tables) {
@@ -109,15 +109,16 @@ struct Rows {
 #pragma unroll
     for (int e = 0; e < OWN; e++)
 #pragma unroll
-      for (int i = 0; i < ENTRIES; i++) near[e][i] = tables.near[i * STATES + state(e)];
+      for (int i = 0; i < ENTRIES; i++) near[e][i] = 4 * tables.near[i * STATES + state(e)];
 #endif
   }
 
-  DEVICE int successor(const Tables& tables, int e, int i) const {
+  // What v is at successor k of action a, of 0 if actions share their successors.
+  DEVICE float next(const Tables& tables, int e, const float* v, int a, int k) const {
 #if KEPT
-    return near[e][i];
+    return *(const float*)((const char*)v + near[e][a * SLOTS + k]);
 #else
-    return __ldg(tables.near + i * STATES + state(e));
+    return v[__ldg(tables.near + (k * STATES + state(e)) + a * SLOTS * STATES)];
 #endif
   }
 
@@ -127,11 +128,10 @@ struct Rows {
     for (int a = 0; a < ACTIONS; a++) ahead[a] = 0;
 #pragma unroll SLOTS_AT_ONCE
     for (int k = 0; k < SLOTS; k++) {
-      const float common = JOINT ? v[successor(source.tables, e, k)] : 0;
+      const float common = JOINT ? next(source.tables, e, v, 0, k) : 0;
 #pragma unroll
       for (int a = 0; a < ACTIONS; a++) {
-        const float next = JOINT ? common : v[successor(source.tables, e, a * SLOTS + k)];
-        ahead[a] = fmaf(source(e, a, k), next, ahead[a]);
+        ahead[a] = fmaf(source(e, a, k), JOINT ? common : next(source.tables, e, v, a, k), ahead[a]);
       }
     }
   }
@@ -143,12 +143,17 @@ struct InMemory {
   const Tables& tables;
 
   DEVICE float operator()(int e, int a, int k) const {
+#if KEPT
     return __ldg(tables.probabilities + (a * SLOTS + k) * STATES + state(e));
+#else
+    // (One address for all actions.)
+    return __ldg(tables.probabilities + (k * STATES + state(e)) + a * SLOTS * STATES);
+#endif
   }
 };
 
 // or, for sweep after sweep, from registers, if there are few.
-#if OWN * ACTIONS * SLOTS <= 80
+#if KEPT && OWN * ACTIONS * SLOTS <= 80
 struct InRegisters {
   static constexpr bool CLEAN = true;
   const Tables& tables;
@@ -205,13 +210,13 @@ struct Chain {
   }
 
   DEVICE void operator()(const Vector& x, Vector& y) const {
-    const float* at = share(block, x);
+    const float* at = share<0>(block, x);
 #pragma unroll
     for (int e = 0; e < OWN; e++) {
       float sum = 0;
 #if KEPT
 #pragma unroll
-      for (int i = 0; i < ENTRIES; i++) sum = fmaf(weight[e][i], at[rows.successor(tables, e, i)], sum);
+      for (int i = 0; i < ENTRIES; i++) sum = fmaf(weight[e][i], rows.next(tables, e, at, 0, i), sum);
       y[e] = sum;
 #else
       Actions ahead;

@@ -24,7 +24,7 @@ DEVICE float backup(const Chain& chain, int e, const float* v, float c, Actions&
 
 // One backup of all states, the policy's chain, and the residual d = T V - V with its extremes.
 DEVICE Residual look(Chain& chain, const Vector& h, float c, Vector& d) {
-  const float* at = share(chain.block, h);
+  const float* at = share<0>(chain.block, h);
   float found[3] = {-INF, -INF, -INF};
 #pragma unroll
   for (int e = 0; e < OWN; e++) {
@@ -45,11 +45,15 @@ DEVICE Residual look(Chain& chain, const Vector& h, float c, Vector& d) {
 
 #if ALPHA
 
-// V <- T V, `count` times, for a fixed c.
-DEVICE void sweep(Chain& chain, Vector& h, float c, int count) {
-#pragma unroll 1
-  for (int k = 0; k < count; k++) {
-    const float* at = share(chain.block, h);
+// V <- T V for a fixed c.
+struct Sweep {
+  Chain& chain;
+  float c;
+
+  DEVICE void prepare() {}
+
+  template <int PLACE> DEVICE void once(Vector& h) {
+    const float* at = share<PLACE>(chain.block, h);
 #pragma unroll
     for (int e = 0; e < OWN; e++) {
       Actions policy;
@@ -57,33 +61,38 @@ DEVICE void sweep(Chain& chain, Vector& h, float c, int count) {
       h[e] = backup<false>(chain, e, at, c, policy, best);
     }
   }
-}
+};
 
 #else
 
-// V <- T V, `count` times, for a fixed c: log2 sum 2^(scale P V + offset) over the actions, where `offset` holds all that
-// V does not change. A third of the instructions of a backup; the certificate does not rest on it.
-DEVICE void sweep(Chain& chain, Vector& h, float c, int count) {
-  const Tables& tables = chain.tables;
-  const InRegisters source{tables};
+// V <- T V for a fixed c: log2 sum 2^(scale P V + offset) over the actions, where `offset` holds all that V does not
+// change. Half of the instructions of a backup; the certificate does not rest on it.
+struct Sweep {
+  Chain& chain;
+  float c;
+  InRegisters source{chain.tables};
   Actions offset[OWN];
   float beta[OWN], scale[OWN];
+
+  DEVICE void prepare() {
+    const Tables& tables = chain.tables;
 #pragma unroll
-  for (int e = 0; e < OWN; e++) {
-    const int s = state(e);
-    beta[e] = LOG2_E * (STATE_BETA ? __ldg(tables.beta + s) : chain.lane.beta);
-    scale[e] = beta[e] * chain.lane.discount;
+    for (int e = 0; e < OWN; e++) {
+      const int s = state(e);
+      beta[e] = LOG2_E * (STATE_BETA ? __ldg(tables.beta + s) : chain.lane.beta);
+      scale[e] = beta[e] * chain.lane.discount;
 #pragma unroll
-    for (int a = 0; a < ACTIONS; a++) {
-      const float leave = ENDS ? __ldg(tables.leave + a * STATES + s) : chain.lane.complement;
-      const float log_prior = __ldg(tables.prior + (STATE_PRIOR ? a * STATES + s : a));
-      const float reward = __ldg(tables.reward + a * STATES + s) - c * leave;
-      offset[e][a] = log_prior == -INF ? -INF : fmaf(beta[e], reward, LOG2_E * log_prior);
+      for (int a = 0; a < ACTIONS; a++) {
+        const float leave = ENDS ? __ldg(tables.leave + a * STATES + s) : chain.lane.complement;
+        const float log_prior = __ldg(tables.prior + (STATE_PRIOR ? a * STATES + s : a));
+        const float reward = __ldg(tables.reward + a * STATES + s) - c * leave;
+        offset[e][a] = log_prior == -INF ? -INF : fmaf(beta[e], reward, LOG2_E * log_prior);
+      }
     }
   }
-#pragma unroll 1
-  for (int k = 0; k < count; k++) {
-    const float* at = share(chain.block, h);
+
+  template <int PLACE> DEVICE void once(Vector& h) {
+    const float* at = share<PLACE>(chain.block, h);
 #pragma unroll
     for (int e = 0; e < OWN; e++) {
       Actions x;
@@ -101,9 +110,20 @@ DEVICE void sweep(Chain& chain, Vector& h, float c, int count) {
       h[e] = __fdividef(top + __log2f(total), beta[e]);
     }
   }
-}
+};
 
 #endif
+
+// An even number of sweeps: one place for the vector of every other one, so that a barrier a sweep is enough.
+DEVICE void sweep(Chain& chain, Vector& h, float c, int count) {
+  Sweep sweep{chain, c};
+  sweep.prepare();
+#pragma unroll 1
+  for (int k = 0; k < count; k += 2) {
+    sweep.once<0>(h);
+    sweep.once<1>(h);
+  }
+}
 
 // Newton's forcing: a lane whose certificate a step did not halve solves ten times more accurately from then on.
 struct Forcing {
@@ -136,6 +156,10 @@ DEVICE void write(const Answer& answer, const Vector& h, float c) {
   if (threadIdx.x == 0) answer.c[blockIdx.x] = c;
 }
 
+// Whether the rounding of sweeps, some units of 1/beta each, is small beside the rewards. Where it is not, the policy is
+// next to the prior from the start.
+DEVICE bool worth_sweeping(const Numbers& lane) { return lane.charged >= 1e-3f * lane.temperature; }
+
 DEVICE void run(Chain& chain, const Integers& at, const Answer& answer, Vector h) {
   const Numbers& lane = chain.lane;
   Books books = {INF, INF, 0, 0};
@@ -162,7 +186,7 @@ DEVICE void run(Chain& chain, const Integers& at, const Answer& answer, Vector h
       write(answer, middle, c);
     }
     if (status != RUNNING) break;
-    if (first && at.sweeps > 0) {
+    if (first && at.sweeps > 0 && worth_sweeping(lane)) {
 #pragma unroll
       for (int e = 0; e < OWN; e++) h[e] += d[e];
       sweep(chain, h, c, at.sweeps);
@@ -203,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   Vector value;
 #pragma unroll
   for (int e = 0; e < OWN; e++) value[e] = start[(size_t)blockIdx.x * STATES + state(e)];
-  Block block = {&memory, 0, 0};
+  Block block = {memory, 0};
   Chain chain = {tables, rows, lane, block};
   run(chain, at, {h, c, half_width, noise, steps, status, products}, value);
 }
