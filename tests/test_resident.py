@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import _ffi, _nvrtc, resident_kernel
+from robustreg import _ffi, _nvrtc, bellman, resident_kernel
+from robustreg.solve import iterate
 
 DTYPE = np.float32
 
@@ -130,6 +131,32 @@ def dense_garnet(n_states, n_actions, dtype):
     """A random MDP with dense rows."""
     many = rr.problems.garnets(1, n_states, n_actions, 5, 0.99, dtype=dtype)
     return jax.tree.map(lambda x: x[0] if x.ndim and x.shape[0] == 1 else x, many)
+
+
+@pytest.mark.parametrize("name", ("KL", "alpha 1.5"))
+def test_the_certificate_is_the_librarys(twice, name):
+    """Width and rounding of one backup at any value: two texts, one formula."""
+    stack = cases.stack(cases.all_cases())
+    beta, discount = (x.ravel() for x in np.meshgrid(BETAS, [0.0, 0.9, 0.9999]))
+    m: Any = stack_of(stack, "dense", discount, DTYPE)
+    # A reward that nobody takes, and rows that miss 1: both count in the rounding.
+    wild = np.where(np.arange(cases.ACTIONS) == 1, -1e4, np.asarray(m.reward)).astype(DTYPE)
+    rows = rr.Dense(m.transitions.probabilities * DTYPE(1.0005))
+    m = dataclasses.replace(m, reward=jnp.asarray(wild), transitions=rows)
+    reg = with_prior(REGS[name](single(beta)), np.log(np.maximum(stack.prior, 1e-3)))
+    start = np.random.default_rng(0).normal(size=(cases.STATES, 9, beta.size)).astype(DTYPE)
+
+    def once():
+        def run(m, reg, start):
+            problem = bellman.lanes(m, reg)
+            tol, limit = jnp.full(problem.batch, -1, DTYPE), jnp.asarray(1, jnp.int32)
+            loop = iterate(dataclasses.replace(problem, valid=problem.valid | True), rr.Newton(), tol, limit, start)
+            return loop.noise, loop.half_width
+
+        return jax.jit(run)(m, reg, start)
+
+    for loop, kernel in zip(*twice(once)):
+        np.testing.assert_allclose(kernel, loop, rtol=2e-5)
 
 
 PROBLEMS = {
