@@ -119,6 +119,7 @@ class _Cuda:
 
 @functools.cache
 def cuda() -> Carrier | None:
+    """CUDA devices of this process, if there are any."""
     try:
         return _Cuda() if jax.local_devices(backend="cuda") else None
     except RuntimeError:
@@ -183,7 +184,7 @@ def _warn(error: str) -> None:
 
 def _error_of_test(sizes: Sizes, place: Carrier) -> str:
     """What is wrong with the kernel's answers to two lanes of a random problem, "" if nothing."""
-    arguments, value = test_problem(sizes)
+    arguments, value = trial(sizes)
     with jax.ensure_compile_time_eval():
         device = jax.local_devices(backend=place.platform)[0]
         found = jax.jit(function(sizes, place))(*jax.device_put(arguments, device))
@@ -193,7 +194,7 @@ def _error_of_test(sizes: Sizes, place: Carrier) -> str:
     return "" if right else f"status {status}, errors {error}, certified {half_width}"
 
 
-def test_problem(sizes: Sizes) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+def trial(sizes: Sizes) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Arguments of a kernel for two lanes of a random problem, and the values `[2, S]`."""
     rng, s, a = np.random.default_rng(0), sizes.states, sizes.actions
     near = (np.arange(s) + np.arange(sizes.entries)[:, None] ** 2) % s

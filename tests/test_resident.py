@@ -89,6 +89,7 @@ REGS = {
 BETAS = (1e-3, 0.3, 10.0, 1e4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"), [("dense", "KL"), ("dense", "alpha 1.5"), ("successors", "alpha .5"), ("successors", "alpha 2")]
 )
@@ -117,6 +118,7 @@ def stack_of(stack, kind, discount, dtype):
     return cases.Case("", *(getattr(stack, n)[:, None] for n in names)).mdp(discount, kind, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "name"), [(4, "alpha .5"), (4, "alpha 1.5"), (16, "KL"), (16, "alpha 2")])
 def test_grids(twice, size, name):
     """Neighbour lists that actions share, in registers; several states per thread; no episode ends."""
@@ -402,7 +404,7 @@ def test_the_launch(carrier, monkeypatch):
     driver = carrier.driver(sizes)
     monkeypatch.setattr(_nvrtc, "_driver", lambda: driver)
     kernel = _nvrtc.Kernel(sizes.source(), "solve", sizes.threads)
-    arguments, value = resident_kernel.test_problem(sizes)
+    arguments, value = resident_kernel.trial(sizes)
     found = [np.zeros((2, 20), np.float32), *(np.zeros(2, t) for t in (*[np.float32] * 3, *[np.int32] * 3))]
     buffers = [x.ctypes.data for x in (*arguments, *found)]
     for _ in range(2):
