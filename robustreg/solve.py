@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, groups, implicit, linear, solvers
+from robustreg import _host, _tree, bellman, groups, implicit, linear, resident, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Solution, Status
@@ -176,7 +176,20 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
     def run(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
         return dataclasses.replace(_iterate(problem, solver, tol, limit, h), memory=())
 
-    return groups.in_groups(run, problem, tol, h)
+    def loop(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+        return groups.in_groups(run, problem, tol, h)
+
+    found = resident.find(problem, solver)
+    if found is None:
+        return loop(problem, tol, h)
+    platform, engine = found
+
+    def kernel(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+        x = engine(problem, tol, limit, h)
+        size, count = jnp.zeros_like(x.half_width), jnp.zeros_like(x.steps)
+        return Loop(x.h, x.c, size, x.noise, x.h, x.c, x.half_width, count, x.steps, x.status, ())
+
+    return lax.platform_dependent(problem, tol, h, **{platform: kernel}, default=loop)
 
 
 def _iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:

@@ -9,8 +9,9 @@ import robustreg
 
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
-    ("_tree", "_host", "_files", "_progress", "_settings"),
-    ("store",),
+    ("_tree", "_host", "_files", "_progress", "_settings", "_ffi"),
+    ("store", "_nvrtc"),
+    ("resident_kernel",),
     ("divergences", "patterns", "axes", "parameters", "elimination"),
     ("conjugates", "worst_cases"),
     ("regularisers", "transitions"),
@@ -19,7 +20,7 @@ LAYERS = (
     ("bellman", "sharding"),
     ("linear", "groups"),
     ("implicit", "solvers"),
-    ("solution",),
+    ("solution", "resident"),
     ("solve", "table"),
     ("adversary", "budgets", "certificates", "problems", "interop", "baselines"),
     ("guarantees", "calibration", "robust_sets", "plan", "pooled", "play", "sweep_outputs"),
