@@ -7,8 +7,8 @@
   and as successor lists; `mixed`: discounts .9, .99 and .999 in one call against the three apart; `orders`: alpha .5,
   1.5, 2. Methods: *vmapped hand*, `jit(vmap(while_loop))` of soft value iteration with a sup-norm stop; *careful hand*,
   relative value iteration with the lanes last, stopped by the span, whose answer is the midpoint; *loop*, `rr.solve`
-  with `ROBUSTREG_KERNEL=0`; *solve*, `rr.solve` as it is. All are jitted functions of beta that return the values, as
-  the hand-written ones do; *everything* is `rr.solve` with all that it returns.
+  with `ROBUSTREG_KERNEL=0`; *solve*, with `ROBUSTREG_KERNEL=1`. All are jitted functions of beta that return the
+  values, as the hand-written ones do; *everything* is `rr.solve` with all that it returns.
 * `kernel`: the kernel alone, and its arithmetic. `sweep`: `rr.sweep` to a million cells. `single`: one problem, value
   and value with gradient, warm and first call. `states`: one MDP of up to ten million states. `rest`: gradients of many
   lanes, a game, one-step layers. `tf32`: certificates where products of matrices are forced into TF32.
@@ -75,8 +75,7 @@ def timed(function: Callable[[], Any], most: int = 7, seconds: float = 1.0) -> t
 def measured(run: Callable[..., Any], betas: jax.Array, kernel: bool = True) -> tuple[Any, Row]:
     """What a function of beta returns, and how long it takes; without the kernel, every solve is left to the loop."""
     jax.clear_caches()  # the setting is read when a solve is traced
-    if not kernel:
-        os.environ["ROBUSTREG_KERNEL"] = "0"
+    os.environ["ROBUSTREG_KERNEL"] = str(int(kernel))
     try:
         seconds, first = timed(lambda: run(betas))
         return run(betas), {"seconds": seconds, "per_second": betas.size / seconds, "first_s": first}

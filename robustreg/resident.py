@@ -12,8 +12,9 @@ actions and 16 successors, 2,048 states. The kernel is compiled for the sizes at
 brings (about a second, once per process and sizes), and checked against a small problem before it is used; where that
 fails, the loop takes over with one warning.
 
-`ROBUSTREG_KERNEL=0` in the environment leaves everything to the loop. It is read when a solve is traced: set it before
-the first one. A program that `jax.export` is to carry to other machines has to be traced so: a kernel that is compiled
+It has been compared with the loop emulated on a CPU, and compiled for GPUs, but has not run on one yet: so it is used
+only where `ROBUSTREG_KERNEL=1` is set in the environment. That is read when a solve is traced: set it before the first
+one. A program that `jax.export` is to carry to other machines has to be traced without it: a kernel that is compiled
 here is not part of it.
 """
 

@@ -127,8 +127,8 @@ def cuda() -> Carrier | None:
 
 
 def carrier() -> Carrier | None:
-    """Where kernels run in this process; None: nowhere."""
-    return None if os.environ.get("ROBUSTREG_KERNEL") == "0" else cuda()
+    """Where kernels run in this process; None: nowhere, or nobody asked for them."""
+    return cuda() if os.environ.get("ROBUSTREG_KERNEL") == "1" else None
 
 
 @functools.cache

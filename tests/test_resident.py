@@ -5,6 +5,7 @@ that is known in float64, and that lanes end with the same status.
 """
 
 import dataclasses
+import os
 import shutil
 from typing import Any
 
@@ -20,6 +21,12 @@ from robustreg import bellman, resident_kernel
 from robustreg.solve import iterate
 
 DTYPE = np.float32
+
+# What takes minutes where the kernel is emulated, and says little that the others do not. A card runs everything.
+WHOLE = pytest.mark.skipif(
+    os.environ.get("ROBUSTREG_TEST_KERNEL") != "all" and jax.default_backend() != "gpu",
+    reason="minutes of emulation: set ROBUSTREG_TEST_KERNEL=all",
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +95,13 @@ BETAS = (1e-3, 0.3, 10.0, 1e4)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "name"), [("dense", "KL"), ("dense", "alpha 1.5"), ("successors", "alpha .5"), ("successors", "alpha 2")]
+    ("kind", "name"),
+    [
+        ("dense", "KL"),
+        pytest.param("dense", "alpha 1.5", marks=WHOLE),
+        ("successors", "alpha .5"),
+        pytest.param("successors", "alpha 2", marks=WHOLE),
+    ],
 )
 def test_every_case(twice, kind, name):
     """Nine problems, with termination, masks, ties, slow mixing, bandits; betas and discounts from end to end."""
@@ -116,7 +129,15 @@ def stack_of(stack, kind, discount, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "name"), [(4, "alpha .5"), (4, "alpha 1.5"), (16, "KL"), (16, "alpha 2")])
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        (4, "alpha .5"),
+        pytest.param(4, "alpha 1.5", marks=WHOLE),
+        (16, "KL"),
+        pytest.param(16, "alpha 2", marks=WHOLE),
+    ],
+)
 def test_grids(twice, size, name):
     """Neighbour lists that actions share, in registers; several states per thread; no episode ends."""
     discount = np.array([0.0, 0.9, 0.99, 0.999])[:, None]
@@ -277,6 +298,7 @@ def test_vmap_and_gradients(twice):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), loop, kernel)
 
 
+@WHOLE
 def test_graphs_of_their_own(twice):
     """`vmap` over successor lists: every lane its own graph."""
     ones = [rr.problems.garnet(20, 3, 2, 0.9, seed=i, dtype=DTYPE) for i in range(3)]
@@ -323,6 +345,7 @@ def test_a_kernel_that_fails_its_test_is_not_used(carrier, monkeypatch):
     jax.clear_caches()
 
 
+@WHOLE
 def test_sweeps_calibrations_and_games(twice):
     """What is built on solves is as it was: tables, the strength for a guarantee, explicit play."""
     m = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
@@ -360,7 +383,11 @@ def test_lowering_for_a_card_needs_none(monkeypatch):
     jax.clear_caches()
 
 
-def test_the_environment_turns_it_off(monkeypatch):
-    """`ROBUSTREG_KERNEL=0`."""
-    monkeypatch.setenv("ROBUSTREG_KERNEL", "0")
+def test_the_environment_turns_it_on(monkeypatch):
+    """`ROBUSTREG_KERNEL=1`, and nothing else."""
+    monkeypatch.setattr(resident_kernel, "cuda", lambda: "a card")
+    for value, found in (("1", "a card"), ("0", None), ("", None)):
+        monkeypatch.setenv("ROBUSTREG_KERNEL", value)
+        assert resident_kernel.carrier() == found
+    monkeypatch.delenv("ROBUSTREG_KERNEL")
     assert resident_kernel.carrier() is None
