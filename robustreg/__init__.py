@@ -20,6 +20,7 @@ from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium, load, save
 from robustreg.masks import restricted
 from robustreg.mdp import MDP, mdp
+from robustreg.names import Names
 from robustreg.pooled import Features, SharedBudget
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
@@ -31,6 +32,7 @@ from robustreg.store import SweepError
 from robustreg.successors import Successors
 from robustreg.sweep import sweep
 from robustreg.table import Table
+from robustreg.table_input import from_table
 from robustreg.transitions import Dense, MatrixFree, Transitions
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __all__ = [
     "HalfSpace",
     "MatrixFree",
     "ModifiedPolicyIteration",
+    "Names",
     "Newton",
     "Orthant",
     "Regulariser",
@@ -75,6 +78,7 @@ __all__ = [
     "entropy",
     "evaluate",
     "from_gymnasium",
+    "from_table",
     "guarantee",
     "kl",
     "load",

@@ -10,12 +10,15 @@ import robustreg
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
     ("_tree", "_host", "_files", "_progress", "_settings"),
-    ("store",),
+    ("store", "names"),
+    ("containers", "table_forms"),
     ("divergences", "patterns", "axes", "parameters", "elimination"),
     ("conjugates", "worst_cases"),
     ("regularisers", "transitions"),
     ("successors", "gauge", "masks", "ranges"),
+    ("function_checks", "rewards"),
     ("mdp",),
+    ("table_input",),
     ("bellman", "sharding"),
     ("linear", "groups"),
     ("implicit", "solvers"),
