@@ -28,6 +28,7 @@ from robustreg.sharding import shard
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
+from robustreg.stacking import stack
 from robustreg.store import SweepError
 from robustreg.successors import Successors
 from robustreg.sweep import sweep
@@ -92,6 +93,7 @@ __all__ = [
     "slack",
     "solve",
     "solve_game",
+    "stack",
     "sweep",
     "worst_case",
 ]

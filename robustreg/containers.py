@@ -64,6 +64,11 @@ def _is_jax_sparse(x: Any) -> bool:
     return type(x).__module__.startswith("jax.experimental.sparse")
 
 
+def _lists_entries(x: Any) -> bool:
+    """Whether `x` is a sparse array of JAX or pydata, of any number of axes."""
+    return _is_jax_sparse(x) or hasattr(x, "coords") and hasattr(x, "todense")
+
+
 def plain(name: str, x: Any, states: Sequence[Hashable] | None = None) -> Any:
     """Convert what holds an array in a form of its own.
 
@@ -89,7 +94,7 @@ def plain(name: str, x: Any, states: Sequence[Hashable] | None = None) -> Any:
         if np.ma.is_masked(x):
             raise ValueError(f"{name} is a masked array, and what it hides has no number; pass x.filled(number)")
         return np.asarray(x)
-    if _is_jax_sparse(x) or hasattr(x, "coords") and hasattr(x, "todense"):
+    if _lists_entries(x):
         return _sparse(x)
     if is_sparse(x):
         return x
@@ -180,10 +185,10 @@ def transitions(x: Any, layout: str | None) -> Kernel:
     for frame in frames:
         if set(named_rows(frame) or ()) != set(states or ()):
             raise ValueError("transitions name other states in one matrix than in the first; give all the same rows")
-    if (_is_jax_sparse(x) or hasattr(x, "coords")) and getattr(x, "ndim", 0) == 3 and not _host.is_traced(x):
+    if _lists_entries(x) and x.ndim == 3 and not _host.is_traced(x):
         split = _split(x, layout)
         return Kernel(x.todense()) if split is None else Kernel(split, True)
-    sparse = isinstance(x, (list, tuple)) and any(_is_jax_sparse(part) or is_sparse(part) for part in x)
+    sparse = isinstance(x, (list, tuple)) and any(_lists_entries(part) or is_sparse(part) for part in x)
     data = plain("transitions", x, states)
     if actions is None and not sparse:
         return Kernel(data, layout == "ass", states)

@@ -162,9 +162,10 @@ def _twice(read: Columns, rows: np.ndarray) -> str:
             continue
         rewards = f"rewards {read.reward[j]:g} and {read.reward[i]:g}"
         same = "the same reward" if read.reward[i] == read.reward[j] else f"contradictory {rewards}"
-        places = read.place(j) if read.place(i) == read.place(j) else f"{read.place(j)} and {read.place(i)}"
+        one = read.place(i) == read.place(j)
+        places = f"{read.place(j)} leads twice" if one else f"{read.place(j)} and {read.place(i)} both lead"
         return (
-            f"; {places} leads to {read.successor[i]!r} twice, with {same}: if that is one transition, keep one of the "
+            f"; {places} to {read.successor[i]!r}, with {same}: if that is one transition, keep one of the "
             "two; if it is two chances, their probabilities add up and the reward is their average by probability"
         )
     return ""

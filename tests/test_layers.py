@@ -19,7 +19,7 @@ LAYERS = (
     ("function_checks", "rewards"),
     ("mdp",),
     ("table_input",),
-    ("bellman", "sharding"),
+    ("bellman", "sharding", "stacking", "readings"),
     ("linear", "groups"),
     ("implicit", "solvers"),
     ("solution",),
