@@ -14,6 +14,7 @@ from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, wor
 from robustreg.baselines import Entropy, entropy
 from robustreg.budgets import Box, StatesOnly
 from robustreg.calibration import calibrate, critical_beta
+from robustreg.cassandra_files import from_cassandra
 from robustreg.certificates import Certificate, certify
 from robustreg.game import Game, solve_game
 from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
@@ -22,6 +23,7 @@ from robustreg.masks import restricted
 from robustreg.mdp import MDP, mdp
 from robustreg.names import Names
 from robustreg.pooled import Features, SharedBudget
+from robustreg.prism_files import from_prism
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
 from robustreg.sharding import shard
@@ -78,7 +80,9 @@ __all__ = [
     "critical_beta",
     "entropy",
     "evaluate",
+    "from_cassandra",
     "from_gymnasium",
+    "from_prism",
     "from_table",
     "guarantee",
     "kl",

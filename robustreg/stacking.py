@@ -64,8 +64,9 @@ def stack(problems: Sequence[tuple[MDP, Regulariser]]) -> Stack:
         first, second = stacked.cut(rr.solve(stacked.mdp, stacked.reg))
 
     Args:
-        problems: pairs of an MDP and a regulariser without batch axes; regularisers of one kind (KL is an alpha-divergence). Transitions that are
-            lists of successors stay such where the lists of all together are short, else rows are written out.
+        problems: pairs of an MDP and a regulariser without batch axes; regularisers of one kind, except that KL goes
+            with alpha. Lists of successors stay such where those of all problems together are short, else rows are
+            written out.
 
     Returns:
         A `Stack`: `mdp`, `reg` and `sizes`. Names and grids of the problems are left with them.

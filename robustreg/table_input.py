@@ -10,7 +10,6 @@ with rows of their own before those that are only led to; names that are exactly
 """
 
 import dataclasses
-import os
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
@@ -206,10 +205,3 @@ def numbered_table(table: Any, n_states: int) -> tuple[Columns, dict[Hashable, i
 def is_numbered(table: Any) -> bool:
     """Tell whether all states of a table `P[s][a]` are numbers."""
     return not isinstance(table, Mapping) or all(isinstance(s, (int, np.integer)) for s in table)
-
-
-def read_file(path: str, discount: float, initial: Any = None, columns: Any = None, normalise: bool = False) -> MDP:
-    """Build the MDP of a CSV file; see `from_table`."""
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}")
-    return from_table(path, discount, initial=initial, columns=columns, normalise=normalise)
