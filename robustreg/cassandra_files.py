@@ -245,10 +245,8 @@ class _Reader:
             reward=reward[a, s, t],
             done=np.zeros(len(s), bool),
             place=lambda i: f"{self.path}, line {self.lines[a[i], s[i], t[i]]}",
-            states=[],
-            actions=[],
         )
         names = Names(states, actions)
-        numbers = ({name: i for i, name in enumerate(x)} for x in (states, actions))
-        m = assemble(read, *numbers, discount, self.start if initial is None else initial)
+        of_state, of_action = ({name: i for i, name in enumerate(x)} for x in (states, actions))
+        m = assemble(read, of_state, of_action, discount, self.start if initial is None else initial)
         return dataclasses.replace(m, names=names)

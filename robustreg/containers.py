@@ -180,14 +180,13 @@ def transitions(x: Any, layout: str | None) -> Kernel:
     actions = None
     if isinstance(x, Mapping):
         actions, x = tuple(x), list(x.values())
+    if _lists_entries(x) and getattr(x, "ndim", 0) == 3 and not _host.is_traced(x):
+        return _of_three_axes(x, layout)
     frames = [part for part in x if named_rows(part) is not None] if isinstance(x, (list, tuple)) else []
     states = named_rows(frames[0]) if frames else None
     for frame in frames:
         if set(named_rows(frame) or ()) != set(states or ()):
             raise ValueError("transitions name other states in one matrix than in the first; give all the same rows")
-    if _lists_entries(x) and x.ndim == 3 and not _host.is_traced(x):
-        split = _split(x, layout)
-        return Kernel(x.todense()) if split is None else Kernel(split, True)
     sparse = isinstance(x, (list, tuple)) and any(_lists_entries(part) or is_sparse(part) for part in x)
     data = plain("transitions", x, states)
     if actions is None and not sparse:
@@ -197,16 +196,16 @@ def transitions(x: Any, layout: str | None) -> Kernel:
     return Kernel(jnp.stack(data) if _host.is_traced(data) else np.stack(data), True, states, actions)
 
 
-def _split(x: Any, layout: str | None) -> list[Matrix] | None:
-    """A sparse array of three axes as one matrix per action; None where its axes cannot be told from its shape."""
+def _of_three_axes(x: Any, layout: str | None) -> Kernel:
+    """A sparse array of three axes as one matrix per action; as it is where its axes cannot be told from its shape."""
     first, middle, last = x.shape
     axis = 1 if layout == "sas" or (layout is None and first == last != middle) else 0
     if first == middle == last and layout is None or x.shape[2] != x.shape[1 - axis]:
-        return None
+        return Kernel(x.todense())
     where, data = _entries(x)
     row = where[1 - axis]
     mine = [where[axis] == a for a in range(x.shape[axis])]
-    return [Matrix(row[m], where[2][m], data[m], (last, last)) for m in mine]
+    return Kernel([Matrix(row[m], where[2][m], data[m], (last, last)) for m in mine], True)
 
 
 def dense_matrix(x: Any) -> Any:

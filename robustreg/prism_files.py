@@ -94,43 +94,50 @@ def from_prism(
     path = Path(path)
     model = _transitions(path)
     found = _beside(path, _REWARDS) if rewards is None else _several(rewards)
-    earned = [_rewards(Path(file), model) for file in found]
-    lab = labels if labels is not None else next(iter(_beside(path, (".lab",))), None)
+    reward = sum((_rewards(Path(file), model) for file in found), np.zeros(len(model.state)))
+    (lab,), (sta,) = ([x] if x else _beside(path, (s,))[:1] or [None] for x, s in ((labels, ".lab"), (states, ".sta")))
     by_label = {} if lab is None else _labels(Path(lab), model.n_states)
     over = _ending(by_label, ends, path)
-    sta = states if states is not None else next(iter(_beside(path, (".sta",))), None)
     names = list(range(model.n_states)) if sta is None else _states(Path(sta), model.n_states)
-    actions = _action_names(model)
-    kept = [i for i, s in enumerate(model.state) if s not in over]
-    choices = [_named(model, i, actions) for i in kept]
-    reward = sum((x[kept] for x in earned), np.zeros(len(kept)))
-    read = Columns(
-        state=[names[model.state[i]] for i in kept],
-        action=choices,
-        successor=[names[model.successor[i]] for i in kept],
-        probability=model.probability[kept],
-        reward=reward,
-        done=np.zeros(len(kept), bool),
-        place=lambda k: f"{path}, line {model.lines[kept[k]].number}",
-        states=[],
-        actions=[],
-    )
-    numbers = {name: s for s, name in enumerate(names)}
-    of_action = {name: a for a, name in enumerate(dict.fromkeys(choices))}
-    if actions is None:
-        of_action = {a: a for a in range(max(choices, default=-1) + 1)}
-    if not of_action:
-        raise ValueError(f"{path}: no state has a choice, so that there is nothing to decide")
+    read, of_action = _columns(model, reward, names, over)
     if initial is None and by_label.get("init"):
         initial = np.bincount(sorted(by_label["init"]), minlength=model.n_states) / len(by_label["init"])
-    m = assemble(read, numbers, of_action, discount, initial, normalise)
-    acting = {model.state[i] for i in kept}
-    return dataclasses.replace(m, names=Names(names, of_action, set(range(model.n_states)) - acting))
+    of_state = {name: s for s, name in enumerate(names)}
+    m = assemble(read, of_state, of_action, discount, initial, normalise)
+    without = set(of_state.values()) - {of_state[name] for name in read.state}
+    return dataclasses.replace(m, names=Names(names, of_action, without))
+
+
+def _columns(
+    model: "Model", reward: np.ndarray, names: Sequence[Hashable], over: set[int]
+) -> tuple[Columns, dict[Any, int]]:
+    """The transitions out of states that are not over, and numbers of the actions by name."""
+    kept = [i for i, s in enumerate(model.state) if s not in over]
+    labels = _action_names(model)
+    if labels is None:
+        actions: list[Any] = [model.choice[i] for i in kept]
+        of_action = {a: a for a in range(max(actions, default=-1) + 1)}
+    else:
+        actions = [labels[model.state[i], model.choice[i]] for i in kept]
+        of_action = {name: a for a, name in enumerate(dict.fromkeys(actions))}
+    if not of_action:
+        raise ValueError(f"{model.path}: no state has a choice, so that there is nothing to decide")
+    read = Columns(
+        state=[names[model.state[i]] for i in kept],
+        action=actions,
+        successor=[names[model.successor[i]] for i in kept],
+        probability=model.probability[kept],
+        reward=reward[kept],
+        done=np.zeros(len(kept), bool),
+        place=lambda k: f"{model.path}, line {model.lines[kept[k]].number}",
+    )
+    return read, of_action
 
 
 class Model(NamedTuple):
     """The transitions of a file, one entry per line each; `choice` is 0 in a chain."""
 
+    path: Path
     n_states: int
     state: list[int]
     choice: list[int]
@@ -189,8 +196,8 @@ def _transitions(path: Path) -> Model:
         labels.append(words[4] if len(words) > 4 else "")
     if len(body) != counts[-1]:
         raise head.error(f"announces {counts[-1]} transitions, but {len(body)} follow: the file is not whole")
-    state, choice, successor, probability = (list(x) for x in zip(*rows)) if rows else ([], [], [], [])
-    model = Model(n, state, choice, successor, np.array(probability, float), labels, body, chain)
+    state, choice, successor, probability = ([row[k] for row in rows] for k in range(4))
+    model = Model(path, n, state, choice, successor, np.array(probability, float), labels, body, chain)
     if chain:
         _refuse_rates(model)
     return model
@@ -270,8 +277,8 @@ def _states(path: Path, n_states: int) -> list[Hashable]:
     names: dict[int, Hashable] = {}
     for line in lines:
         number, _, values = line.text.partition(":")
-        values = tuple(_value(x) for x in values.strip().strip("()").split(","))
-        names[line.whole(number.strip(), "a state", n_states)] = values if len(values) > 1 else values[0]
+        found = [_value(x) for x in values.strip().strip("()").split(",")]
+        names[line.whole(number.strip(), "a state", n_states)] = tuple(found) if len(found) > 1 else found[0]
     if len(names) != n_states:
         raise ValueError(f"{path} names {len(names)} states, the transitions are between {n_states}")
     return [names[s] for s in range(n_states)]
@@ -291,8 +298,3 @@ def _action_names(model: Model) -> dict[tuple[int, int], str] | None:
         if not label or names.setdefault((state, choice), label) != label:
             return None
     return names if len({(state, label) for (state, _), label in names.items()}) == len(names) else None
-
-
-def _named(model: Model, i: int, actions: dict[tuple[int, int], str] | None) -> Any:
-    key = model.state[i], model.choice[i]
-    return model.choice[i] if actions is None else actions[key]

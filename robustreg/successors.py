@@ -55,7 +55,7 @@ class Successors(Transitions):
         """See `Transitions`."""
         return self.indices.shape[-1]
 
-    def _prepared(self) -> "Successors":
+    def _prepared(self) -> Transitions:
         """With the pattern of its indices."""
         if self.indices.ndim > 3:
             return self._joined()._prepared()

@@ -40,15 +40,15 @@ class Columns(NamedTuple):
         states, actions: names that are known apart from the rows, in their order.
     """
 
-    state: list[Hashable]
-    action: list[Hashable]
-    successor: list[Hashable]
+    state: list[Any]
+    action: list[Any]
+    successor: list[Any]
     probability: np.ndarray
     reward: np.ndarray
     done: np.ndarray
     place: Callable[[int], str]
-    states: list[Hashable]
-    actions: list[Hashable]
+    states: Sequence[Any] = ()
+    actions: Sequence[Any] = ()
 
 
 def read(table: Any, columns: Mapping[str, str] | None) -> Columns:
@@ -154,10 +154,18 @@ def _checked(taken: Mapping[str, list[Any]], place: Callable[[int], str]) -> Col
             if not done[i]:
                 raise ValueError(f"{place(i)} has no successor; only a row with done may leave it out")
             names["successor"][i] = None
-    return Columns(*names.values(), *numbers.values(), done, place, [], [])
+    return Columns(
+        state=names["state"],
+        action=names["action"],
+        successor=names["successor"],
+        probability=numbers["probability"],
+        reward=numbers["reward"],
+        done=done,
+        place=place,
+    )
 
 
-def _names(role: str, column: list[Any], place: Callable[[int], str]) -> list[Hashable]:
+def _names(role: str, column: list[Any], place: Callable[[int], str]) -> list[Any]:
     """Names of one column; whole numbers that came as floats, as they do from arrays, are whole again."""
     found = [x.item() if isinstance(x, np.generic) else x for x in column]
     for i, name in enumerate(found):
@@ -330,7 +338,7 @@ def _outcome(item: Any, where: str, lengths: tuple[int, ...]) -> tuple[Any, ...]
         if len(item) not in lengths:
             raise TypeError
         probability, successor, reward = item[:3]
-        float(probability), float(reward)
+        probability, reward = float(probability), float(reward)
     except (TypeError, ValueError):
         form = f"(probability, successor, reward{'[, done]' if optional else ', terminated'})"
         raise ValueError(f"{where} holds {item!r}; expected {form}") from None

@@ -196,7 +196,7 @@ def numbered_table(table: Any, n_states: int) -> tuple[Columns, dict[Hashable, i
     for action in read.actions:
         if not isinstance(action, (int, np.integer)) or action < 0:
             raise ValueError(f"P has an action {action!r}; actions are numbered from 0, or see rr.from_table")
-    count = max((int(action) for action in read.actions), default=-1) + 1
+    count = max(map(int, read.actions), default=-1) + 1
     if not read.state:
         raise ValueError("P has no states, or none of their actions; expected P[s][a] = [(probability, ...), ...]")
     return read, {s: s for s in range(n_states)}, {a: a for a in range(count)}
