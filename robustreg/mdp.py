@@ -42,6 +42,7 @@ class MDP:
         grid: (rows, columns) where states are cells in row-major order, for figures; no solver reads it.
         available: whether state s has action a, `[*B, S, A]` booleans, or None for always; see `robustreg.masks`.
         names: of states and actions, or None; see `robustreg.names`. No solver reads them.
+        raw: whether the mask is a leaf of truth values, as the library's own programs take it.
     """
 
     transitions: Transitions
@@ -51,8 +52,9 @@ class MDP:
     initial: Array
     termination: Array | None = None
     grid: tuple[int, int] | None = _tree.static(default=None)
-    available: Array | None = None
+    available: Array | None = _tree.discrete(bool, default=None)
     names: Names | None = _tree.static(default=None)
+    raw: bool = _tree.static(default=False, repr=False)
 
     @property
     def n_states(self) -> int:
@@ -91,7 +93,8 @@ class MDP:
     def _prepared(self) -> "MDP":
         """Cast to the working precision, and add what can be known of transitions before they are traced."""
         m = self._canonical()
-        return dataclasses.replace(m, transitions=m.transitions._prepared(), names=None)  # names compile nothing anew
+        # Names are left off: they would compile everything anew.
+        return dataclasses.replace(m, transitions=m.transitions._prepared(), names=None, raw=True)
 
     def _canonical(self) -> "MDP":
         """Cast every floating leaf to the working precision; see `_host.canonical`."""

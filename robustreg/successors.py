@@ -27,11 +27,13 @@ class Successors(Transitions):
             `[*B, S, A, K]`, as `jax.tree.map(jnp.stack, ...)` makes them, are joined in one list before they are used.)
         probabilities: `[*B, S, A, K]`; padding has probability 0. Repeated successors add up.
         pattern: of these indices, see `robustreg.patterns`; `_prepared` finds it, leave it alone.
+        raw: whether indices are a leaf of integers, as the library's own programs take it (see `robustreg._discrete`).
     """
 
-    indices: Array
+    indices: Array = _tree.discrete(int)
     probabilities: Array
     pattern: patterns.Pattern | None = None
+    raw: bool = _tree.static(default=False, repr=False)
 
     @property
     def n_states(self) -> int:
@@ -59,7 +61,7 @@ class Successors(Transitions):
         """With the pattern of its indices."""
         if self.indices.ndim > 3:
             return self._joined()._prepared()
-        return Successors(self.indices, self.probabilities, patterns.find(self.indices))
+        return Successors(self.indices, self.probabilities, patterns.find(self.indices), raw=True)
 
     def _joined(self) -> Transitions:
         """The kernel of lanes whose lists differ: with lists of the successors of all, or written out where shorter."""

@@ -9,6 +9,7 @@ import robustreg
 
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
+    ("_discrete",),
     ("_tree", "_host", "_files", "_progress", "_settings"),
     ("store", "names"),
     ("containers", "table_forms"),
