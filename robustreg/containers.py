@@ -8,6 +8,7 @@ array, a JAX array or tracer as it was, or per action a matrix with `tocoo`, all
 another order are put in the order of the first frame's rows: by position, they would be another problem.
 """
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -178,6 +179,8 @@ def transitions(x: Any, layout: str | None) -> Kernel:
         ValueError: matrices of actions that name different states.
     """
     actions = None
+    if hasattr(x, "probabilities"):
+        return Kernel(dataclasses.replace(x, probabilities=plain("transitions.probabilities", x.probabilities)))
     if isinstance(x, Mapping):
         actions, x = tuple(x), list(x.values())
     if _lists_entries(x) and getattr(x, "ndim", 0) == 3 and not _host.is_traced(x):

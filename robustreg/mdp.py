@@ -215,7 +215,7 @@ def _read(came: containers.Kernel, layout: str | None) -> tuple[Any, Any]:
     if layout not in (None, "sas", "ass"):
         raise ValueError(f'layout must be "sas" ([S, A, S]) or "ass" ([A, S, S]), got {layout!r}')
     if isinstance(transitions, Dense):
-        return _dense(containers.plain("transitions", transitions.probabilities), "sas"), transitions.probabilities
+        return _dense(transitions.probabilities, "sas"), transitions.probabilities
     if isinstance(transitions, Successors):
         return _successors(transitions), transitions.probabilities
     if isinstance(transitions, MatrixFree):
@@ -307,7 +307,7 @@ def _termination(termination: Any, kernel: Any, available: Any) -> Any:
     termination = _host.number("termination", termination)
     core = (kernel.n_states, kernel.n_actions)
     if termination.shape == core[:1]:
-        termination = termination[:, None] + np.zeros(core[1], termination.dtype)
+        termination = termination[:, None] + np.zeros((1, core[1]), termination.dtype)
     _host.expect_shape("termination", termination.shape, core, "S, A", "one probability per (s, a), or [S]")
     termination = masks.fill(termination, available, [[0.0]])
     if _host.is_traced(termination):
