@@ -42,7 +42,7 @@ COMPASS = {"→ right": (1, 0), "← left": (-1, 0), "↓ down": (0, 1), "↑ up
 
 
 def write(
-    out: Path,
+    out: str | Path,
     m: MDP,
     solution: Solution,
     title: str = "",
@@ -65,7 +65,7 @@ def write(
     Returns:
         The paths written.
     """
-    dr = solution.perturbation
+    out, dr = Path(out), solution.perturbation
     if m.names is not None:
         actions = actions or tuple(map(str, m.names.actions))
     if m.grid is not None:
