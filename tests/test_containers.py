@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import xarray as xr
-from jax.experimental import sparse
+from jax.experimental import sparse as jax_sparse
 
 import robustreg
 
 rr: Any = robustreg
+sparse: Any = jax_sparse  # for the type checker: BCOO takes NumPy arrays too
 
 S, A = 4, 2
 RNG = np.random.default_rng(5)

@@ -130,9 +130,7 @@ def test_prism_refusals(folder, name, old, new, words):
 
 def test_rates_below_one(tmp_path):
     (tmp_path / "c.tra").write_text("2 2\n0 1 0.5\n1 0 0.25\n")
-    with pytest.raises(
-        ValueError, match="c.tra, line 2: the numbers of state 0 sum to 0.5, not 1; rates of"
-    ):
+    with pytest.raises(ValueError, match="c.tra, line 2: the numbers of state 0 sum to 0.5, not 1; rates of"):
         rr.from_prism(tmp_path / "c.tra")
 
 
@@ -181,7 +179,7 @@ def test_starts(folder, start, expected):
         ("start: cool", "start: 0.5 0.4 0", "line 6: start has 3 numbers that sum to 0.9"),
         ("discount: 0.9\n", "", "gives no discount; pass one"),
         ("discount: 0.9", "discount: 0.9 0.8", "line 2: 'discount' is followed by 2 words; expected one word"),
-        ("states: cool warm off\n", "", "the states have to be given before"),
+        ("states: cool warm off\n", "", "line 5: start says nothing, or stands before the states"),
     ],
 )
 def test_cassandra_refusals(folder, old, new, words):
@@ -214,7 +212,7 @@ def test_configurations(folder, kind, regulariser, monkeypatch):
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
     job = config.load(Path("..") / "c.toml")
-    m = job.problem.mdp
+    m: Any = job.problem.mdp
     if kind in ("table", "file"):
         assert m.names == expected.names
         np.testing.assert_array_equal(m.reward, expected.reward)

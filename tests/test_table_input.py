@@ -24,7 +24,7 @@ ROWS = [
     ("warm", "push", "off", 0.5, -10.0),
     ("warm", "push", "warm", 0.5, 4.0),
 ]
-NAMED = {
+NAMED: dict[str, dict[str, Any]] = {
     "cool": {"slow": [(1.0, "cool", 1.0)], "fast": [(0.25, "cool", 2.0, False), (0.75, "warm", 3.0)]},
     "warm": {
         "slow": {"cool": (0.5, 1.0), "warm": (0.5, 0.5)},

@@ -49,8 +49,9 @@ def test_gradient_and_one_step(kind):
     assert all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(slopes))
     chex.assert_trees_all_close(jax.jit(jax.grad(objective))(m).reward, slopes.reward, atol=1e-9)
     optimiser = optax.adam(1e-3)
-    updates, _ = optimiser.update(slopes, optimiser.init(m), m)
-    moved = optax.apply_updates(m, updates)
+    with jax.numpy_dtype_promotion("standard"):  # which optax takes for granted
+        updates, _ = optimiser.update(slopes, optimiser.init(m), m)
+        moved: Any = optax.apply_updates(m, updates)
     assert float(abs(moved.reward - m.reward).max()) > 5e-4
     if isinstance(m.transitions, rr.Successors):
         assert moved.transitions.indices.dtype == jnp.int32
@@ -65,7 +66,7 @@ def test_steps_climb():
     m = KINDS["names, mask, ends"]()
     optimiser = optax.sgd(1.0)
     state, before = optimiser.init(m), float(objective(m))
-    program = jax.jit(jax.grad(lambda m: -objective(m)))
+    program: Any = jax.jit(jax.grad(lambda m: -objective(m)))
     for _ in range(5):
         slopes = program(m)
         slopes = dataclasses.replace(jax.tree.map(jnp.zeros_like, slopes), reward=slopes.reward)
@@ -75,7 +76,7 @@ def test_steps_climb():
 
 
 def test_no_program_per_problem():
-    program = jax.jit(objective)
+    program: Any = jax.jit(objective)
     for seed in range(3):
         m = rr.problems.garnet(6, 2, 3, 0.9, seed=seed)
         np.testing.assert_allclose(program(m), objective(m), atol=1e-9)
