@@ -14,23 +14,28 @@ from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, wor
 from robustreg.baselines import Entropy, entropy
 from robustreg.budgets import Box, StatesOnly
 from robustreg.calibration import calibrate, critical_beta
+from robustreg.cassandra_files import from_cassandra
 from robustreg.certificates import Certificate, certify
 from robustreg.game import Game, solve_game
 from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium, load, save
 from robustreg.masks import restricted
 from robustreg.mdp import MDP, mdp
+from robustreg.names import Names
 from robustreg.pooled import Features, SharedBudget
+from robustreg.prism_files import from_prism
 from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
 from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
 from robustreg.sharding import shard
 from robustreg.solution import Solution, SolveError, Status
 from robustreg.solve import solve
 from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
+from robustreg.stacking import stack
 from robustreg.store import SweepError
 from robustreg.successors import Successors
 from robustreg.sweep import sweep
 from robustreg.table import Table
+from robustreg.table_input import from_table
 from robustreg.transitions import Dense, MatrixFree, Transitions
 
 __version__ = "0.1.0"
@@ -50,6 +55,7 @@ __all__ = [
     "HalfSpace",
     "MatrixFree",
     "ModifiedPolicyIteration",
+    "Names",
     "Newton",
     "Orthant",
     "Regulariser",
@@ -74,7 +80,10 @@ __all__ = [
     "critical_beta",
     "entropy",
     "evaluate",
+    "from_cassandra",
     "from_gymnasium",
+    "from_prism",
+    "from_table",
     "guarantee",
     "kl",
     "load",
@@ -88,6 +97,7 @@ __all__ = [
     "slack",
     "solve",
     "solve_game",
+    "stack",
     "sweep",
     "worst_case",
 ]

@@ -22,6 +22,8 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
+from robustreg import _discrete
+
 _T = TypeVar("_T")
 
 
@@ -31,7 +33,15 @@ def static(**options: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **options)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def discrete(kind: type, **options: Any) -> Any:
+    """A dataclass field that holds whole numbers (`int`) or truth values (`bool`), and is a leaf of floating numbers.
+
+    See `robustreg._discrete`. An instance with a true static field `raw` has it as a leaf as it is.
+    """
+    return dataclasses.field(metadata={"discrete": kind}, **options)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static, discrete, dataclasses.field))
 def dataclass(cls: type[_T]) -> type[_T]:
     """Make `cls` a frozen dataclass and register it as a pytree.
 
@@ -54,15 +64,21 @@ def _register(cls: type[_T]) -> type[_T]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # decorated one line above
     data = tuple(f.name for f in fields if not f.metadata.get("static", False))
     meta = tuple(f.name for f in fields if f.metadata.get("static", False))
+    kinds = tuple(f.metadata.get("discrete") for f in fields if f.name in data)
 
     def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(getattr(x, n) for n in data), (cls, *(getattr(x, n) for n in meta))
+        leaves = tuple(getattr(x, n) for n in data)
+        if any(kinds) and not x.raw:
+            leaves = _discrete.as_leaves(leaves, kinds)
+        return leaves, (cls, *(getattr(x, n) for n in meta))
 
     def flatten_with_keys(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         leaves, static = flatten(x)
         return tuple((jax.tree_util.GetAttrKey(n), leaf) for n, leaf in zip(data, leaves)), static
 
     def unflatten(static: tuple[Any, ...], leaves: Any) -> Any:
+        if any(kinds):
+            leaves = _discrete.from_leaves(leaves, kinds)
         return cls(**dict(zip(data, leaves)), **dict(zip(meta, static[1:])))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

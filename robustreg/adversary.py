@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, implicit, linear, masks, solvers
+from robustreg import _host, _tree, bellman, implicit, linear, masks, readings, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Status
@@ -178,6 +178,7 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
     if reward is not None:
         reward = jnp.asarray(reward, mdp.dtype)
         _host.expect_shape("reward", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
+    readings.refuse_states_as_lanes(mdp, reg, *(readings.shape_of(x, 2) for x in (policy, reward)))
     return _evaluate(mdp._prepared(), policy, reg, reward)
 
 
@@ -238,6 +239,7 @@ def nominal_optimum(mdp: MDP, reg: Regulariser | None = None) -> Array:
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     if reg is not None:
         _host.expect_type(reg, Regulariser, "second argument", "kl")
+    readings.refuse_states_as_lanes(mdp)
     return _nominal_optimum(mdp._prepared(), None if reg is None else reg.log_prior)
 
 
@@ -295,6 +297,7 @@ def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
         gradient of the return in the reward.
     """
     policy = _policy(mdp, policy)
+    readings.refuse_states_as_lanes(mdp, None, readings.shape_of(policy, 2))
     return _occupancy(mdp._prepared(), policy)
 
 

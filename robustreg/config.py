@@ -9,6 +9,7 @@ kind = "gymnasium"
 id = "FrozenLake-v1"
 discount = 0.99
 kwargs = { map_name = "8x8" }  # for gymnasium.make
+# Or kind = "table" with the path of a CSV file, "file" (of robustreg.save), "prism" (.tra) or "cassandra" (.mdp).
 
 [regulariser]
 kind = "kl"
@@ -45,7 +46,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robustreg import interop, problems, regularisers, solvers
+from robustreg import baselines, interop, problem_files, problems, regularisers, solvers
 from robustreg.mdp import MDP
 
 
@@ -131,6 +132,21 @@ def _marks(environment: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(int(s) for s in states) for name, states in found.items() if len(states)}
 
 
+def _named(m: MDP, path: str) -> Problem:
+    """A problem that came from a file, with its own names."""
+    return Problem(m, Path(path).stem, actions=() if m.names is None else tuple(map(str, m.names.actions)))
+
+
+def _from_file(read: Callable[..., MDP]) -> Callable[..., Problem]:
+    """The constructor of a problem that `read(path, ...)` reads."""
+
+    @functools.wraps(read)
+    def build(**arguments: Any) -> Problem:
+        return _named(read(**arguments), arguments["path"])
+
+    return build
+
+
 @functools.wraps(problems.grid_world)
 def _grid_world(cells: Any, **arguments: Any) -> Problem:
     return Problem(problems.grid_world(cells, **arguments), "grid world", problems.grid_marks(cells), _MOVES)
@@ -153,6 +169,10 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
     "ring": problems.ring,
     "garnet": problems.garnet,
     "garnets": problems.garnets,
+    "file": _from_file(problem_files.saved),
+    "table": _from_file(problem_files.table),
+    "prism": _from_file(problem_files.prism),
+    "cassandra": _from_file(problem_files.cassandra),
 }
 
 
@@ -173,6 +193,7 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
 REGULARISERS: dict[str, Callable[..., Any]] = {
     "kl": _numeric(regularisers.kl),
     "alpha": _numeric(regularisers.alpha),
+    "entropy": _numeric(baselines.entropy),
 }
 
 
@@ -201,9 +222,13 @@ def load(path: str | Path) -> Job:
 def read(path: str | Path) -> dict[str, Any]:
     """The tables of a file."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    problem = table.get("problem")
+    if isinstance(problem, dict) and isinstance(problem.get("path"), str):
+        problem["path"] = problem_files.from_its_folder(problem["path"], Path(path))
+    return table
 
 
 def load_sweep(path: str | Path) -> SweepJob:
@@ -310,7 +335,7 @@ def construct(
         for name, value in arguments.items():
             _check_scalar(name, value, parameters[name].annotation)
         return constructor(**arguments, **supplied)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, OSError) as error:
         raise ConfigError(f"{where} kind {kind!r}: {error}") from error
 
 

@@ -36,12 +36,14 @@ from robustreg.drawing import (
 from robustreg.mdp import MDP
 from robustreg.solution import Solution
 
+_NAMED_STATES = 40  # more names than that run into each other
+
 # Names of actions that say where they lead, as (right, down).
 COMPASS = {"→ right": (1, 0), "← left": (-1, 0), "↓ down": (0, 1), "↑ up": (0, -1), "stay": (0, 0)}
 
 
 def write(
-    out: Path,
+    out: str | Path,
     m: MDP,
     solution: Solution,
     title: str = "",
@@ -58,13 +60,15 @@ def write(
         solution: of one lane.
         title: name of the problem.
         marks: remarkable cells of a grid by name; see `STYLES`.
-        actions: names of the actions; on a grid, those of `COMPASS` give the arrows, and () reads both off the
-            transitions.
+        actions: names of the actions, () for those of the problem; on a grid, those of `COMPASS` give the arrows, and
+            () reads both off the transitions.
 
     Returns:
         The paths written.
     """
-    dr = solution.perturbation
+    out, dr = Path(out), solution.perturbation
+    if m.names is not None:
+        actions = actions or tuple(map(str, m.names.actions))
     if m.grid is not None:
         names, steps = directions(m)
         if actions and set(actions) <= set(COMPASS):
@@ -77,7 +81,9 @@ def write(
     elif m.n_states == 1:
         drawn = {"decision": decision_bars(solution.q, solution.policy, dr, title=title, actions=actions)}
     else:
-        drawn = {"heat_map": heat_map(solution.value, solution.policy, dr, title=title, actions=actions)}
+        states = () if m.names is None else tuple(map(str, m.names.states))
+        shown = heat_map(solution.value, solution.policy, dr, title=title, actions=actions, states=states)
+        drawn = {"heat_map": shown}
     return write_figures(out, drawn)
 
 
@@ -243,6 +249,7 @@ def heat_map(
     *,
     title: str = "",
     actions: Sequence[str] = (),
+    states: Sequence[str] = (),
 ) -> Any:
     """Value, policy and worst-case perturbation of every state, states grouped by their likeliest action.
 
@@ -252,6 +259,7 @@ def heat_map(
         perturbation: `[S, A]`, in reward units.
         title: name of the problem.
         actions: names of the actions.
+        states: names of the states, written where there are few.
     """
     order = np.lexsort((np.asarray(value), np.asarray(policy).argmax(-1)))
     probability, taken = np.asarray(policy)[order].T, np.asarray(perturbation)[order].T
@@ -268,6 +276,9 @@ def heat_map(
     colour_bar(figure, image, bottom, f"perturbation\n(reward units{note})", pad=0.01)
     for axes in (middle, bottom):
         axes.set_yticks(range(len(taken)), _names(actions, len(taken)))
+    if 0 < len(states) <= _NAMED_STATES:
+        long = max(map(len, states)) * len(states) > 80
+        bottom.set_xticks(range(len(states)), [states[s] for s in order], rotation=90 if long else 0)
     bottom.set_xlabel("states, by likeliest action, then by value")
     figure.suptitle(heading(title, "value, policy and worst case (red: taken, blue: given)", ": "))
     return figure

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _host
+from robustreg import _host, table_input
 from robustreg._files import write_whole
-from robustreg.mdp import MDP, mdp
+from robustreg.mdp import MDP
+from robustreg.names import Names
 from robustreg.regularisers import KL, Alpha
 from robustreg.solution import Solution
 from robustreg.successors import Successors
@@ -37,10 +38,11 @@ def from_gymnasium(env: Any, discount: Any = 0.99, *, initial: Any = None) -> MD
 
     Args:
         env: an environment whose `env.unwrapped` has the model `P` (FrozenLake, Taxi, CliffWalking), the name
-            of one, or the table itself, `P[s][a] = [(probability, successor, reward, terminated), ...]`.
+            of one, or the table itself, `P[s][a] = [(probability, successor, reward, terminated), ...]`. States and
+            actions may have names instead of numbers, and actions may be missing: see `from_table`.
         discount: `[*B]`.
-        initial: distribution of the initial state; None takes the environment's `initial_state_distrib`
-            (uniform where there is none).
+        initial: distribution of the initial state; None takes the environment's `initial_state_distrib`, or the `isd`
+            of gym's older `DiscreteEnv` (uniform where there is neither).
 
     Returns:
         An MDP with successor lists. S is that of the environment; transitions with `terminated` add to
@@ -61,10 +63,17 @@ def from_gymnasium(env: Any, discount: Any = 0.99, *, initial: Any = None) -> MD
             "Taxi, CliffWalking) publish one: for others build rr.mdp(...) yourself"
         )
     if initial is None:
-        initial = getattr(inner, "initial_state_distrib", None)
-    kernel, reward, termination = _read_table(table, _n_states(inner, table))
-    m = mdp(kernel, reward, discount, initial, termination)
+        initial = _first_states(inner)
+    if not table_input.is_numbered(table):
+        return table_input.from_table(table, discount, initial=initial)
+    m = table_input.assemble(*table_input.numbered_table(table, _n_states(inner, table)), discount, initial)
     return dataclasses.replace(m, grid=_grid(inner, m.n_states))
+
+
+def _first_states(env: Any) -> Any:
+    """Where episodes start: Gymnasium's name for it, or `isd` of gym's `DiscreteEnv`; None where neither is there."""
+    found = (getattr(env, name, None) for name in ("initial_state_distrib", "isd"))
+    return next((x for x in found if x is not None), None)
 
 
 def _make(name: str) -> Any:
@@ -76,7 +85,7 @@ def _make(name: str) -> Any:
 
 
 def _n_states(env: Any, table: Any) -> int:
-    n = int(getattr(getattr(env, "observation_space", None), "n", len(table)))
+    n = int(getattr(getattr(env, "observation_space", None), "n", getattr(env, "nS", len(table))))
     if n != len(table):
         raise ValueError(f"P lists {len(table)} states, observation_space {n}; give every state its actions")
     return n
@@ -87,51 +96,6 @@ def _grid(env: Any, n_states: int) -> tuple[int, int] | None:
     shape = getattr(env, "shape", None) or (getattr(env, "nrow", 0), getattr(env, "ncol", 0))
     fits = len(shape) == 2 and shape[0] * shape[1] == n_states
     return (int(shape[0]), int(shape[1])) if fits else None
-
-
-def _read_table(table: Any, n_states: int) -> tuple[Successors, np.ndarray, np.ndarray]:
-    """Successors, expected reward `[S, A]` and termination `[S, A]` of `P[s][a]`."""
-    states = [_entry(table, s, "P") for s in range(n_states)]
-    n_actions = len(states[0]) if states else 0
-    if n_actions == 0:
-        raise ValueError("P has no states, or none of their actions; expected P[s][a] = [(probability, ...), ...]")
-    entries = []
-    for s, actions in enumerate(states):
-        if len(actions) != n_actions:
-            raise ValueError(f"P[{s}] has {len(actions)} actions, P[0] {n_actions}; list every action everywhere")
-        for a in range(n_actions):
-            entries += [_step(item, s, a, n_states, n_actions) for item in _entry(actions, a, f"P[{s}]")]
-    columns = np.array(entries, np.float64).reshape(-1, 5).T
-    row, successor = columns[0].astype(np.int64), columns[2].astype(np.int64)
-    probability, reward, ends = columns[1], columns[3], columns[4] > 0
-    shape = (n_states, n_actions)
-
-    def per_row(x: np.ndarray) -> np.ndarray:
-        return np.bincount(row, weights=x, minlength=n_states * n_actions).reshape(shape)
-
-    packed: Any = _host.pack_successors(row[~ends], successor[~ends], probability[~ends], *shape)
-    return Successors(*packed), per_row(probability * reward), per_row(probability * ends)
-
-
-def _entry(table: Any, key: int, name: str) -> Any:
-    try:
-        return table[key]
-    except (KeyError, IndexError):
-        raise ValueError(f"{name} has no entry {key}; states and actions are numbered from 0") from None
-
-
-def _step(item: Any, s: int, a: int, n_states: int, n_actions: int) -> tuple[float, ...]:
-    where = f"P[{s}][{a}]"
-    try:
-        probability, successor, reward, terminated = item
-        probability, reward, successor = float(probability), float(reward), successor + 0
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} holds {item!r}; expected (probability, successor, reward, terminated)") from None
-    if not 0 <= successor < n_states or successor != int(successor):
-        raise ValueError(f"{where} leads to state {successor}; states are 0..{n_states - 1}")
-    if not probability >= 0:
-        raise ValueError(f"{where} has probability {probability}; probabilities must be finite and not negative")
-    return (s * n_actions + a, probability, successor, reward, bool(terminated))
 
 
 # ---- SciPy
@@ -243,6 +207,9 @@ def _flatten(obj: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
     for field in dataclasses.fields(obj):
         value = getattr(obj, field.name)
         static = field.metadata.get("static", False)
+        if isinstance(value, Names):
+            fields[field.name] = {"names": value.to_json()}
+            continue
         name = f"{prefix}.{field.name}".lstrip(".")
         fields[field.name] = {"static": value} if static else _flatten(value, name, arrays)
     return {"class": type(obj).__name__, "fields": fields}
@@ -253,6 +220,8 @@ def _rebuild(tree: Any, archive: Any) -> Any:
         return None
     if "array" in tree:
         return jnp.asarray(archive[tree["array"]])
+    if "names" in tree:
+        return Names.from_json(tree["names"])
     if "static" in tree:
         value = tree["static"]
         return tuple(value) if isinstance(value, list) else value

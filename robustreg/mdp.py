@@ -15,14 +15,15 @@ value as a change of 1e-6 in g.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _host, _tree, masks
+from robustreg import _host, _tree, containers, function_checks, masks, rewards
+from robustreg.names import Names, by_name, distribution
 from robustreg.successors import Successors
 from robustreg.transitions import Dense, MatrixFree, Transitions
 
@@ -40,6 +41,8 @@ class MDP:
         termination: probability that the episode ends after (s, a), `[*B, S, A]`, or None for never.
         grid: (rows, columns) where states are cells in row-major order, for figures; no solver reads it.
         available: whether state s has action a, `[*B, S, A]` booleans, or None for always; see `robustreg.masks`.
+        names: of states and actions, or None; see `robustreg.names`. No solver reads them.
+        raw: whether the mask is a leaf of truth values, as the library's own programs take it.
     """
 
     transitions: Transitions
@@ -49,7 +52,9 @@ class MDP:
     initial: Array
     termination: Array | None = None
     grid: tuple[int, int] | None = _tree.static(default=None)
-    available: Array | None = None
+    available: Array | None = _tree.discrete(bool, default=None)
+    names: Names | None = _tree.static(default=None)
+    raw: bool = _tree.static(default=False, repr=False)
 
     @property
     def n_states(self) -> int:
@@ -71,10 +76,25 @@ class MDP:
         """Batch axes of all leaves, broadcast together."""
         return np.broadcast_shapes(*_batch_axes(self).values())
 
+    def by_name(self, x: Any) -> dict[Any, Any]:
+        """Label an array over states, or over states and actions, with their names (their numbers without names).
+
+        Args:
+            x: `[S]` or `[S, A]`, such as a solution's `value` or `policy`; of a batch, one lane.
+
+        Returns:
+            `{state: number}`, or `{state: {action: number}}` with the actions that the state has.
+
+        Raises:
+            ValueError: another shape.
+        """
+        return by_name(self.names, self.available, (self.n_states, self.n_actions), x)
+
     def _prepared(self) -> "MDP":
         """Cast to the working precision, and add what can be known of transitions before they are traced."""
         m = self._canonical()
-        return dataclasses.replace(m, transitions=m.transitions._prepared())
+        # Names are left off: they would compile everything anew.
+        return dataclasses.replace(m, transitions=m.transitions._prepared(), names=None, raw=True)
 
     def _canonical(self) -> "MDP":
         """Cast every floating leaf to the working precision; see `_host.canonical`."""
@@ -95,21 +115,23 @@ def mdp(
     """Check and assemble a Markov decision process.
 
     Args:
-        transitions: `[*B, S, A, S]` array, `[A, S, S]` with `layout="ass"`, a list of A SciPy sparse `[S, S]`
-            (matrix or array), or a `Dense`, `Successors` or `MatrixFree`.
-        reward: expected reward `[*B, S, A]`; `[S]`, the same for every action; or `[S, A, S]`, averaged here
-            over successors jointly with P. That average has no share for the step that ends an episode: with
-            `termination`, add the reward of that step to an `[S, A]` reward.
+        transitions: `[*B, S, A, S]` array, `[A, S, S]` with `layout="ass"`, a list of A sparse `[S, S]` (of SciPy or
+            JAX), a dict of one `[S, S]` per action's name, or a `Dense`, `Successors` or `MatrixFree`.
+        reward: expected reward `[*B, S, A]`; `[S]`, the same for every action; or `[S, A, S]`, or a matrix `[S, S]` per
+            action (`[A, S, S]` with `layout="ass"`), averaged here over successors jointly with P. That average has no
+            share for the step that ends an episode: with `termination`, add the reward of that step to an `[S, A]` one.
         discount: `[*B]`, in [0, 1). A Python float (or float64) keeps `1 - discount` exact in float32 too.
         initial: distribution of the initial state, `[*B, S]`; None is uniform.
-        termination: probability that the episode ends after (s, a), `[*B, S, A]`; value 0 beyond. Rows of P
-            then sum to `1 - termination`.
+        termination: probability that the episode ends after (s, a), `[*B, S, A]` or `[S]`, the same for every action;
+            value 0 beyond. Rows of P then sum to `1 - termination`.
         layout: axes of a plain array of transitions, "sas" or "ass". None is "sas", except that an array that
             could be either is refused.
         normalise: rescale rows of P to `1 - termination`, and `initial` to 1, however far they are from it.
         available: whether state s has action a, `[*B, S, A]` booleans; None: always. What the other arguments say of an
             action that is not there is not looked at (rows of zeros, rewards of minus infinity). It is never played,
             by no policy of a solve and by no optimum; regularisers are restricted to the others (`masks.restricted`).
+
+    Any array may be a data frame, an xarray or torch array, or sparse: see `robustreg.containers`.
 
     Returns:
         An `MDP` whose dtype is that of the floating arrays given (at least float32; float64 only with x64).
@@ -118,19 +140,31 @@ def mdp(
         ValueError: names the first offending entry and the remedy.
         TypeError: if an argument is not numeric, or indices are not integers.
     """
-    dtype = _host.working_dtype(transitions, reward, initial, termination)  # a discount only follows
-    kernel, margin, available = _kernel(transitions, layout, available)
+    came = containers.transitions(transitions, layout)
+    reward = containers.by_action(reward, came.actions) if isinstance(reward, Mapping) else reward
+    reward = containers.plain("reward", reward, came.states)
+    discount, termination, initial, available = (
+        containers.plain(name, x, came.states)
+        for name, x in zip(
+            ("discount", "termination", "initial", "available"), (discount, termination, initial, available)
+        )
+    )
+    dtype = _host.working_dtype(came.data, reward, initial, termination)  # a discount only follows
+    kernel, margin, available = _kernel(came, layout, available)
     termination = _termination(termination, kernel, available)
     kernel = _stochastic(kernel, termination, margin, normalise, dtype, available)
     discount, complement = _discount(discount, dtype)
+    names = came.names(kernel.n_states, kernel.n_actions)
+    initial = initial if names is None else distribution(initial, {name: s for s, name in enumerate(names.states)})
     m = MDP(
         _cast_kernel(kernel, dtype),
-        _cast(_reward(reward, kernel, available), dtype),
+        _cast(rewards.expected(reward, kernel, available, came.per_action), dtype),
         discount,
         complement,
         _cast(_initial(initial, kernel.n_states, normalise), dtype),
         None if termination is None else _cast(termination, dtype),
         available=None if available is None else jnp.asarray(available),
+        names=names,
     )
     _host.check_batches(_batch_axes(m))
     return m
@@ -163,20 +197,21 @@ def _batch_axes(m: MDP) -> dict[str, tuple[int, ...]]:
 # ---- transitions
 
 
-def _kernel(transitions: Any, layout: str | None, available: Any) -> tuple[Any, tuple[float, str], Any]:
+def _kernel(came: containers.Kernel, layout: str | None, available: Any) -> tuple[Any, tuple[float, str], Any]:
     """A kernel whose arrays are float64 or tracers, entries checked, the tolerance on its rows, and the mask.
 
     (A mask without a single False is None.)
     """
-    kernel, data = _read(transitions, layout)
+    kernel, data = _read(came, layout)
     if available is not None:
         available = masks.checked(available, (kernel.n_states, kernel.n_actions))
         available = None if not _host.is_traced(available) and available.all() else available
     return _checked(kernel, available), _host.tolerance(data), available
 
 
-def _read(transitions: Any, layout: str | None) -> tuple[Any, Any]:
+def _read(came: containers.Kernel, layout: str | None) -> tuple[Any, Any]:
     """A kernel whose arrays are float64 or tracers, of the right shapes, and the data that it was made of."""
+    transitions = came.data
     if layout not in (None, "sas", "ass"):
         raise ValueError(f'layout must be "sas" ([S, A, S]) or "ass" ([A, S, S]), got {layout!r}')
     if isinstance(transitions, Dense):
@@ -190,7 +225,7 @@ def _read(transitions: Any, layout: str | None) -> tuple[Any, Any]:
     if isinstance(transitions, (list, tuple)) and any(hasattr(p, "tocoo") for p in transitions):
         packed: Any = _host.pack_sparse(transitions)
         return _successors(Successors(*packed)), transitions
-    return _dense(transitions, layout), transitions
+    return _dense(transitions, "ass" if came.per_action else layout), transitions
 
 
 def _dense(p: Any, layout: str | None) -> Dense:
@@ -233,7 +268,7 @@ def _checked(kernel: Any, available: Any) -> Any:
 def _stochastic(kernel: Any, termination: Any, margin: Any, normalise: bool, dtype: Any, available: Any) -> Any:
     """The kernel with rows that sum to `1 - termination` to rounding; refuses rows not close to it."""
     if isinstance(kernel, MatrixFree):
-        return _check_matrix_free(kernel, termination, normalise, dtype, available)
+        return function_checks.checked(kernel, termination, normalise, dtype, available)
     p = kernel.probabilities
     if termination is not None:
         _host.check_batches({"transitions": p.shape[:-3], "termination": termination.shape[:-2]})
@@ -262,93 +297,7 @@ def _rescaled(xp: Any, p: Any, sums: Any, termination: Any) -> Any:
     return p.reshape((1,) * (factor.ndim - p.ndim) + p.shape) * factor
 
 
-def _check_matrix_free(kernel: MatrixFree, termination: Any, normalise: bool, dtype: Any, available: Any) -> Any:
-    """Row sums are `expect(1)`, also of a function."""
-    if normalise:
-        raise ValueError("normalise=True needs transitions as an array; divide by expect(ones) in your function")
-    if kernel.n_states < 1 or kernel.n_actions < 1:
-        raise ValueError(f"{kernel!r} has no states or no actions; pass the sizes that expect works on")
-    sums = kernel.expect(jnp.ones((kernel.n_states,), dtype))
-    if _host.is_traced(sums, termination, available):
-        return kernel
-    ends, margin, sums = termination is not None, _host.tolerance(sums), np.asarray(sums, np.float64)
-    rule = "expect must return finite values"
-    _host.refuse("transitions.expect(ones)", sums, ~np.isfinite(sums), ("s", "a"), rule)
-    rows = masks.fill(sums, available, [[1.0]])
-    _host.check_rows(rows, 1.0 - termination if ends else 1.0, ends, margin, False)
-    _check_linear(kernel, dtype)
-    if kernel.transpose is not None:
-        _check_transpose(kernel, dtype)
-    return kernel
-
-
-def _check_linear(kernel: MatrixFree, dtype: Any) -> None:
-    """`expect(2u - v) = 2 expect(u) - expect(v)` for one random pair shows a function that is not linear."""
-    u, v = np.random.default_rng(1).random((2, kernel.n_states))
-    both, first, second = (np.asarray(kernel.expect(jnp.asarray(x, dtype)), np.float64) for x in (2 * u - v, u, v))
-    wrong = np.abs(both - (2 * first - second)) > 100 * float(jnp.finfo(dtype).eps) * kernel.n_states**0.5
-    _host.refuse("transitions.expect(2u - v)", both, wrong, ("s", "a"), "expect must be linear in v")
-
-
-def _check_transpose(kernel: MatrixFree, dtype: Any) -> None:
-    """`<mu, expect(v)> = <push(mu), v>` for one random pair shows a wrong push."""
-    rng = np.random.default_rng(0)
-    v, mu = rng.random(kernel.n_states), rng.random((kernel.n_states, kernel.n_actions))
-    forward = np.vdot(mu, np.asarray(kernel.expect(jnp.asarray(v, dtype))))
-    backward = np.vdot(np.asarray(kernel.push(jnp.asarray(mu, dtype))), v)
-    if not abs(forward - backward) <= 100 * float(jnp.finfo(dtype).eps) * mu.size:
-        raise ValueError(
-            "transitions.push is not the transpose of expect: "
-            f"<mu, expect(v)> = {_host.show(forward, backward)} but "
-            f"<push(mu), v> = {_host.show(backward, forward)}; pass push=None to have it derived"
-        )
-
-
 # ---- reward, termination, initial, discount
-
-
-def _reward(reward: Any, kernel: Any, available: Any) -> Any:
-    reward = _host.number("reward", reward)
-    n_states, n_actions = kernel.n_states, kernel.n_actions
-    per_successor = reward.ndim == 3 and reward.shape == (n_states, n_actions, n_states)
-    batched = reward.ndim == 3 and reward.shape[1:] == (n_states, n_actions)
-    if per_successor and batched:
-        raise ValueError(
-            f"reward of shape {reward.shape} with S == A reads as [S, A, S] and as [B, S, A]; "
-            "pass (P * reward).sum(-1), or reward[None] for a batch"
-        )
-    if reward.ndim == 1 and reward.shape == (n_states,):
-        axes, reward = ("s", "a"), (reward[:, None] + np.zeros((1, n_actions), reward.dtype))
-    else:
-        axes = ("s", "a", "s'") if per_successor else ("s", "a")
-    if not per_successor:
-        remedy = "also accepted: [S], and [S, A, S]"
-        if reward.shape == (n_actions, n_states):
-            remedy = "it looks transposed: pass reward.T"
-        _host.expect_shape("reward", reward.shape, (n_states, n_actions), "S, A", remedy)
-    core = len(axes)
-    reward = masks.fill(reward, available, np.zeros((1,) * core), core)
-    if not _host.is_traced(reward):
-        rule = "rewards must be finite; to forbid an action, give it prior 0 in the regulariser"
-        rule += "; where a state has no such action, pass available=[S, A] with False there"
-        _host.refuse("reward", reward, ~np.isfinite(reward), axes, rule)
-    return _expected(reward, kernel) if per_successor else reward
-
-
-def _expected(reward: Any, kernel: Any) -> Any:
-    """`sum_{s'} P(s'|s,a) r(s,a,s')`, jointly with P and before any policy: so it holds for every policy."""
-    if isinstance(kernel, MatrixFree):
-        raise ValueError("reward [S, A, S] needs transitions as an array; with MatrixFree pass the expected [S, A]")
-    p = kernel.probabilities
-    traced = _host.is_traced(reward, p, getattr(kernel, "indices", None))
-    xp: Any = jnp if traced else np
-    if isinstance(kernel, Successors):
-        reward = xp.take_along_axis(reward, xp.asarray(kernel.indices), axis=-1)
-    if traced:
-        dtype = jax.dtypes.canonicalize_dtype(np.result_type(p.dtype, reward.dtype))
-        p, reward = _cast(p, dtype), _cast(reward, dtype)
-        reward = reward.reshape((1,) * (p.ndim - 3) + reward.shape)
-    return (p * reward).sum(-1)
 
 
 def _termination(termination: Any, kernel: Any, available: Any) -> Any:
@@ -357,7 +306,9 @@ def _termination(termination: Any, kernel: Any, available: Any) -> Any:
     margin, _ = _host.tolerance(termination)
     termination = _host.number("termination", termination)
     core = (kernel.n_states, kernel.n_actions)
-    _host.expect_shape("termination", termination.shape, core, "S, A", "one probability per (s, a)")
+    if termination.shape == core[:1]:
+        termination = termination[:, None] + np.zeros((1, core[1]), termination.dtype)
+    _host.expect_shape("termination", termination.shape, core, "S, A", "one probability per (s, a), or [S]")
     termination = masks.fill(termination, available, [[0.0]])
     if _host.is_traced(termination):
         return termination

@@ -18,7 +18,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _host
+from robustreg import _host, containers
 
 # By how many units of its dtype the sum of a prior may miss 1 in 16 bits, where every entry is rounded by up to half
 # a unit of itself; and by how much a sum that nobody can look at may, whatever its dtype.
@@ -27,6 +27,7 @@ _UNITS, _UNSEEN = 4, 1e-3
 
 def number(name: str, x: ArrayLike) -> Array:
     """An array of explicit floating dtype, float32 or more: a weakly typed leaf would compile anew."""
+    x = containers.plain(name, x)
     if not isinstance(x, Tracer) and _host.is_traced(x):
         x = jnp.asarray(x)  # a sequence of tracers
     try:
@@ -97,7 +98,7 @@ def log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | N
     if prior is not None and log_prior is not None:
         raise ValueError("give prior or log_prior, not both")
     if prior is not None:
-        return _of_probabilities(prior)
+        return _of_probabilities(containers.plain("prior", prior))
     return None if log_prior is None else _of_logits(log_prior)
 
 

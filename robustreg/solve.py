@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, groups, implicit, linear, resident, solvers
+from robustreg import _host, _tree, bellman, groups, implicit, linear, readings, resident, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Solution, Status
@@ -77,6 +77,7 @@ def solve(
             and `raise_if_failed`.
     """
     check_arguments(mdp, reg, solver, tol)
+    readings.refuse_states_as_lanes(mdp, reg, readings.shape_of(tol), readings.shape_of(init, 1))
     dtype, max_steps = mdp.dtype, _check_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.
     tol = _host.operand(-1 if tol is None else tol, dtype)

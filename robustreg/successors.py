@@ -7,12 +7,13 @@ indices have a pattern (see `robustreg.patterns`), it is a kernel of its own.
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _tree, patterns
-from robustreg.transitions import Transitions
+from robustreg import _host, _tree, patterns
+from robustreg.transitions import Dense, Transitions
 
 _UNROLL = 8  # successor slots per pass, see `BoundSuccessors`
 
@@ -22,26 +23,29 @@ class Successors(Transitions):
     """A kernel as padded successor lists.
 
     Attributes:
-        indices: `[S, A, K]` integers, the successors; shared by all lanes.
+        indices: `[S, A, K]` integers, the successors; shared by all lanes. (Lanes with lists of their own,
+            `[*B, S, A, K]`, as `jax.tree.map(jnp.stack, ...)` makes them, are joined in one list before they are used.)
         probabilities: `[*B, S, A, K]`; padding has probability 0. Repeated successors add up.
         pattern: of these indices, see `robustreg.patterns`; `_prepared` finds it, leave it alone.
+        raw: whether indices are a leaf of integers, as the library's own programs take it (see `robustreg._discrete`).
     """
 
-    indices: Array
+    indices: Array = _tree.discrete(int)
     probabilities: Array
     pattern: patterns.Pattern | None = None
+    raw: bool = _tree.static(default=False, repr=False)
 
     @property
     def n_states(self) -> int:
-        return self.indices.shape[0]
+        return self.indices.shape[-3]
 
     @property
     def n_actions(self) -> int:
-        return self.indices.shape[1]
+        return self.indices.shape[-2]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        return self.probabilities.shape[:-3]
+        return np.broadcast_shapes(self.indices.shape[:-3], self.probabilities.shape[:-3])
 
     @property
     def dtype(self) -> Any:
@@ -53,17 +57,95 @@ class Successors(Transitions):
         """See `Transitions`."""
         return self.indices.shape[-1]
 
-    def _prepared(self) -> "Successors":
+    def _prepared(self) -> Transitions:
         """With the pattern of its indices."""
-        return Successors(self.indices, self.probabilities, patterns.find(self.indices))
+        if self.indices.ndim > 3:
+            return self._joined()._prepared()
+        return Successors(self.indices, self.probabilities, patterns.find(self.indices), raw=True)
 
-    def bind(self, batch_ndim: int, dtype: Any) -> "BoundSuccessors":
+    def _joined(self) -> Transitions:
+        """The kernel of lanes whose lists differ: with lists of the successors of all, or written out where shorter."""
+        batch, n_states = self.batch_shape, self.n_states
+        flat = np.prod(batch, dtype=int)
+        indices, p = (jnp.broadcast_to(x, batch + x.shape[-3:]) for x in (self.indices, self.probabilities))
+        indices, p = (x.reshape(flat, *x.shape[-3:]) for x in (indices, p))
+        if not _host.is_traced(indices):
+            lists = union(np.asarray(indices), None if _host.is_traced(p) else np.asarray(p) != 0)
+            if 2 * lists.shape[-1] <= n_states:
+                return Successors(jnp.asarray(lists), by_list(indices, p, lists).reshape(*batch, *lists.shape))
+        return Dense(written_out(indices, p).reshape(*batch, *p.shape[1:3], n_states))
+
+    def bind(self, batch_ndim: int, dtype: Any) -> "Transitions":
+        if self.indices.ndim > 3:
+            return self._joined().bind(batch_ndim, dtype)
         p = self.probabilities.astype(dtype)
         p = jnp.moveaxis(p, (-1, -2, -3), (0, 1, 2))
         p = p.reshape(p.shape[:3] + (1,) * (batch_ndim - len(self.batch_shape)) + p.shape[3:])
         if self.pattern is None or self.pattern.slot is None:
             return BoundSuccessors(jnp.transpose(self.indices, (2, 1, 0)), p, self.pattern)
         return BoundSuccessors(self.pattern.neighbours[:, None], _by_neighbour(p, self.pattern), self.pattern)
+
+
+def union(indices: np.ndarray, used: np.ndarray | None) -> np.ndarray:
+    """List the successors that a state and action have in any lane.
+
+    Args:
+        indices: `[B, S, A, K]`.
+        used: which of them count, of the same shape; None: all.
+
+    Returns:
+        int32 `[S, A, U]`, ascending; padding repeats the last.
+    """
+    _, n_states, n_actions, _ = indices.shape
+    lists = np.moveaxis(indices, 0, -2).reshape(n_states, n_actions, -1).astype(np.int64)
+    # What does not count becomes the first that does: nothing new.
+    if used is not None:
+        counts = np.moveaxis(used, 0, -2).reshape(lists.shape)
+        first = np.take_along_axis(lists, counts.argmax(-1)[..., None], -1)
+        lists = np.where(counts, lists, first)
+    lists = np.sort(lists, axis=-1)
+    new = np.diff(lists, axis=-1, prepend=-1) != 0
+    width = int(new.sum(-1).max())
+    order = np.argsort(~new, axis=-1, kind="stable")[..., :width]
+    kept, there = np.take_along_axis(lists, order, -1), np.take_along_axis(new, order, -1)
+    return np.where(there, kept, kept.max(-1, keepdims=True)).astype(np.int32)
+
+
+def by_list(indices: Array, p: Array, lists: np.ndarray) -> Array:
+    """Probabilities at other lists, which hold every successor that counts.
+
+    Args:
+        indices, p: `[B, S, A, K]`.
+        lists: `[S, A, U]`, ascending; padding repeats the last.
+
+    Returns:
+        `[B, S, A, U]`, 0 at padding.
+    """
+    n = lists.shape[-1]
+
+    def row(successors: Array, chances: Array, found: Array) -> Array:
+        # The first place of a successor: padding comes after it.
+        at = jnp.searchsorted(found, successors)
+        there = found[jnp.minimum(at, n - 1)] == successors
+        return jnp.zeros(n, chances.dtype).at[at].add(jnp.where(there, chances, 0), mode="drop")
+
+    over_rows = jax.vmap(jax.vmap(row))
+    return jax.vmap(over_rows, (0, 0, None))(indices, p, jnp.asarray(lists))
+
+
+def written_out(indices: Array, p: Array) -> Array:
+    """Write lists out as rows of a table.
+
+    Args:
+        indices, p: `[B, S, A, K]`.
+
+    Returns:
+        `[B, S, A, S]`.
+    """
+    lanes, n_states, n_actions, _ = p.shape
+    b, s, a = jnp.ix_(*(jnp.arange(n) for n in (lanes, n_states, n_actions)))
+    full = jnp.zeros((lanes, n_states, n_actions, n_states), p.dtype)
+    return full.at[b[..., None], s[..., None], a[..., None], indices].add(p)
 
 
 def _by_neighbour(p: Array, pattern: patterns.Pattern) -> Array:

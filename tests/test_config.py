@@ -34,7 +34,10 @@ def refusal(*arguments, **tables):
 def test_every_shipped_configuration_builds(path):
     job = config.load(path)
     assert isinstance(job.problem.mdp, rr.MDP)
-    assert job.table == tomllib.loads(path.read_text())
+    expected = tomllib.loads(path.read_text())
+    if "path" in expected["problem"]:
+        expected["problem"]["path"] = str(path.parent / expected["problem"]["path"])  # found from anywhere
+    assert job.table == expected
 
 
 def test_the_shipped_configurations_are_the_promised_ones():
@@ -72,6 +75,10 @@ def test_problems(problem, shape):
         "ring",
         "garnet",
         "garnets",
+        "file",
+        "table",
+        "prism",
+        "cassandra",
     }
 
 
@@ -134,7 +141,7 @@ def test_allowed_keys_are_the_constructors_arguments():
 @pytest.mark.parametrize(
     ("tables", "expected"),
     [
-        ({"problem": {"kind": "maze"}}, r"\[problem\] unknown kind 'maze'; allowed: bandit, chain, garnet"),
+        ({"problem": {"kind": "maze"}}, r"\[problem\] unknown kind 'maze'; allowed: bandit, cassandra, chain, file"),
         ({"problem": {}}, r"\[problem\] no kind; allowed: bandit"),
         ({"regulariser": {"kind": "kl"}}, r"\[regulariser\] kind 'kl' needs beta"),
         ({"regulariser": {"kind": "alpha", "beta": 1}}, r"needs alpha"),

@@ -258,8 +258,8 @@ def test_reward_must_be_numeric():
 
 
 def test_termination():
-    with refused("termination has shape (5,); expected [*B, S, A] = [*B, 5, 3]; one probability per (s, a)"):
-        build(termination=np.zeros(S))
+    with refused("termination has shape (3,); expected [*B, S, A] = [*B, 5, 3]; one probability per (s, a), or [S]"):
+        build(termination=np.zeros(A))
     with refused("termination[s=4, a=0] is 1.5; a probability is at most 1"):
         build(termination=changed(np.zeros((S, A)), (4, 0), 1.5))
 
@@ -366,9 +366,9 @@ def table():
             [(1.0, 0, 0.0)],
             "P[1][0] holds (1.0, 0, 0.0); expected (probability, successor, reward, terminated)",
         ),
-        (0, 1, [(-1.0, 0, 0.0, False)], "P[0][1] has probability -1.0; probabilities must be finite"),
-        (0, 1, [(0.5, 0, 0.0, False)], "transitions[s=0, a=1] sum to 0.5, not 1"),
-        (0, 1, [(1.0, 0, np.nan, False)], "reward[s=0, a=1] is nan; rewards must be finite"),
+        (0, 1, [(-1.0, 0, 0.0, False)], "P[0][1] has the probability -1; a probability lies between 0 and 1"),
+        (0, 1, [(0.5, 0, 0.0, False)], "probabilities of state 0 and action 1 (P[0][1]) sum to 0.5, not 1"),
+        (0, 1, [(1.0, 0, np.nan, False)], "P[0][1] has the reward nan; rewards must be finite"),
     ],
 )
 def test_gymnasium_entries(state, action, value, message):
@@ -379,14 +379,12 @@ def test_gymnasium_entries(state, action, value, message):
 
 
 def test_gymnasium_tables():
-    broken = table()
-    del broken[1][1]
-    with refused("P[1] has 1 actions, P[0] 2; list every action everywhere"):
-        rr.from_gymnasium(broken)
     with refused("P has no entry 1; states and actions are numbered from 0"):
         rr.from_gymnasium({0: table()[0], 2: table()[1]})
-    with refused("P[1] has no entry 0; states and actions are numbered from 0"):
-        rr.from_gymnasium({0: table()[0], 1: {2: [], 1: []}})
+    with refused("P has an action 'go'; actions are numbered from 0, or see rr.from_table"):
+        rr.from_gymnasium({0: table()[0], 1: {"go": [(1.0, 0, 0.0, False)]}})
+    with refused("P has no states, or none of their actions"):
+        rr.from_gymnasium({0: {}, 1: {0: []}})
     with refused("object has no table of transitions P; only tabular environments", error=TypeError):
         rr.from_gymnasium(object())
 

@@ -167,7 +167,7 @@ def test_starts_save_most_steps():
     """Along a line of 64 betas, two backups certify a cell that takes eight alone."""
     m, betas = rr.problems.slippery_grid(8, 0.99), np.geomspace(0.1, 300, 64)
     warm = rr.sweep(m, rr.kl(1.0), {"beta": betas}, tol=1e-3)["steps"]
-    cold = np.asarray(jax.device_get(rr.solve(m, rr.kl(betas), tol=1e-3).steps))
+    cold = np.asarray(jax.device_get(rr.solve(m, rr.kl(betas[:, None]), tol=1e-3).steps))
     assert warm.mean() < 3 and warm.sum() < 0.4 * cold.sum()
 
 
