@@ -23,6 +23,7 @@ import numpy as np
 
 from robustreg import _host, table_input
 from robustreg._files import write_whole
+from robustreg.baselines import Entropy
 from robustreg.mdp import MDP
 from robustreg.names import Names
 from robustreg.regularisers import KL, Alpha
@@ -118,7 +119,7 @@ def from_scipy(matrices: Sequence[Any]) -> Successors:
 
 # ---- files
 
-_CLASSES = {cls.__name__: cls for cls in (MDP, Solution, Dense, Successors, KL, Alpha)}
+_CLASSES = {cls.__name__: cls for cls in (MDP, Solution, Dense, Successors, KL, Alpha, Entropy)}
 
 
 def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = None) -> Path:

@@ -150,6 +150,7 @@ def objects():
         "solution": rr.solve(m, reg),
         "alpha": reg,
         "kl": scaled,
+        "entropy": rr.entropy(2.0, available=[True, False]),
         "Dense": ends.transitions,
         "Successors": m.transitions,
     }

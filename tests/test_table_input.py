@@ -15,7 +15,7 @@ from robustreg import figures
 
 rr: Any = robustreg
 
-ROWS = [
+ROWS: list[Any] = [
     ("cool", "slow", "cool", 1.0, 1.0),
     ("cool", "fast", "cool", 0.25, 2.0),
     ("cool", "fast", "warm", 0.75, 3.0),
@@ -99,7 +99,7 @@ def test_every_form_is_the_same_problem(form, tmp_path):
 def test_any_hashable_is_a_name(names):
     if None in names:
         names = ("none", *names[1:])  # nothing is no name
-    new = dict(zip(("cool", "warm", "off"), names))
+    new: dict[str, Any] = dict(zip(("cool", "warm", "off"), names))
     rows = [(new[s], a, new[t], p, r) for s, a, t, p, r in ROWS]
     m = rr.from_table(rows, 0.9)
     assert set(m.names.states) == set(names)
