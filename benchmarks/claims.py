@@ -210,9 +210,10 @@ def _noise(batch: Batch) -> np.ndarray:
 
 
 def _near(batch: Batch, x: np.ndarray) -> np.ndarray:
-    """What the slack of a perturbation may err by, `[B, S]`."""
+    """What the slack of a perturbation may err by, `[B, S]`: powers `p0^-h` have exponents of `|h log p0|`."""
     size = np.abs(np.where(batch.draw.exact.prior > 0, x, 0)).max(-1)
-    return batch.unit * (128 + 4 * _logs(batch)) * size + _noise(batch)
+    powers = 1 + np.abs(batch.draw.exact.alpha[:, None] - 1)
+    return batch.unit * (128 + 4 * powers * _logs(batch)) * size + _noise(batch)
 
 
 def slacks(batch: Batch, dr: np.ndarray) -> None:

@@ -33,7 +33,7 @@ CLAIMS = {
     "guarantee: total_slack": "occupancy's, times the largest slack, and slack's",
     "guarantee: actual >= bound": "evaluate's and total_slack's",
     "guarantee: covered, so margin >= 0": "64 u (|guaranteed| + |actual|), evaluate's and total_slack's",
-    "slack": "(128 + 4 |log p0|) u |dr| + N, N = 64 (u (1 + |log p0|))^2/beta",
+    "slack": "(128 + 4 (1 + |alpha - 1|) |log p0|) u |dr| + N, N = 64 (u (1 + |log p0|))^2/beta",
     "critical_beta: Omega* changes sign": "1e-4 (float32) or 1e-9 (float64) of beta, and slack's",
     "gradient in the reward = occupancy": "occupancy's, and what beta (upper - lower) moves the policy, at most 1e-3",
     "derivative along a direction, forwards": "the same",

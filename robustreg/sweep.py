@@ -36,7 +36,7 @@ from robustreg.solution import Status
 from robustreg.solve import check_arguments, solve
 from robustreg.solvers import Solver
 from robustreg.store import Fields, Store, open_folder
-from robustreg.sweep_outputs import OUTPUTS, OUTPUTS_BY_DEFAULT, Cell, best_return
+from robustreg.sweep_outputs import OUTPUTS, OUTPUTS_BY_DEFAULT, VISITED, Cell, best_return
 from robustreg.table import Table
 
 # Values that the next one on a line is guessed from: a cubic through four.
@@ -298,7 +298,7 @@ def _cells(
         sol = solve(m, r, solver, tol=tol, max_steps=max_steps, init=_continued(values, xs, x))
         values = jnp.concatenate([per_lane(sol.value, n)[None], values[:-1]])
         xs = jnp.concatenate([x[None], xs[:-1]])
-        cell = Cell(m, sol, optimum if priced else None)
+        cell = Cell(m, sol, optimum if priced else None, bool(VISITED & set(outputs)))
         return (values, xs, optimum), {name: per_lane(OUTPUTS[name](cell), n) for name in outputs}
 
     return jax.lax.scan(place, (past, past[..., 0], past[0, :, 0]), (lanes, begins))[1]

@@ -21,11 +21,13 @@ class Cell:
         mdp, solution: of the cells.
         optimum: value of the start without a regulariser, `[*b]`, or None where no output asks for it. Beta does not
             change it.
+        visited: whether some output asks for visits. They cost three times as much as a value, and are enough for all.
     """
 
     mdp: MDP
     solution: Solution
     optimum: jax.Array | None
+    visited: bool
 
     @functools.cached_property
     def visits(self) -> jax.Array:
@@ -40,7 +42,9 @@ class Cell:
     @functools.cached_property
     def nominal_return(self) -> jax.Array:
         """The policy's return by the reward of the problem, `[*b]`."""
-        return self.earned(self.mdp.reward)
+        if self.visited:
+            return self.earned(self.mdp.reward)
+        return from_start(self.mdp, adversary.evaluate(self.mdp, self.solution.policy))
 
     def worst_case_return(self) -> jax.Array:
         """The policy's return by the reward less its worst perturbation, `[*b]`."""
@@ -76,10 +80,15 @@ OUTPUTS: dict[str, Callable[[Cell], jax.Array]] = {
     "occupancy": lambda cell: cell.visits,
 }
 
+VISITED = {"worst_case_return", "policy_entropy", "occupancy"}
 OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")
 
 
 def best_return(mdp: MDP, reg: Regulariser) -> jax.Array:
     """Value of the start under the best policy that the prior allows, `[*b]`."""
-    value = adversary.nominal_optimum(mdp, reg)
+    return from_start(mdp, adversary.nominal_optimum(mdp, reg))
+
+
+def from_start(mdp: MDP, value: jax.Array) -> jax.Array:
+    """Mean of a value `[*b, S]` over the start, `[*b]`."""
     return jnp.einsum("...s,...s->...", mdp.initial, value, precision=jax.lax.Precision.HIGHEST)
