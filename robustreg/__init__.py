@@ -11,6 +11,7 @@
 
 from robustreg import adversary, baselines, problems
 from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
+from robustreg.archive import load, save
 from robustreg.baselines import Entropy, entropy
 from robustreg.budgets import Box, StatesOnly
 from robustreg.calibration import calibrate, critical_beta
@@ -18,7 +19,7 @@ from robustreg.cassandra_files import from_cassandra
 from robustreg.certificates import Certificate, certify
 from robustreg.game import Game, solve_game
 from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
-from robustreg.interop import from_gymnasium, load, save
+from robustreg.interop import from_gymnasium
 from robustreg.masks import restricted
 from robustreg.mdp import MDP, mdp
 from robustreg.names import Names

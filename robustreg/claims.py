@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _host, adversary, config, interop
+from robustreg import _host, adversary, archive, config
 from robustreg._files import write_whole
 from robustreg.calibration import critical_beta
 from robustreg.certificates import certify
@@ -213,7 +213,7 @@ def _is_result(source: str | Path) -> bool:
 
 def _header(source: str | Path) -> dict[str, Any]:
     try:
-        return interop.read_header(source)
+        return archive.read_header(source)
     except (OSError, ValueError) as error:
         raise config.ConfigError(f"{source}: {error}") from error
 
@@ -222,7 +222,7 @@ def _result(source: str | Path) -> tuple[config.Job, Solution]:
     """The configuration and the solution in a result."""
     table = _header(source).get("config")
     try:
-        solution = interop.load(source)
+        solution = archive.load(source)
     except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise config.ConfigError(f"{source}: {error}") from error
     if not isinstance(table, dict) or not isinstance(solution, Solution):

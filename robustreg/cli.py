@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 import robustreg as rr
-from robustreg import adversary, claims, config, drawing, figures, interop, paper_config, processes, sweep_figures
+from robustreg import adversary, archive, claims, config, drawing, figures, paper_config, processes, sweep_figures
 from robustreg.store import join
 from robustreg.sweep import prepare
 
@@ -326,7 +326,7 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     """Write the result and the pictures; return what was written."""
     path, problem = out / "result.npz", run.job.problem
     about = {"config": run.job.table, "dtype": rows["precision"], "versions": versions(), "table": dict(rows)}
-    interop.save(path, run.solution, about)
+    archive.save(path, run.solution, about)
     if not _drawable():
         return [path]
     if not np.isfinite(run.solution.value).all():

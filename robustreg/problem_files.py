@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from robustreg import interop
+from robustreg import archive
 from robustreg.cassandra_files import from_cassandra
 from robustreg.mdp import MDP
 from robustreg.prism_files import from_prism
@@ -12,7 +12,7 @@ from robustreg.table_input import from_table
 
 def saved(path: str) -> MDP:
     """Read an MDP that `robustreg.save` wrote."""
-    m = interop.load(_checked(path))
+    m = archive.load(_checked(path))
     if not isinstance(m, MDP):
         raise ValueError(f"{path} holds a {type(m).__name__}, not an MDP; save the problem itself")
     return m

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_cli import run, table, written
 
-from robustreg import cli, interop
+from robustreg import archive, cli
 
 REWARD, BETA = np.array([1.1, 0.8, 0.7, 0.5, 0.2, -0.3]), 3.0
 VALUE = np.log(np.mean(np.exp(BETA * REWARD))) / BETA
@@ -24,7 +24,7 @@ def solved(bandit):
     return bandit.parent / "result.npz"
 
 
-def archive(path, **arrays):
+def packed(path, **arrays):
     np.savez(path, **arrays)
     return path
 
@@ -60,14 +60,14 @@ def test_a_configuration_is_solved_first(capsys, bandit):
 
 def test_a_result_that_was_tampered_with_fails(capsys, solved, tmp_path):
     """The certificate trusts nothing but the problem: each array in turn is found out."""
-    sol, header = interop.load(solved), interop.read_header(solved)
+    sol, header = archive.load(solved), archive.read_header(solved)
     for name, change in (("value", 1e-6), ("perturbation", 1e-6), ("policy", 0.01 * np.array([[1, -1, 0, 0, 0, 0]]))):
         wrong = type(sol)(**{**vars(sol), name: getattr(sol, name) + change})
-        path = interop.save(tmp_path / f"{name}.npz", wrong, header)
+        path = archive.save(tmp_path / f"{name}.npz", wrong, header)
         code, out, err = run(capsys, "certify", path)
         assert code == 1 and table(out)["verdict"].startswith("fails: certificate: ") and "fails" in err
     stronger = {**header, "config": {**header["config"], "regulariser": {"kind": "kl", "beta": 1.0}}}
-    assert run(capsys, "certify", interop.save(tmp_path / "stronger.npz", sol, stronger))[0] == 1
+    assert run(capsys, "certify", archive.save(tmp_path / "stronger.npz", sol, stronger))[0] == 1
 
 
 def test_deployed_rewards_within_the_set_and_outside(capsys, bandit, tmp_path):
@@ -82,7 +82,7 @@ def test_deployed_rewards_within_the_set_and_outside(capsys, bandit, tmp_path):
         "fails: under the deployed reward the policy earns less than its guarantee": (outside, 1),
     }
     for verdict, (dr, expected_code) in expected.items():
-        path = archive(tmp_path / "deployed.npz", reward=(REWARD - dr)[None])
+        path = packed(tmp_path / "deployed.npz", reward=(REWARD - dr)[None])
         code, out, _ = run(capsys, "certify", bandit, "--deployed", path)
         rows = table(out)
         assert (code, rows["verdict"]) == (expected_code, verdict)
@@ -98,7 +98,7 @@ def test_deployed_rewards_within_the_set_and_outside(capsys, bandit, tmp_path):
 def test_a_policy_of_ones_own(capsys, bandit, tmp_path):
     mine = np.array([0.5, 0.3, 0.2, 0.0, 0.0, 0.0])
     guarantee = mine @ REWARD - np.sum(mine[:3] * np.log(6 * mine[:3])) / BETA
-    path = archive(tmp_path / "mine.npz", policy=mine[None].astype(np.float32))
+    path = packed(tmp_path / "mine.npz", policy=mine[None].astype(np.float32))
     code, out, err = run(capsys, "certify", bandit, "--policy", path, "--out", tmp_path / "out")
     rows = table(out)
     assert (code, err) == (0, "")
@@ -114,7 +114,7 @@ def test_a_policy_of_ones_own(capsys, bandit, tmp_path):
 
 def test_a_policy_without_any_guarantee(capsys, tmp_path):
     config = written(tmp_path, CHAIN, 'kind = "kl"\nbeta = 2.0\nprior = [1.0, 0.0]')
-    path = archive(tmp_path / "mine.npz", policy=np.full((4, 2), 0.5))
+    path = packed(tmp_path / "mine.npz", policy=np.full((4, 2), 0.5))
     code, out, _ = run(capsys, "certify", config, "--policy", path)
     assert code == 1 and "nothing is guaranteed" in table(out)["verdict"]
 
@@ -122,11 +122,11 @@ def test_a_policy_without_any_guarantee(capsys, tmp_path):
 def test_a_policy_and_a_reward_over_time(capsys, tmp_path):
     """A deployed reward may be outside the set in a state and inside on average over visits."""
     config = written(tmp_path, CHAIN, 'kind = "kl"\nbeta = 2.0\nprior = [0.5, 0.5]')
-    policy = archive(tmp_path / "mine.npz", policy=np.tile([0.3, 0.7], (4, 1)))
+    policy = packed(tmp_path / "mine.npz", policy=np.tile([0.3, 0.7], (4, 1)))
     m = cli.config.load(config).problem.mdp
     dr = np.full((4, 2), -0.2)
     dr[1] = 0.05
-    deployed = archive(tmp_path / "deployed.npz", reward=np.array(m.reward) - dr)
+    deployed = packed(tmp_path / "deployed.npz", reward=np.array(m.reward) - dr)
     code, out, _ = run(capsys, "certify", config, "--policy", policy, "--deployed", deployed, "--out", tmp_path)
     rows = table(out)
     assert code == 0 and rows["in_the_robust_set"] == "yes, on average over visits"
@@ -155,7 +155,7 @@ def test_a_policy_and_a_reward_over_time(capsys, tmp_path):
     ],
 )
 def test_bad_arrays_are_exit_code_2(capsys, bandit, tmp_path, option, arrays, expected):
-    path = archive(tmp_path / "file.npz", **arrays)
+    path = packed(tmp_path / "file.npz", **arrays)
     code, out, err = run(capsys, "certify", bandit, option, path)
     assert (code, out) == (2, "")
     assert str(path) in err and expected in err
@@ -170,15 +170,15 @@ def test_bad_files_are_exit_code_2(capsys, bandit, solved, tmp_path):
     for arguments in ([text], [bandit, "--policy", text], [bandit, "--deployed", tmp_path / "absent.npz"]):
         code, _, err = run(capsys, "certify", *arguments)
         assert code == 2 and ".npz" in err
-    sol, header = interop.load(solved), interop.read_header(solved)
-    without = interop.save(tmp_path / "without.npz", sol, {})
+    sol, header = archive.load(solved), archive.read_header(solved)
+    without = archive.save(tmp_path / "without.npz", sol, {})
     code, _, err = run(capsys, "certify", without)
     assert code == 2 and "`robustreg solve --out` writes one" in err
     other = {**header, "config": {**header["config"], "problem": {"kind": "chain"}}}
-    code, _, err = run(capsys, "certify", interop.save(tmp_path / "other.npz", sol, other))
+    code, _, err = run(capsys, "certify", archive.save(tmp_path / "other.npz", sol, other))
     assert code == 2 and "policy has shape (1, 6), its configuration says (6, 2)" in err
     tau = {**header, "config": {**header["config"], "regulariser": {"kind": "kl", "tau": 1.0}}}
-    code, _, err = run(capsys, "certify", interop.save(tmp_path / "tau.npz", sol, tau))
+    code, _, err = run(capsys, "certify", archive.save(tmp_path / "tau.npz", sol, tau))
     assert code == 2 and "unknown key 'tau'; allowed: beta" in err and "tau.npz" in err
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import cli, config, interop
+from robustreg import archive, cli, config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LAKE = CONFIGS / "frozen_lake.toml"
@@ -80,12 +80,12 @@ def test_results_can_be_read_without_the_library(capsys, tmp_path):
         np.testing.assert_allclose(file["policy"], [np.exp(beta * (reward - value)) / 6], rtol=1e-13)
         np.testing.assert_allclose(file["perturbation"], [reward - value], rtol=1e-13)
         assert file["lower"] <= value <= file["upper"] and file["status"] == 0
-    header = interop.read_header(tmp_path / "result.npz")
+    header = archive.read_header(tmp_path / "result.npz")
     assert header["config"]["regulariser"] == {"kind": "kl", "beta": beta}
     assert header["dtype"] == "float64"
     assert header["versions"]["jax"] == jax.__version__
     assert header["table"]["objective"] == table(out)["objective"]
-    sol = interop.load(tmp_path / "result.npz")
+    sol = archive.load(tmp_path / "result.npz")
     assert isinstance(sol, rr.Solution) and bool(sol.converged)
 
 

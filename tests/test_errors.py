@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 import robustreg
-from robustreg import interop
+from robustreg import archive
 
 # For the type checker: tests hand NumPy arrays to classes that declare JAX arrays, and read any transitions.
 rr: Any = robustreg
@@ -417,7 +417,7 @@ def test_what_cannot_be_saved(tmp_path):
 def test_files_that_are_not_ours(tmp_path, header):
     arrays: Any = {"value": np.ones(3)} if header is None else {"header": np.array(header)}
     np.savez(tmp_path / "x.npz", **arrays)
-    for read in (rr.load, interop.read_header):
+    for read in (rr.load, archive.read_header):
         with refused("x.npz was not written by this version of robustreg.save"):
             read(tmp_path / "x.npz")
 
@@ -425,7 +425,7 @@ def test_files_that_are_not_ours(tmp_path, header):
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
 def test_files_that_are_no_archives(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
-    for read in (rr.load, interop.read_header):
+    for read in (rr.load, archive.read_header):
         with refused("x.npz was not written by robustreg.save"):
             read(tmp_path / "x.npz")
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 import robustreg
-from robustreg import interop
+from robustreg import archive, interop
 
 # For the type checker: tests hand NumPy arrays to classes that declare JAX arrays, and read any transitions.
 rr: Any = robustreg
@@ -167,6 +167,16 @@ def test_round_trip(tmp_path, name):
     chex.assert_trees_all_equal(obj, back)
 
 
+def test_answers_go_into_files(tmp_path):
+    m, reg = problems.chain(discount=0.9), rr.kl(2.0)
+    sol = rr.solve(m, reg, tol=1e-3)
+    for obj in (rr.certify(m, reg, sol), rr.guarantee(m, reg, sol.policy), rr.solve_game(m, reg, steps=3)):
+        back = rr.load(rr.save(tmp_path / "answer", obj, {"of": "chain"}))
+        assert type(back) is type(obj)
+        chex.assert_trees_all_equal(obj, back)
+        assert archive.read_header(tmp_path / "answer.npz")["of"] == "chain"
+
+
 def test_a_reader_needs_numpy_only(tmp_path):
     obj = objects()["solution"]
     rr.save(str(tmp_path / "result.npz"), obj, {"config": {"beta": np.float64(3.0)}, "when": tmp_path})
@@ -176,9 +186,9 @@ def test_a_reader_needs_numpy_only(tmp_path):
         header = json.loads(str(archive["header"]))
     assert header["config"] == {"beta": 3.0} and header["dtype"] == "float64"
     assert header["versions"]["jax"] == jax.__version__
-    assert interop.read_header(tmp_path / "result.npz")["when"] == str(tmp_path)
+    assert archive.read_header(tmp_path / "result.npz")["when"] == str(tmp_path)
     rr.save(tmp_path / "mdp", objects()["grid"], {"dtype": "mine"})
-    assert interop.read_header(tmp_path / "mdp.npz")["dtype"] == "mine"
+    assert archive.read_header(tmp_path / "mdp.npz")["dtype"] == "mine"
     with np.load(tmp_path / "mdp.npz") as archive:
         assert {"transitions.indices", "transitions.probabilities", "complement"} < set(archive)
 
