@@ -30,7 +30,8 @@ def as_leaves(leaves: tuple[Any, ...], kinds: tuple[type | None, ...]) -> tuple[
     """Turn the leaves of some kind into floating numbers, of the precision of the first floating leaf beside them."""
     beside = (getattr(x, "dtype", None) for x in leaves)
     dtype = next((d for d in beside if d is not None and _is_floating(d)), _SINGLE)
-    dtype = dtype if dtype.itemsize >= 4 else _SINGLE
+    # Of what JAX has at present: a float64 leaf may have been made where that was more.
+    dtype = jax.dtypes.canonicalize_dtype(dtype if dtype.itemsize >= 4 else _SINGLE)
     return tuple(x if kind is None else _as_float(x, dtype) for x, kind in zip(leaves, kinds))
 
 
