@@ -180,17 +180,17 @@ def test_answers_go_into_files(tmp_path):
 def test_a_reader_needs_numpy_only(tmp_path):
     obj = objects()["solution"]
     rr.save(str(tmp_path / "result.npz"), obj, {"config": {"beta": np.float64(3.0)}, "when": tmp_path})
-    with np.load(tmp_path / "result.npz", allow_pickle=False) as archive:
+    with np.load(tmp_path / "result.npz", allow_pickle=False) as file:
         for name in ("value", "policy", "perturbation", "lower", "upper", "status"):
-            np.testing.assert_array_equal(archive[name], getattr(obj, name))
-        header = json.loads(str(archive["header"]))
+            np.testing.assert_array_equal(file[name], getattr(obj, name))
+        header = json.loads(str(file["header"]))
     assert header["config"] == {"beta": 3.0} and header["dtype"] == "float64"
     assert header["versions"]["jax"] == jax.__version__
     assert archive.read_header(tmp_path / "result.npz")["when"] == str(tmp_path)
     rr.save(tmp_path / "mdp", objects()["grid"], {"dtype": "mine"})
     assert archive.read_header(tmp_path / "mdp.npz")["dtype"] == "mine"
-    with np.load(tmp_path / "mdp.npz") as archive:
-        assert {"transitions.indices", "transitions.probabilities", "complement"} < set(archive)
+    with np.load(tmp_path / "mdp.npz") as file:
+        assert {"transitions.indices", "transitions.probabilities", "complement"} < set(file)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
