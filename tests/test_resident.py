@@ -181,7 +181,7 @@ def test_the_certificate_is_the_librarys(twice, name):
 
 PROBLEMS = {
     "one state": lambda dtype: rr.problems.bandit(discount=0.9, dtype=dtype),
-    "as many states as actions": lambda dtype: rr.problems.garnet(4, 4, 2, 0.9, dtype=dtype),
+    "as many states as actions": lambda dtype: rr.problems.garnet(5, 5, 2, 0.9, dtype=dtype),
     "two actions": lambda dtype: rr.problems.chain(6, 0.99, dtype=dtype),
     "deterministic ring": lambda dtype: rr.problems.ring(70, 0.99, slip=0.0, dtype=dtype),
     "long lists": lambda dtype: rr.problems.garnet(40, 8, 8, 0.99, dtype=dtype),
