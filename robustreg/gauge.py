@@ -162,6 +162,8 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
     near = 0.5 * float(jnp.finfo(x.dtype).eps) ** 0.5
     lost = ~(unlimited | none) & ~((level(t * (1 - near)) <= 0) & (level(t * (1 + near)) > 0))
     t = lax.cond(jnp.any(lost), lambda: jnp.where(lost, _bisected(level, t), t), lambda: t)
+    # Beyond a quarter of the largest number, 1/beta may count as 0: what changes sign there is no level.
+    t = jnp.where(t >= 0.25 * (1 - 1e-3) * float(jnp.finfo(x.dtype).max), jnp.inf, t)
     t = jnp.where(unlimited, jnp.inf, jnp.where(none, 0, t))
     return jnp.where(jnp.isnan(top) | jnp.isnan(mean), jnp.nan, t)
 
