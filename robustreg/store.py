@@ -101,11 +101,14 @@ def open_folder(
         layout = held["layout"]
     else:
         versions = {"jax": jax.__version__, "numpy": np.__version__}
-        text = json.dumps({"sweep": digest, "layout": layout, "versions": versions}, indent=1)
-        _write(manifest, lambda file: file.write(text.encode()))
+        _write_manifest(manifest, {"sweep": digest, "layout": layout, "versions": versions})
     for left in folder.glob(".*.partial") if alone else ():
         left.unlink(missing_ok=True)
     return Store(folder), layout
+
+
+def _write_manifest(manifest: Path, held: dict[str, Any]) -> None:
+    _write(manifest, lambda file: file.write(json.dumps(held, indent=1).encode()))
 
 
 def _read(manifest: Path) -> dict[str, Any]:
@@ -127,28 +130,27 @@ def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
         SweepError: where files cannot be read or written.
     """
     out = Path(out)
-    manifests = {}
+    manifests: dict[Path, dict[str, Any]] = {}
     for part in map(Path, parts):
         if not (part / MANIFEST).is_file():
             raise ValueError(f"{part} holds no sweep: it has no {MANIFEST}")
-        manifests[part] = (part / MANIFEST).read_bytes()
-    digests = {part: _read(part / MANIFEST) for part in manifests}
-    first = next(iter(digests))
-    for part, held in digests.items():
-        if differ := _differences(held["sweep"], digests[first]["sweep"]):
+        manifests[part] = _read(part / MANIFEST)
+    first = next(iter(manifests))
+    for part, held in manifests.items():
+        if differ := _differences(held["sweep"], manifests[first]["sweep"]):
             raise ValueError(f"{part} and {first} hold different sweeps (they differ in: {differ})")
-        if held["layout"] != digests[first]["layout"]:
+        if held["layout"] != manifests[first]["layout"]:
             raise ValueError(
                 f"{part} and {first} hold the same sweep, but chunks of different cells: their devices chose so; begin "
                 "parts on unlike machines with one and the same chunk"
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for part in digests:
+        for part in manifests:
             for path in sorted(part.glob("chunk-*.npz")):
                 if part.resolve() != out.resolve():
                     _write(out / path.name, lambda file, path=path: file.write(path.read_bytes()))
-        _write(out / MANIFEST, lambda file: file.write(manifests[first]))
+        _write_manifest(out / MANIFEST, manifests[first])
     except OSError as error:
         raise SweepError(f"cannot join into {out}: {error.strerror}") from error
     return out

@@ -162,10 +162,8 @@ def prepare(
     devices: Sequence[Any] | None = None,
 ) -> Run:
     """Check the arguments of `sweep` that say what is solved, and where."""
-    _host.expect_type(mdp, MDP, "first argument", "mdp")
-    _host.expect_type(reg, Regulariser, "second argument", "kl")
-    mdp, reg = mdp._canonical(), _host.canonical(reg)
     check_arguments(mdp, reg, solver, tol)
+    mdp, reg = mdp._canonical(), _host.canonical(reg)
     max_steps = None if max_steps is None else _host.count("max_steps", max_steps)
     chunk = None if chunk is None else _host.count("chunk", chunk)
     if tol is not None and np.ndim(tol) > 0:
