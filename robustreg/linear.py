@@ -26,12 +26,17 @@ from robustreg import _tree, bellman, elimination
 
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
-_KRYLOV_STEPS, _ROUNDS = 1000, 8
+KRYLOV_STEPS, _ROUNDS = 1000, 8
 # States up to which a lane that Krylov solves fail on is written out and eliminated: a matrix of 32 MiB in float64.
 # Beyond, it is swept, at most so often: enough for a discount of .9999 in float64.
-_DENSE, _SWEEPS = 2048, 400_000
+DENSE, _SWEEPS = 2048, 400_000
 # States of a block of `_sums_of_blocks`, and lanes from which on a CPU does without.
 _ROWS, _FEW = 8, 16
+
+
+def patience(n_states: int) -> int:
+    """Krylov steps without progress after which elimination, where it stands by, is the better way to go on."""
+    return max(32, n_states // 8) if n_states <= DENSE else KRYLOV_STEPS
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
@@ -49,7 +54,7 @@ def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
     return jnp.moveaxis(x, -1, 0)
 
 
-def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int) -> Array:
+def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int, patience: int) -> Array:
     """`(I - K)^{-1} b`, up to a constant if no episode ends, to a residual of `reduction` times that of x = 0.
 
     Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and returns
@@ -61,10 +66,14 @@ def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_st
         size: `max |b|` or so, `[*B]`.
         reduction: `[*B]`, in the 2-norm.
         max_steps: cap on steps, of two products each.
+        patience: cap on steps without progress.
     """
 
-    # A cheap product is otherwise evaluated anew in each of the kernels that read it.
-    return bicgstab(lambda x: lax.optimization_barrier(chain.apply(x)), b, size, reduction, max_steps, not chain.ends)
+    def apply(x: Array) -> Array:
+        # A cheap product is otherwise evaluated anew in each of the kernels that read it.
+        return lax.optimization_barrier(chain.apply(x))
+
+    return bicgstab(apply, b, size, reduction, max_steps, patience, not chain.ends)
 
 
 @_tree.options
@@ -179,7 +188,7 @@ def _checked(chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy
     error, left = _proved(chain, apply, b, x, transpose)
     reached = (accuracy > 0) & (left <= 1.01 * accuracy * _norm(b, transpose))
     solved = (error <= enough) | reached | nothing
-    again = _eliminated if b.shape[0] <= _DENSE else _swept
+    again = _eliminated if b.shape[0] <= DENSE else _swept
     x, error, solved = again(chain, apply, b, x, error, solved, transpose)
     return x, jnp.where(nothing, 0, error), solved
 
@@ -202,7 +211,7 @@ def eliminate(chain: bellman.Chain, b: Array, x: Array, solved: Array) -> tuple[
         x, `[S, *B]`, and which lanes are solved now, `[*B]`.
     """
     b = jnp.broadcast_to(b, x.shape)
-    if b.shape[0] > _DENSE:
+    if b.shape[0] > DENSE:
         return x, solved
     x, _, solved = _eliminated(chain, chain.apply, b, x, jnp.zeros_like(b[0]), solved, False)
     return x, solved
@@ -299,12 +308,14 @@ def _refined(
         x, r, active, count = state
         reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
         reduction = jnp.where(active, reduction, 1)
-        step = bicgstab(apply, r, size(r), reduction, _KRYLOV_STEPS, not chain.ends)
+        step = bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, patience(b.shape[0]), not chain.ends)
         new, new_r = x + step, b - ((x + step) - apply(x + step))
         new, new_r = balance(new, new_r)
         better = active & (size(new_r) < size(r))
+        # What did not halve what was left has met rounding, or a chain that is not its kind.
+        again = better & (size(new_r) < 0.5 * size(r)) & (size(new_r) > goal) & (count < _ROUNDS - 1)
         x, r = jnp.where(better[None], new, x), jnp.where(better[None], new_r, r)
-        return x, r, better & (size(new_r) > goal) & (count < _ROUNDS - 1), count + 1
+        return x, r, again, count + 1
 
     floor = 4 * float(jnp.finfo(b.dtype).eps)
     goal = accuracy * size(b)
@@ -313,7 +324,9 @@ def _refined(
     return lax.while_loop(lambda state: jnp.any(state[2]), improve, start)[0]
 
 
-def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int, centred: bool = False) -> Array:
+def bicgstab(
+    apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int, patience: int, centred: bool = False
+) -> Array:
     """Solve `(I - K) x = b` for each lane, where `apply(x) = K x`.
 
     Args:
@@ -322,6 +335,8 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
         scale: a norm of b, `[*B]`: squares of the residual must neither overflow nor vanish, whatever the unit of b.
         reduction: `[*B]`, the 2-norm of the residual to reach, relative to that of b.
         max_steps: cap on steps, of two products each.
+        patience: cap on steps in which the residual has not come down to .7 of what it was. On a chain that is nearly
+            deterministic nothing may happen for S steps, and all the other lanes of a batch wait for it.
         centred: whether to solve `C (I - K) x = C b` with `C x = x - mean x` instead, by vectors of mean 0 throughout.
 
     Returns:
@@ -332,7 +347,7 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
         return total / b.shape[0] if centred else jnp.zeros_like(total)
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, p, rho, best, best_x, done, count = state
+        x, r, p, rho, best, best_x, mark, since, done, count = state
         # Vectors of mean 0 do not see what centring takes off a product u, so that all inner products with it are one
         # pass over it, together with its mean.
         u = p - apply(p)
@@ -352,12 +367,15 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
         better = ~done & (size < best)
         best_x = jnp.where(better[None], x, best_x)
         best = jnp.where(better, size, best)
+        lower = best <= 0.5 * mark
+        mark, since = jnp.where(lower, best, mark), jnp.where(lower, 0, since + 1)
         # Breakdowns (a vanishing inner product) show as NaN or infinity here: the lane keeps its best and stops.
-        done = done | (size <= target) | ~jnp.isfinite(size + new_rho)
-        return x, r, p, new_rho, best, best_x, done, count + 1
+        done = done | (size <= target) | ~jnp.isfinite(size + new_rho) | (since >= patience)
+        return x, r, p, new_rho, best, best_x, mark, since, done, count + 1
 
     def unfinished(state: tuple[Array, ...]) -> Array:
-        return ~jnp.all(state[6]) & (state[7] < max_steps)
+        *_, done, count = state
+        return ~jnp.all(done) & (count < max_steps)
 
     floor = 4 * float(jnp.finfo(b.dtype).eps)
     scale = jnp.where(scale > 0, scale, 1)
@@ -367,7 +385,8 @@ def bicgstab(apply: Operator, b: Array, scale: Array, reduction: Array, max_step
     whole, size = _sums(b * b, shadow * shadow)
     target = reduction**2 * whole
     done = (size <= target) | ~jnp.isfinite(size)
-    start = (b, shadow, shadow, size, size, b, done, jnp.asarray(0, jnp.int32))
+    count = jnp.asarray(0, jnp.int32)
+    start = (b, shadow, shadow, size, size, b, size, jnp.zeros(size.shape, jnp.int32), done, count)
     return scale[None] * lax.while_loop(unfinished, step, start)[5]
 
 

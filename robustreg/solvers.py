@@ -114,11 +114,13 @@ class Newton:
             certificate a step did not halve solves ten times more accurately from then on: where policies are
             almost deterministic, a loose evaluation can lead from one poor policy to another, an exact one cannot.
         inner_steps: cap on Krylov steps, of two products each.
+        patience: cap on Krylov steps without progress; permutations of n states show none before the n-th.
     """
 
     linear: Literal["krylov", "direct"] = "krylov"
     forcing: float = 0.1
     inner_steps: int = 200
+    patience: int = 200
     max_steps: int = 200
 
     def __post_init__(self) -> None:
@@ -126,8 +128,9 @@ class Newton:
             raise ValueError(f"Newton's linear solver must be 'krylov' or 'direct', got {self.linear!r}")
         if not 0 < self.forcing < 1:
             raise ValueError(f"Newton's forcing must lie strictly between 0 and 1, got {self.forcing}")
-        if self.inner_steps < 1:
-            raise ValueError(f"Newton needs inner_steps >= 1, got {self.inner_steps}")
+        for name in ("inner_steps", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Newton needs {name} >= 1, got {getattr(self, name)}")
 
     def init(self, h: Array) -> tuple[Array, Array]:
         """Each lane's forcing, and its last half-width."""
@@ -145,10 +148,8 @@ class Newton:
         # it smaller than what the lane may stop on, nor in anything for a lane that stops now.
         reduction = jnp.maximum(forcing, 0.25 * step.goal / step.half_width)
         reduction = jnp.where(step.half_width <= step.goal, 1, reduction)
-        return linear.krylov(step.chain, step.residual, step.size, reduction, self.inner_steps), (
-            forcing,
-            step.half_width,
-        )
+        caps = self.inner_steps, min(self.patience, self.inner_steps)
+        return linear.krylov(step.chain, step.residual, step.size, reduction, *caps), (forcing, step.half_width)
 
 
 @_tree.options

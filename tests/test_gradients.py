@@ -377,12 +377,12 @@ def test_the_adjoint_reports_its_error(monkeypatch):
     assert (np.asarray(error)[(ALPHAS >= 0) & (ALPHAS <= 2)] <= 1e-9).all()
     assert objective(x, probe) == objective(x, probe + 1)
     jax.clear_caches()
-    monkeypatch.setattr(linear, "_KRYLOV_STEPS", 1)
+    monkeypatch.setattr(linear, "KRYLOV_STEPS", 1)
     monkeypatch.setattr(linear, "_ROUNDS", 1)
     other = jax.grad(objective, (0, 1))(x, probe)[0]
     np.testing.assert_allclose(other["reward"], gradient["reward"], rtol=1e-8, atol=1e-10)
     # With no other way left either, there is no gradient.
-    monkeypatch.setattr(linear, "_DENSE", 0)
+    monkeypatch.setattr(linear, "DENSE", 0)
     monkeypatch.setattr(linear, "_SWEEPS", 0)
     jax.clear_caches()
     poor, error = jax.grad(objective, (0, 1))(x, probe)

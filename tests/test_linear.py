@@ -38,7 +38,7 @@ def test_systems_of_many_lanes(monkeypatch, where, centred):
     @jax.jit
     def solve(b):
         apply = lambda x: jnp.einsum("kst,tk->sk", kernel, x)  # noqa: E731
-        return linear.bicgstab(apply, b, jnp.max(jnp.abs(b), axis=0), jnp.asarray(reduction), 200, centred)
+        return linear.bicgstab(apply, b, jnp.max(jnp.abs(b), axis=0), jnp.asarray(reduction), 200, 200, centred)
 
     x = np.asarray(solve(jnp.asarray(b)))
     r = b - (x - np.einsum("kst,tk->sk", kernel, x))
@@ -58,7 +58,7 @@ def test_corners(monkeypatch, where):
     one = jnp.ones(3 * linear._FEW)  # the three lanes over and over: so many that a CPU does without blocks
     for k in (0.0, 0.5):
         b = jnp.tile(jnp.asarray([[0.0, 1.0, 1e-300], [0.0, -1.0, 2e-300]]), (1, linear._FEW))
-        x = linear.bicgstab(lambda x, k=k: k * x, b, jnp.max(jnp.abs(b), axis=0), 1e-12 * one, 50)
+        x = linear.bicgstab(lambda x, k=k: k * x, b, jnp.max(jnp.abs(b), axis=0), 1e-12 * one, 50, 50)
         np.testing.assert_allclose(x, b / (1 - k), rtol=1e-11)
 
 
