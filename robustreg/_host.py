@@ -247,7 +247,7 @@ def expect_type(value: Any, kind: type, position: str, source: str) -> None:
 def check_batches(axes: dict[str, tuple[int, ...]]) -> None:
     """Refuse batch axes (given per argument) that do not broadcast."""
     try:
-        np.broadcast_shapes(*axes.values())
+        jnp.broadcast_shapes(*axes.values())
     except ValueError:
         shown = ", ".join(f"{name} {list(shape)}" for name, shape in axes.items() if shape)
         raise ValueError(

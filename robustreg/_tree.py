@@ -12,25 +12,31 @@ with `[S, A, K]` gathers reduced over their last axis (one CPU core, float64).
 
 import dataclasses
 import functools
+import json
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from robustreg import _discrete
+from robustreg import _discrete, _loops
 
 _T = TypeVar("_T")
 
 
-def static(**options: Any) -> Any:
-    """A dataclass field that is metadata of the compiled program instead of a leaf (must be hashable). With
-    `repr=False` it is not shown."""
-    return dataclasses.field(metadata={"static": True}, **options)
+def static(write: Callable[[Any], Any] | None = None, read: Callable[[Any], Any] | None = None, **options: Any) -> Any:
+    """A dataclass field that is metadata of the compiled program instead of a leaf (must be hashable).
+
+    With `repr=False` it is not shown. `write` makes JSON of a value that is not None, `read` makes the value again:
+    programs that take the class and are serialised (`jax.export`) hold its metadata.
+    """
+    return dataclasses.field(metadata={"static": True, "write": write, "read": read}, **options)
 
 
 def discrete(kind: type, **options: Any) -> Any:
@@ -82,9 +88,26 @@ def _register(cls: type[_T]) -> type[_T]:
         return cls(**dict(zip(data, leaves)), **dict(zip(meta, static[1:])))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    _register_for_export(cls)
     if "__repr__" not in cls.__dict__:
         cls.__repr__ = _summary
     return cls
+
+
+def _register_for_export(cls: type) -> None:
+    """Tell `jax.export` how the metadata of a class is written into a serialised program and read from it."""
+    fields = [f for f in dataclasses.fields(cls) if f.metadata.get("static", False)]
+
+    def converted(values: Any, way: str) -> list[Any]:
+        ways = [f.metadata[way] for f in fields]
+        return [x if x is None or to is None else to(x) for x, to in zip(values, ways)]
+
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"robustreg.{cls.__qualname__}",
+        serialize_auxdata=lambda static: json.dumps(converted(static[1:], "write")).encode(),
+        deserialize_auxdata=lambda text: (cls, *converted(json.loads(text), "read")),
+    )
 
 
 def _summary(self: Any) -> str:
@@ -144,6 +167,12 @@ def gate(t: Array, lost: Array) -> Array:
     return lax.custom_linear_solve(lambda x: x, t, forwards, transpose_solve=backwards)
 
 
+def more_than(limit: int, shape: tuple[Any, ...]) -> bool:
+    """Whether an array has more entries than that; True in a program exported for any number of lanes."""
+    count = math.prod(shape)
+    return jax.export.is_symbolic_dim(count) or count > limit
+
+
 def lanes_last(x: Array, batch_ndim: int, core_ndim: int) -> Array:
     """`[*b, *core]` to `[*reversed(core), *b]` with `b` padded on its left to `batch_ndim` axes.
 
@@ -188,7 +217,7 @@ def materialised(x: Array) -> Array:
     none = jnp.isnan(first) & (first == first)
 
     def in_loop(x: Array) -> Array:
-        return lax.while_loop(lambda state: state[0], lambda state: (~state[0], -state[1]), (none, x))[1]
+        return _loops.while_loop(lambda state: state[0], lambda state: (~state[0], -state[1]), (none, x))[1]
 
     return lax.platform_dependent(x, cpu=in_loop, default=lax.optimization_barrier)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, implicit, linear, masks, readings, solvers
+from robustreg import _host, _loops, _tree, bellman, implicit, linear, masks, readings, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Status
@@ -218,7 +218,9 @@ def _cost(problem: bellman.Lanes, policy: Array, free: bool) -> tuple[Array, Arr
         new = ruined | jnp.any(onwards & leads, axis=0)
         return new, jnp.any(new & ~ruined)
 
-    ruined, _ = lax.while_loop(lambda state: state[1], spread, (infinite, jnp.any(infinite)))
+    ruined, _ = _loops.while_loop(
+        lambda state: state[1], spread, (infinite, jnp.any(infinite)), (onwards, problem.transitions)
+    )
     # The derivative there is that of another policy, which has one: a gradient that nobody asks for is then 0, not NaN.
     prior = jax.nn.softmax(jnp.broadcast_to(lax.stop_gradient(problem.regulariser._prior), policy.shape), axis=0)
     cost = problem.regulariser._value(jnp.where(ruined[None], prior, policy))
@@ -261,7 +263,8 @@ def fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) ->
     loop = lax.stop_gradient(iterate(fixed, solver, tol, limit, start))
     h, c, failed = _settled(fixed, loop)
     h, c, zero = (jnp.where(failed, 0, x) for x in (h, c, jnp.zeros_like(c)))
-    h = implicit.attach(linear.Method(), problem, h, c, zero, None, zero, failed)[0]
+    found = _loops.alike((problem, h, c, zero, None, zero, failed))
+    h = implicit.attach(linear.Method(), *found)[0]
     return _tree.batch_first(implicit.mark(h + c[None], failed), 1)
 
 
@@ -288,12 +291,11 @@ def _settled(problem: bellman.Lanes, loop: Loop) -> tuple[Array, Array, Array]:
     """
     h, c, size = loop.h, loop.c, jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
     lost = loop.status >= int(Status.NONFINITE_INPUT)
-    poor = (loop.status != int(Status.CONVERGED)) & (
-        loop.half_width > float(jnp.finfo(problem.dtype).eps) ** 0.5 * size
-    )
+    half = float(jnp.finfo(problem.dtype).eps) ** 0.5
+    poor = (loop.status != int(Status.CONVERGED)) & (loop.half_width > half * size)
     if isinstance(problem.regulariser, Fixed):
         reward, policy = problem.regulariser._maximiser(problem.reward)
-        certain = lost | (loop.half_width <= linear.trusted(problem.dtype) * size)
+        certain = lost | (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size)
         value = h + c[None]
         exact, solved = linear.eliminate(bellman.chain(problem, policy), reward, value, certain)
         better = solved & ~certain

@@ -8,7 +8,7 @@ in as well where the other reading does not fit. What can be read in two ways is
 
 from typing import NamedTuple
 
-import numpy as np
+import jax.numpy as jnp
 
 Shape = tuple[int, ...]
 
@@ -51,7 +51,7 @@ class Leaves(NamedTuple):
         }
         own = {name: shape for name, shape in own.items() if shape}
         try:
-            return np.broadcast_shapes(*own.values())
+            return jnp.broadcast_shapes(*own.values())
         except ValueError:
             raise ValueError(self._mismatch(own)) from None
 

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _tree, masks, ranges
+from robustreg import _loops, _tree, masks, ranges
 from robustreg.divergences import Scales
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, maximise
@@ -100,11 +100,12 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: 
         ValueError: batch axes that do not broadcast.
     """
     try:
-        batch = np.broadcast_shapes(mdp.batch_shape, regulariser.batch_shape, *others)
+        batch = jnp.broadcast_shapes(mdp.batch_shape, regulariser.batch_shape, *others)
     except ValueError:
         shapes = [mdp.batch_shape, regulariser.batch_shape, *others]
         raise ValueError(f"batch axes do not broadcast: MDP, regulariser, others have {shapes}") from None
-    mdp, n, dtype = mdp._canonical(), len(batch), mdp.dtype
+    mdp, regulariser = _loops.alike((mdp._canonical(), regulariser))
+    n, dtype = len(batch), mdp.dtype
     bound = masks.restricted(regulariser, mdp.available).bind(n, dtype, mdp.n_actions)
     if bound.beta.shape[0] not in (1, mdp.n_states) or bound._prior.shape[1] not in (1, mdp.n_states):
         raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
@@ -138,6 +139,7 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: 
 
 def with_operator(problem: Lanes, operator: Regulariser, reward: Array) -> Lanes:
     """Put another bound regulariser and another reward in the place of a problem's own."""
+    problem, operator, reward = _loops.alike((problem, operator, reward))
     known = ranges.magnitudes(*lax.stop_gradient((operator, reward)), problem.horizon)
     return dataclasses.replace(problem, regulariser=operator, reward=reward, magnitudes=known)
 

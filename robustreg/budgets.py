@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _host, _tree, bellman
+from robustreg import _host, _loops, _tree, bellman
 from robustreg.regularisers import maximise
 
 # Steps of the safeguarded root finding in `Box`: Newton takes 4 to 10.
@@ -214,7 +214,9 @@ class Box(Whole):
         high = _tree.largest(jnp.where(masked, -jnp.inf, x + bound))
         hopeless = jnp.isnan(_tree.total(jnp.where(masked, 0, x)))
         start = (maximise(reg, x)[0], low, high, hopeless, jnp.asarray(0, jnp.int32))
-        c, _, high, fine, _ = lax.while_loop(lambda state: ~jnp.all(state[3]) & (state[4] < _ROOT_STEPS), step, start)
+        c, _, high, fine, _ = _loops.while_loop(
+            lambda state: ~jnp.all(state[3]) & (state[4] < _ROOT_STEPS), step, start
+        )
         dr = at(jnp.where(fine, c, high))
         # As in `boundary`.
         normal = maximise(reg, dr)[1]

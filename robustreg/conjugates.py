@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _tree
+from robustreg import _loops, _tree
 from robustreg.divergences import (
     Scales,
     alpha_divergence,
@@ -87,7 +87,7 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers
     # state whose actions are worth the same always is.
     maybe = plain > -1.1 * _NEAR
     maybe = jnp.all(maybe, axis=0) if reduce is _tree.LANES and plain.ndim else maybe
-    level = lax.cond(jnp.any(maybe), careful, lambda: plain)
+    level = _loops.cond(jnp.any(maybe), careful, lambda: plain)
     return best + level / beta, weight / total[None]
 
 
@@ -265,7 +265,7 @@ def _normalise(
     def bridge() -> Array:
         return jnp.where(unresolved, _between(*bracket, gap, log_prior, h, mass, reduce), policy)
 
-    return lax.cond(jnp.any(unresolved), bridge, lambda: policy)
+    return _loops.cond(jnp.any(unresolved), bridge, lambda: policy)
 
 
 def _resolution(gap: Array) -> float:
@@ -339,7 +339,7 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Red
     # A NaN gap can never settle: leave it to come out as NaN instead of holding up the others.
     hopeless = jnp.any(jnp.isnan(gap), axis=0)
     state = (start, low, high, infinite, hopeless, jnp.asarray(0, jnp.int32))
-    level, low, high, *_ = lax.while_loop(unfinished, step, state)
+    level, low, high, *_ = _loops.while_loop(unfinished, step, state, (gap, log_prior, mass))
     return level, low, high
 
 

@@ -20,6 +20,8 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
+from robustreg import _loops
+
 # States eliminated together: enough to make the updates matrix products, few enough for the loop inside a block.
 _BLOCK = 32
 
@@ -82,8 +84,8 @@ def solve(chain: Array, exits: Array, b: Array, transpose: bool = False) -> Arra
         return lax.dynamic_update_slice_in_dim(x, found, k * _BLOCK, 0)
 
     inverses = jnp.zeros((count, _BLOCK, _BLOCK), chain.dtype)
-    chain, exits, b, inverses = lax.fori_loop(0, count, leave_out, (chain, exits, b, inverses))
-    return lax.fori_loop(0, count, put_back, jnp.zeros_like(b))[:n]
+    chain, exits, b, inverses = _loops.fori_loop(0, count, leave_out, (chain, exits, b, inverses))
+    return _loops.fori_loop(0, count, put_back, jnp.zeros_like(b), (chain, b))[:n]
 
 
 def _inverse(chain: Array, exits: Array) -> Array:
@@ -101,11 +103,11 @@ def _inverse(chain: Array, exits: Array) -> Array:
         return chain, exits + through[:, 0] * exits[k], x, pivots.at[k].set(pivot)
 
     start = (chain, exits, jnp.eye(n, dtype=chain.dtype), jnp.ones_like(exits))
-    chain, _, x, pivots = lax.fori_loop(0, n, leave_out, start)
+    chain, _, x, pivots = _loops.fori_loop(0, n, leave_out, start)
 
     def put_back(i: Array, x: Array) -> Array:
         k = n - 1 - i
         row = jnp.where(number > k, chain[k], 0)
         return x.at[k].set((x[k] + _product(row, x)) / pivots[k])
 
-    return lax.fori_loop(0, n, put_back, x)
+    return _loops.fori_loop(0, n, put_back, x)

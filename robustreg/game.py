@@ -48,7 +48,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, play, solvers
+from robustreg import _host, _loops, _tree, bellman, play, solvers
 from robustreg.adversary import Fixed, Unregularised, unlimited
 from robustreg.budgets import Adversary, Whole, is_masked
 from robustreg.mdp import MDP
@@ -242,11 +242,11 @@ def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Array, rules: p
         position, books, index = state
         # The first look comes before the first round.
         count = jnp.where(index == 0, 0, jnp.minimum(rules.record, rules.steps - (index - 1) * rules.record))
-        after = lax.fori_loop(0, count, lambda _, x: play.turn(board, x), position)
+        after = _loops.fori_loop(0, count, lambda _, x: play.turn(board, x), position)
         position = keep(books.status != _RUNNING, position, after)
         return position, _record(board, tol, index, position, books), index + 1
 
-    position, books, index = lax.while_loop(running, turn, (position, books, jnp.asarray(0, jnp.int32)))
+    position, books, index = _loops.while_loop(running, turn, (position, books, jnp.asarray(0, jnp.int32)), board)
     return _result(books, position.steps, tol, index, rules)
 
 
@@ -272,7 +272,7 @@ def _record(board: play.Board, tol: Array, index: Array, position: play.Position
         )
         return (best, sound & jnp.isfinite(primal) & jnp.isfinite(dual)), None
 
-    (new, sound), _ = lax.scan(look, (books, ~done), play.candidates(board, position))
+    (new, sound), _ = _loops.scan(look, (books, ~done), play.candidates(board, position))
     reached = _relative(new.primal, new.dual) <= tol
     status = jnp.where(reached & (tol >= 0), int(Status.CONVERGED), _RUNNING)
     broken = jnp.where(position.steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg import _host, _tree
+from robustreg import _host, _loops, _tree
 from robustreg.divergences import weighted
 from robustreg.regularisers import Regulariser, maximise
 
@@ -152,7 +152,7 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
     floor = jnp.maximum(x, -(float(jnp.finfo(x.dtype).max) ** 0.5))
     start = jnp.maximum(_first_ratio(reg, floor, weight, best), 0)
     state = (start, unlimited | none | ~((start > 0) & jnp.isfinite(start)), jnp.asarray(0, jnp.int32))
-    t = lax.while_loop(lambda state: ~jnp.all(state[1]) & (state[2] < _MAX_STEPS), step, state)[0]
+    t = _loops.while_loop(lambda state: ~jnp.all(state[1]) & (state[2] < _MAX_STEPS), step, state, (reg, x, weight))[0]
 
     def level(t: Array) -> Array:
         return _pool(weight, maximise(_at(reg, t), x)[0])
@@ -161,7 +161,7 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
     # A root is one if the level changes sign close to it.
     near = 0.5 * float(jnp.finfo(x.dtype).eps) ** 0.5
     lost = ~(unlimited | none) & ~((level(t * (1 - near)) <= 0) & (level(t * (1 + near)) > 0))
-    t = lax.cond(jnp.any(lost), lambda: jnp.where(lost, _bisected(level, t), t), lambda: t)
+    t = _loops.cond(jnp.any(lost), lambda: jnp.where(lost, _bisected(level, t), t), lambda: t, (reg, x, weight))
     # Beyond a quarter of the largest number, 1/beta may count as 0: what changes sign there is no level.
     t = jnp.where(t >= 0.25 * (1 - 1e-3) * float(jnp.finfo(x.dtype).max), jnp.inf, t)
     t = jnp.where(unlimited, jnp.inf, jnp.where(none, 0, t))
@@ -183,7 +183,7 @@ def _bisected(level: Callable[[Array], Array], like: Array) -> Array:
 
     # Each halving is a digit: of the exponent first.
     start = (jnp.full_like(like, -most), jnp.full_like(like, most))
-    low, high = lax.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)
+    low, high = _loops.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)
     # (At the other end, where a level is rounding or its beta no number, the root is 0 for all that can be told.)
     beyond = (high >= jnp.asarray(most, like.dtype)) | ((high > 0) & jnp.isnan(level(jnp.exp(high))))
     return jnp.where(beyond, jnp.inf, jnp.exp(low))

@@ -9,6 +9,7 @@ Of what lanes share there is still one copy; what they do not share is picked fo
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,13 +40,14 @@ def in_groups(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
         problem: the lanes.
         tol, h: `[*B]` and `[S, *B]`.
     """
-    if int(np.prod(problem.batch)) <= width(problem):
+    lanes = math.prod(problem.batch)
+    if jax.export.is_symbolic_dim(lanes) or lanes <= width(problem):
         return run(problem, tol, h)
     return lax.platform_dependent(problem, tol, h, cpu=lambda *x: _grouped(run, *x), default=run)
 
 
 def _grouped(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
-    size, lanes = width(problem), int(np.prod(problem.batch))
+    size, lanes = width(problem), math.prod(problem.batch)
     order = _by_hardness(problem)
     # The last group repeats its last lane.
     padded = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (-lanes % size,))]).reshape(-1, size)

@@ -16,13 +16,14 @@ Lanes are frozen, bit for bit, when they have reached their target; the loop end
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _tree, bellman, elimination
+from robustreg import _loops, _tree, bellman, elimination
 
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
@@ -41,7 +42,7 @@ def patience(n_states: int) -> int:
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
     """The first `terms` terms of the Neumann series of `(I - K)^{-1} b`, `[S, *B]`."""
-    return lax.fori_loop(1, terms, lambda _, x: b + chain.apply(x), b)
+    return _loops.fori_loop(1, terms, lambda _, x: b + chain.apply(x), b, chain)
 
 
 def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
@@ -101,6 +102,8 @@ def solve(
         `[S, *B]`; NaN in lanes of which the residual proves no error below `trusted`, or the accuracy asked for.
     """
 
+    chain, b, accuracy, inexact = _loops.alike((chain, b, accuracy, inexact), probe)
+
     def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
         return x[0] - chain.apply(x[0], _tree.plain_sum), *x[1:]
 
@@ -128,7 +131,7 @@ def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> A
 
     Arguments and result are those of `solve`, and so are derivatives.
     """
-
+    chain, b, accuracy = _loops.alike((chain, b, accuracy))
     return lax.custom_linear_solve(
         lambda y: y - chain.transpose(y),
         b,
@@ -222,7 +225,7 @@ def _eliminated(
 ) -> Solved:
     """Solve the lanes that are not `solved` by elimination, one after the other; the others cost and feel nothing."""
     batch, n = b.shape[1:], b.shape[0]
-    flat = (n, int(np.prod(batch)))
+    flat = (n, math.prod(batch))
     right, unit = b.reshape(flat), float(jnp.finfo(b.dtype).eps)
 
     def one(state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -247,11 +250,11 @@ def _eliminated(
     start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), todo.reshape(flat[1:]))
 
     def loop() -> tuple[Array, ...]:
-        return lax.while_loop(lambda state: jnp.any(state[3]), one, start)
+        return _loops.while_loop(lambda state: jnp.any(state[3]), one, start, (chain, right))
 
     # Not the loop alone: with one lane its matrix does not depend on the turn, and the compiler would write it out
     # before the loop, at every call.
-    x, error, solved, _ = lax.cond(jnp.any(todo), loop, lambda: start)
+    x, error, solved, _ = _loops.cond(jnp.any(todo), loop, lambda: start, (chain, right))
     return x.reshape(b.shape), error.reshape(batch), solved.reshape(batch)
 
 
@@ -280,9 +283,9 @@ def _swept(
 
     r = jnp.where(worth[None], b - (start - apply(start)), 0)
     count = jnp.asarray(0, jnp.int32)
-    total, *_ = lax.while_loop(unfinished, add, (jnp.zeros_like(b), r, count))
+    total, *_ = _loops.while_loop(unfinished, add, (jnp.zeros_like(b), r, count), chain)
     new = jnp.where(worth[None], start + total, x)
-    now = lax.cond(jnp.any(worth), lambda: _proved(chain, apply, b, new, transpose)[0], lambda: error)
+    now = _loops.cond(jnp.any(worth), lambda: _proved(chain, apply, b, new, transpose)[0], lambda: error, (chain, b))
     return new, jnp.where(worth, now, error), solved | (worth & (now <= enough))
 
 
@@ -321,7 +324,7 @@ def _refined(
     goal = accuracy * size(b)
     x, r = balance(jnp.zeros_like(b), b)
     start = (x, r, size(r) > goal, jnp.asarray(0, jnp.int32))
-    return lax.while_loop(lambda state: jnp.any(state[2]), improve, start)[0]
+    return _loops.while_loop(lambda state: jnp.any(state[2]), improve, start, (chain, mode, image, mass))[0]
 
 
 def bicgstab(
@@ -387,7 +390,7 @@ def bicgstab(
     done = (size <= target) | ~jnp.isfinite(size)
     count = jnp.asarray(0, jnp.int32)
     start = (b, shadow, shadow, size, size, b, size, jnp.zeros(size.shape, jnp.int32), done, count)
-    return scale[None] * lax.while_loop(unfinished, step, start)[5]
+    return scale[None] * _loops.while_loop(unfinished, step, start)[5]
 
 
 def _sums(*xs: Array) -> list[Array]:
@@ -397,7 +400,7 @@ def _sums(*xs: Array) -> list[Array]:
     which takes up to twice as long as the whole step should, and an accelerator has work for as many threads as lanes.
     """
     lanes = xs[0].shape[1:]
-    if lanes and int(np.prod(lanes)) < _FEW:
+    if lanes and not _tree.more_than(_FEW - 1, lanes):
         return _sums_of_blocks(*xs)
     return lax.platform_dependent(*xs, cpu=lambda *xs: [jnp.sum(x, axis=0) for x in xs], default=_sums_of_blocks)
 

@@ -47,10 +47,12 @@ def restricted(reg: Regulariser, available: ArrayLike | None) -> Any:
         logs = jnp.zeros((allowed.shape[-1],), _host.canonical(reg.beta).dtype)
     if logs.shape[-1] != allowed.shape[-1]:
         raise ValueError(f"the prior is over {logs.shape[-1]} actions, the mask over {allowed.shape[-1]}")
-    shape = np.broadcast_shapes(logs.shape, allowed.shape)
-    logs = jnp.where(jnp.broadcast_to(allowed, shape), jnp.broadcast_to(_host.canonical(logs), shape), -jnp.inf)
-    if reg.has_reference:
-        logs = logs - jax.nn.logsumexp(logs, axis=-1, keepdims=True)
+    shape = jnp.broadcast_shapes(logs.shape, allowed.shape)
+    # Minus infinity is meant, for whoever looks for infinities.
+    with jax.debug_infs(False):
+        logs = jnp.where(jnp.broadcast_to(allowed, shape), jnp.broadcast_to(_host.canonical(logs), shape), -jnp.inf)
+        if reg.has_reference:
+            logs = logs - jax.nn.logsumexp(logs, axis=-1, keepdims=True)
     regulariser: Any = reg  # of a class that is a dataclass, as all are
     return dataclasses.replace(regulariser, log_prior=logs)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _host, _tree, containers, function_checks, masks, rewards
+from robustreg import _fork, _host, _tree, containers, function_checks, masks, rewards
 from robustreg.names import Names, by_name, distribution
 from robustreg.successors import Successors
 from robustreg.transitions import Dense, MatrixFree, Transitions
@@ -51,9 +51,9 @@ class MDP:
     complement: Array
     initial: Array
     termination: Array | None = None
-    grid: tuple[int, int] | None = _tree.static(default=None)
+    grid: tuple[int, int] | None = _tree.static(read=tuple, default=None)
     available: Array | None = _tree.discrete(bool, default=None)
-    names: Names | None = _tree.static(default=None)
+    names: Names | None = _tree.static(Names.to_json, Names.from_json, default=None)
     raw: bool = _tree.static(default=False, repr=False)
 
     @property
@@ -74,7 +74,7 @@ class MDP:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Batch axes of all leaves, broadcast together."""
-        return np.broadcast_shapes(*_batch_axes(self).values())
+        return jnp.broadcast_shapes(*_batch_axes(self).values())
 
     def by_name(self, x: Any) -> dict[Any, Any]:
         """Label an array over states, or over states and actions, with their names (their numbers without names).
@@ -92,9 +92,10 @@ class MDP:
 
     def _prepared(self) -> "MDP":
         """Cast to the working precision, and add what can be known of transitions before they are traced."""
+        _fork.refuse()
         m = self._canonical()
         # Names are left off: they would compile everything anew.
-        return dataclasses.replace(m, transitions=m.transitions._prepared(), names=None, raw=True)
+        return dataclasses.replace(m, transitions=m.transitions._prepared(m.dtype), names=None, raw=True)
 
     def _canonical(self) -> "MDP":
         """Cast every floating leaf to the working precision; see `_host.canonical`."""
@@ -140,6 +141,7 @@ def mdp(
         ValueError: names the first offending entry and the remedy.
         TypeError: if an argument is not numeric, or indices are not integers.
     """
+    _fork.refuse()
     came = containers.transitions(transitions, layout)
     reward = containers.by_action(reward, came.actions) if isinstance(reward, Mapping) else reward
     reward = containers.plain("reward", reward, came.states)

@@ -98,7 +98,9 @@ def log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | N
     if prior is not None and log_prior is not None:
         raise ValueError("give prior or log_prior, not both")
     if prior is not None:
-        return _of_probabilities(containers.plain("prior", prior))
+        # Minus infinity stands for an action that is not there: no fault, for whoever looks for infinities.
+        with jax.debug_infs(False):
+            return _of_probabilities(containers.plain("prior", prior))
     return None if log_prior is None else _of_logits(log_prior)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
-from robustreg import _tree, bellman, linear
+from robustreg import _loops, _tree, bellman, linear
 from robustreg.budgets import boundary, is_masked, shape
 from robustreg.solve import keep
 
@@ -170,7 +170,7 @@ def _answers(board: Board, position: Position, policy: Array) -> tuple[Any, Any]
 
     zero = jnp.zeros(batch, policy.dtype)
     start = (position.params, position.memories[1], zero, jnp.zeros(batch, bool), jnp.asarray(0, jnp.int32))
-    params, memory, *_ = lax.while_loop(unfinished, answer, start)
+    params, memory, *_ = _loops.while_loop(unfinished, answer, start)
     return adversary.retract(problem, params) if adversary._free else params, memory
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _host, _tree, bellman
+from robustreg import _host, _loops, _tree, bellman
 from robustreg.budgets import Adversary, Whole, curvature, is_masked, shape
 from robustreg.regularisers import maximise
 
@@ -150,7 +150,7 @@ class Features(Adversary):
             return w, jnp.where(count % _STEPS_EACH == _STEPS_EACH - 1, 0.5, 1.0).astype(w.dtype) * temperature, least
 
         start = (params, coldest, self._support(problem, mu))
-        return jnp.zeros_like(visits), lax.fori_loop(0, _HALVINGS * _STEPS_EACH, step, start)[2]
+        return jnp.zeros_like(visits), _loops.fori_loop(0, _HALVINGS * _STEPS_EACH, step, start)[2]
 
     def _split(self, problem: bellman.Lanes, mu: Array, target: Array) -> Array:
         """R's support function a way from mu towards a target, `[*B]`, the best of a few."""

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from robustreg import _loops
 from robustreg.regularisers import Regulariser
 from robustreg.transitions import Transitions
 
@@ -62,7 +63,7 @@ def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magni
         return jnp.max(jnp.minimum(weighed, jnp.max(size, axis=0)), axis=0)
 
     plain = jnp.broadcast_to(largest, jax.eval_shape(charge).shape)
-    charged = lax.cond(jnp.any(largest > _WILD * top), charge, lambda: plain)
+    charged = _loops.cond(jnp.any(largest > _WILD * top), charge, lambda: plain, (regulariser, reward, horizon))
     return Magnitudes(
         largest,
         jnp.minimum(charged, plain),
@@ -129,7 +130,10 @@ def horizon(transitions: Transitions, regulariser: Regulariser, discount: Array,
         return new, bound, active, count + 1
 
     start = (jnp.ones((transitions.n_states, *own), discount.dtype), plain, complement < _LONG)
-    w, bound, *_ = lax.while_loop(
-        lambda state: jnp.any(state[2]) & (state[3] < _SWEEPS), sweep, (*start, jnp.asarray(0, jnp.int32))
+    w, bound, *_ = _loops.while_loop(
+        lambda state: jnp.any(state[2]) & (state[3] < _SWEEPS),
+        sweep,
+        (*start, jnp.asarray(0, jnp.int32)),
+        (transitions, masked),
     )
     return jnp.minimum(bound, plain)

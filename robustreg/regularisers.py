@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _tree, axes, conjugates, divergences, parameters, worst_cases
+from robustreg import _fork, _tree, axes, conjugates, divergences, parameters, worst_cases
 
 
 class Regulariser:
@@ -138,6 +138,7 @@ class Regulariser:
 
     def _public(self, x: ArrayLike, refuse: bool = False) -> tuple[Any, Array]:
         """The regulariser and `x` with actions leading, aligned: see `axes.align`, to which `refuse` goes."""
+        _fork.refuse()
         x = jnp.asarray(x)
         x = x.astype(parameters.working(x.dtype))
         if x.ndim == 0:
@@ -388,6 +389,7 @@ def alpha(
 
 def _common(beta: Any, prior: Any, log_prior: Any, state_scale: Any) -> tuple[Array, Array | None, Array | None]:
     """Check the leaves that every regulariser has."""
+    _fork.refuse()
     logs = parameters.strength("beta", beta), parameters.log_prior(prior, log_prior)
     return *logs, parameters.state_scale(state_scale)
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, adversary, gauge
+from robustreg import _host, _loops, _tree, adversary, gauge
 from robustreg.divergences import alpha_divergence, eps, lam, log_ratio, weighted
 from robustreg.regularisers import Regulariser, maximise
 
@@ -301,7 +301,7 @@ def _bisect(level: Any, low: Array, high: Array, size: Array) -> Array:
         width = high - low > unit * jnp.maximum(size, jnp.maximum(jnp.abs(low), jnp.abs(high)))
         return jnp.any(width) & (count < 200)
 
-    low, high, _ = lax.while_loop(unfinished, step, (low, high, jnp.asarray(0, jnp.int32)))
+    low, high, _ = _loops.while_loop(unfinished, step, (low, high, jnp.asarray(0, jnp.int32)))
     return 0.5 * (low + high)
 
 

@@ -25,7 +25,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, bellman, groups, implicit, linear, readings, resident, solvers
+from robustreg import _host, _loops, _tree, bellman, groups, implicit, linear, readings, resident, solvers
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Solution, Status
@@ -180,6 +180,7 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
     def loop(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
         return groups.in_groups(run, problem, tol, h)
 
+    problem, tol, limit, h = _loops.alike((problem, tol, limit, h))
     found = resident.find(problem, solver)
     if found is None:
         return loop(problem, tol, h)
@@ -209,7 +210,7 @@ def _iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h
     def running(state: Loop) -> Array:
         return jnp.any(state.status == _RUNNING)
 
-    return lax.while_loop(running, functools.partial(_turn, problem, solver, tol, limit), start)
+    return _loops.while_loop(running, functools.partial(_turn, problem, solver, tol, limit), start)
 
 
 def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
@@ -318,7 +319,8 @@ def _finish(
     accuracy = jnp.minimum(jnp.max(problem.regulariser.beta, axis=0) * half_width, 1e-3)
     accuracy = jnp.where((tol < 0) | lost, 0, accuracy)
     inexact = implicit.policy_error(problem, half_width)
-    h, th, policy, q = implicit.attach(method, problem, h, c, accuracy, probe, *lax.stop_gradient((inexact, lost)))
+    found = (problem, h, c, accuracy, probe, *lax.stop_gradient((inexact, lost)))
+    h, th, policy, q = implicit.attach(method, *_loops.alike(found))
     value = h + c[None]
     masked = jnp.isneginf(problem.regulariser._prior)
     perturbation = jnp.where(masked, 0, q - th[None])

@@ -5,6 +5,7 @@ indices have a pattern (see `robustreg.patterns`), it is a kernel of its own.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg import _host, _tree, patterns
+from robustreg import _host, _loops, _tree, patterns
 from robustreg.transitions import Dense, Transitions
 
 _UNROLL = 8  # successor slots per pass, see `BoundSuccessors`
@@ -45,7 +46,7 @@ class Successors(Transitions):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        return np.broadcast_shapes(self.indices.shape[:-3], self.probabilities.shape[:-3])
+        return jnp.broadcast_shapes(self.indices.shape[:-3], self.probabilities.shape[:-3])
 
     @property
     def dtype(self) -> Any:
@@ -57,16 +58,16 @@ class Successors(Transitions):
         """See `Transitions`."""
         return self.indices.shape[-1]
 
-    def _prepared(self) -> Transitions:
+    def _prepared(self, dtype: Any) -> Transitions:
         """With the pattern of its indices."""
         if self.indices.ndim > 3:
-            return self._joined()._prepared()
+            return self._joined()._prepared(dtype)
         return Successors(self.indices, self.probabilities, patterns.find(self.indices), raw=True)
 
     def _joined(self) -> Transitions:
         """The kernel of lanes whose lists differ: with lists of the successors of all, or written out where shorter."""
         batch, n_states = self.batch_shape, self.n_states
-        flat = np.prod(batch, dtype=int)
+        flat = math.prod(batch)
         indices, p = (jnp.broadcast_to(x, batch + x.shape[-3:]) for x in (self.indices, self.probabilities))
         indices, p = (x.reshape(flat, *x.shape[-3:]) for x in (indices, p))
         if not _host.is_traced(indices):
@@ -201,7 +202,7 @@ class BoundSuccessors(Transitions):
 
     def _under(self, policy: Array) -> "tuple[BoundSuccessors, Array, Collected | None]":
         lanes, pattern = policy.shape[2:], self.pattern
-        alone = int(np.prod(self.probabilities.shape[3:])) == int(np.prod(lanes))
+        alone = not _tree.more_than(math.prod(self.probabilities.shape[3:]), lanes)
         if pattern is None or not (alone or pattern.neighbours.shape[0] <= 2 * policy.shape[0]):
             return self, policy, None
         if pattern.slot is None:
@@ -213,17 +214,17 @@ class BoundSuccessors(Transitions):
         return BoundSuccessors(pattern.neighbours[None], certain), weights, _collected(weights, pattern)
 
     def _expect(self, v: Array) -> Array:
-        shape = np.broadcast_shapes(self.probabilities.shape[1:], self.indices.shape[1:] + v.shape[1:])
+        shape = jnp.broadcast_shapes(self.probabilities.shape[1:], self.indices.shape[1:] + v.shape[1:])
 
         def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
             index, probability = slot
             picked = v.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
             return total + probability * picked, None
 
-        return lax.scan(add, jnp.zeros(shape, v.dtype), (self.indices, self.probabilities), unroll=_UNROLL)[0]
+        return _loops.scan(add, jnp.zeros(shape, v.dtype), (self.indices, self.probabilities), v, _UNROLL)[0]
 
     def _push(self, mu: Array) -> Array:
-        lanes = np.broadcast_shapes(self.probabilities.shape[3:], mu.shape[2:])
+        lanes = jnp.broadcast_shapes(self.probabilities.shape[3:], mu.shape[2:])
 
         def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
             index, probability = slot
@@ -231,9 +232,8 @@ class BoundSuccessors(Transitions):
             moved = moved if index.shape[0] == moved.shape[0] else jnp.sum(moved, axis=0, keepdims=True)
             return total.at[index].add(moved, mode="promise_in_bounds", wrap_negative_indices=False), None
 
-        return lax.scan(
-            add, jnp.zeros((self.n_states, *lanes), mu.dtype), (self.indices, self.probabilities), unroll=_UNROLL
-        )[0]
+        zeros = jnp.zeros((self.n_states, *lanes), mu.dtype)
+        return _loops.scan(add, zeros, (self.indices, self.probabilities), mu, _UNROLL)[0]
 
     def _expect_tangent(self, change: "BoundSuccessors", v: Array) -> Array | None:
         dp = _tree.given(change.probabilities)

@@ -12,13 +12,15 @@ Each class implements the two operators in the kernels' layout (`[S, *B]` and `[
 the public `expect` and `push` wrap them in the public, batch-first one.
 """
 
+import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from robustreg import _host, _tree
@@ -93,8 +95,8 @@ class Transitions:
         """
         return self, policy, None
 
-    def _prepared(self) -> "Transitions":
-        """The same kernel with what can be known of it from its concrete arrays; `solve` and its like see to it."""
+    def _prepared(self, dtype: Any) -> "Transitions":
+        """The same kernel, to be used in `dtype`, as a program may take it; `solve` and its like see to it."""
         return self
 
     def expect(self, v: ArrayLike) -> Array:
@@ -124,7 +126,7 @@ class Transitions:
         core = (self.n_states, self.n_actions)[:core_ndim]
         if x.shape[x.ndim - core_ndim :] != core:
             raise ValueError(f"expected [..., {', '.join(map(str, core))}], got shape {x.shape}")
-        batch = np.broadcast_shapes(x.shape[: x.ndim - core_ndim], self.batch_shape)
+        batch = jnp.broadcast_shapes(x.shape[: x.ndim - core_ndim], self.batch_shape)
         x = jnp.broadcast_to(x, batch + core)
         return _tree.lanes_last(x, len(batch), core_ndim), len(batch)
 
@@ -175,7 +177,7 @@ class Dense(Transitions):
         return Dense(p.reshape((1,) * (batch_ndim - len(self.batch_shape)) + p.shape))
 
     def _under(self, policy: Array) -> "tuple[Dense, Array, None]":
-        if self.n_actions == 1 or int(np.prod(self.batch_shape)) < int(np.prod(policy.shape[2:])):
+        if self.n_actions == 1 or _tree.more_than(math.prod(self.batch_shape), policy.shape[2:]):
             return self, policy, None
         lanes = "bcdefghijk"[: len(self.batch_shape)]
         spec = f"{lanes}sat,as{lanes}->{lanes}st"
@@ -219,7 +221,7 @@ class Dense(Transitions):
         if x.ndim - len(contracted) != len(lanes):
             raise ValueError(f"expected {len(lanes)} batch axes, got shape {x.shape}")
         x = jnp.broadcast_to(
-            x, x.shape[: len(contracted)] + np.broadcast_shapes(x.shape[len(contracted) :], self.batch_shape)
+            x, x.shape[: len(contracted)] + jnp.broadcast_shapes(x.shape[len(contracted) :], self.batch_shape)
         )
         return jnp.einsum(spec, p, x, precision=lax.Precision.HIGHEST)
 
@@ -285,6 +287,29 @@ class MatrixFree(Transitions):
     def bind(self, batch_ndim: int, dtype: Any) -> "MatrixFree":
         return self
 
+    def _prepared(self, dtype: Any) -> "MatrixFree":
+        """With the traced arrays that the functions close over among the parameters.
+
+        Functions are static to the programs of the library, and such a program must not hold what is traced outside.
+        """
+        own = () if self.parameters is None else (self.parameters,)
+        sizes = (self.n_states,), (self.n_states, self.n_actions)
+        functions = [
+            None if function is None else _without_traced(function, jax.ShapeDtypeStruct(size, dtype), *own)
+            for function, size in zip((self.function, self.transpose), sizes)
+        ]
+        if not any(isinstance(found, tuple) for found in functions):
+            return self
+        held = [found if isinstance(found, tuple) else (found, ()) for found in functions]
+
+        def handed_on(i: int) -> Any:
+            function = held[i][0]
+            return function and (lambda x, parameters: function(x, *parameters[0], *parameters[1][i]))
+
+        new = object.__new__(MatrixFree)
+        new._set(handed_on(0), handed_on(1), self.n_states, self.n_actions, (own, tuple(consts for _, consts in held)))
+        return new
+
     def _silenced(self, lost: Array) -> "MatrixFree":
         def put(x: Any) -> Any:
             return jnp.where(jnp.all(lost), 0, x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
@@ -331,3 +356,25 @@ class MatrixFree(Transitions):
             raise ValueError(f"a MatrixFree function must return shape {list(core)}, got {list(out.shape[1:])}")
         out = _tree.lanes_last(out, 1, len(core))
         return out.reshape(out.shape[: len(core)] + lanes)
+
+
+# Functions that close over nothing that is traced.
+_plain: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
+
+
+def _without_traced(function: Any, *like: Any) -> Any:
+    """The function itself if it closes over no traced array; else one that takes them as well, and those arrays."""
+    if function in _plain:
+        return function
+    closed = jax.make_jaxpr(function)(*like)
+    where = [i for i, x in enumerate(closed.consts) if isinstance(x, Tracer)]
+    if not where:
+        _plain[function] = True
+        return function
+
+    def explicit(*arguments: Any) -> Array:
+        consts = dict(enumerate(closed.consts)) | dict(zip(where, arguments[len(like) :]))
+        leaves = jax.tree.leaves(arguments[: len(like)])
+        return jax.core.eval_jaxpr(closed.jaxpr, [consts[i] for i in sorted(consts)], *leaves)[0]
+
+    return explicit, tuple(closed.consts[i] for i in where)

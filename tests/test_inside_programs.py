@@ -1,0 +1,170 @@
+"""Inside the caller's program: shard_map with its checks, exported programs, closures over tracers, forks."""
+
+import dataclasses
+import os
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import Mesh, PartitionSpec
+
+import robustreg as rr
+
+RNG = np.random.default_rng(0)
+P = RNG.dirichlet(np.ones(6), (6, 2))
+REWARD = RNG.normal(size=(6, 2))
+BETAS = np.array([0.5, 2.0])
+
+
+def _expect(v, p):
+    return jnp.einsum("sat,t->sa", p, v)
+
+
+KINDS = {
+    "dense": lambda: rr.mdp(P, REWARD, 0.9),
+    "successors": lambda: rr.problems.garnet(6, 2, 3, 0.9),
+    "function": lambda: rr.mdp(rr.MatrixFree(_expect, n_states=6, n_actions=2, parameters=jnp.asarray(P)), REWARD, 0.9),
+    "ends": lambda: rr.mdp(0.8 * P, REWARD, 0.95, termination=np.full((6, 2), 0.2)),
+}
+
+
+def sharded(function):
+    """The function of an array, its leading axis over the devices, under JAX's default checks."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"), check_vma=True)
+    )
+
+
+def agree(function, argument, atol=1e-9):
+    for got, want in zip(
+        jax.tree.leaves(sharded(function)(argument)), jax.tree.leaves(function(argument)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["successors", "ends"])
+def test_shard_map_over_strengths(kind):
+    """Solve, its gradient and its certificate where the strengths vary over devices, and the MDP does not."""
+    m = KINDS[kind]()
+
+    def objective(beta):
+        return rr.solve(m, rr.kl(beta)).objective
+
+    def everything(beta):
+        s = rr.solve(m, rr.kl(beta))
+        return s.value, s.policy, jax.vmap(jax.grad(objective))(beta), rr.certify(m, rr.kl(beta), s).lower
+
+    agree(everything, BETAS, 1e-7)
+
+
+def test_shard_map_over_rewards():
+    """The MDP itself varies over devices: alpha, fixed policies, visits, the unregularised optimum."""
+    m = KINDS["dense"]()
+    policy = jnp.full((6, 2), 0.5)
+
+    def everything(scale):
+        mine = dataclasses.replace(m, reward=scale[:, None, None] * m.reward[None])
+        s = rr.solve(mine, rr.alpha(2.0, 1.5))
+        fixed = rr.evaluate(mine, policy), rr.evaluate(mine, policy, rr.kl(1.0)), rr.nominal_optimum(mine)
+        return s.objective, *fixed, rr.occupancy(mine, s.policy), rr.guarantee(mine, rr.kl(1.0), s.policy)
+
+    agree(everything, np.array([0.5, 1.0]), 1e-7)
+
+
+def test_shard_map_of_one_step_and_the_game():
+    m = KINDS["dense"]()
+    agree(lambda v: m.transitions.expect(v), np.ones((2, 6)))
+    agree(lambda v: KINDS["function"]().transitions.expect(v), np.ones((2, 6)))
+    agree(lambda mu: KINDS["successors"]().transitions.push(mu), np.ones((2, 6, 2)))
+    agree(lambda x: (rr.critical_beta(rr.alpha(1.0, 1.5), x), rr.slack(rr.kl(2.0), x)), RNG.normal(size=(2, 6, 2)))
+    agree(lambda beta: rr.solve_game(m, rr.kl(beta), tol=1e-2).primal, BETAS)
+
+
+def test_a_program_of_an_mdp_is_exported_and_read_again():
+    """Serialised with an MDP as its argument, names and all, and a Solution as its result."""
+    pytest.importorskip("flatbuffers")
+    rows = [
+        ("a", "go", "b", 1.0, 1.0),
+        ("b", "go", "c", 1.0, 0.0),
+        ("b", "stay", "b", 1.0, 0.1),
+        ("c", "go", "a", 1.0, 0),
+    ]
+    m = rr.from_table(rows, 0.9)
+    program = export.export(jax.jit(lambda m, beta: rr.solve(m, rr.kl(beta))))(m, BETAS)
+    again = export.deserialize(program.serialize())
+    found, direct = again.call(m, BETAS), rr.solve(m, rr.kl(BETAS))
+    assert isinstance(found, rr.Solution)
+    np.testing.assert_allclose(found.value, direct.value, rtol=1e-12)
+    grid = rr.problems.slippery_grid(3, 0.9)
+    text = export.export(jax.jit(lambda m: m))(grid).serialize()
+    assert export.deserialize(text).call(grid).grid == (3, 3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "successors", "ends"])
+def test_a_program_for_any_number_of_lanes(kind):
+    m = KINDS[kind]()
+    (n,) = export.symbolic_shape("n")
+    lanes = jax.ShapeDtypeStruct((n,), BETAS.dtype)
+    program = export.export(jax.jit(lambda beta: rr.solve(m, rr.kl(beta)).objective))(lanes)
+    for beta in (BETAS, np.linspace(0.1, 3, 7)):
+        np.testing.assert_allclose(program.call(beta), rr.solve(m, rr.kl(beta)).objective, rtol=1e-9)
+
+
+def test_functions_that_close_over_traced_arrays():
+    """A MatrixFree made inside jit and grad from traced arrays, whole numbers among them, with and without its push."""
+
+    def objective(p, order, push):
+        function = rr.MatrixFree(
+            lambda v: jnp.einsum("sat,t->sa", p, v[order]),
+            (lambda mu: jnp.zeros(6, p.dtype).at[order].add(jnp.einsum("sat,sa->t", p, mu))) if push else None,
+            n_states=6,
+            n_actions=2,
+        )
+        return rr.solve(rr.MDP(function, *(getattr(m, name) for name in names)), rr.kl(1.0)).objective
+
+    m, order = KINDS["dense"](), np.array([3, 1, 2, 0, 4, 5])
+    names = ("reward", "discount", "complement", "initial")
+    moved = np.zeros_like(P)
+    moved[..., order] = P
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want, slope = jax.value_and_grad(lambda p: rr.solve(rr.mdp(p, REWARD, 0.9), rr.kl(1.0)).objective)(moved)
+    for push in (False, True):
+        found = jax.jit(objective, static_argnums=2)(P, order, push)
+        np.testing.assert_allclose(found, want, rtol=1e-9)
+        got = jax.grad(objective)(jnp.asarray(P), jnp.asarray(order), push)
+        np.testing.assert_allclose(got, slope[..., order], rtol=1e-7, atol=1e-10)
+    lanes = jax.vmap(lambda p: objective(p, order, False))(jnp.stack([P, P[:, ::-1]]))
+    np.testing.assert_allclose(lanes[0], want, rtol=1e-9)
+
+
+def test_masks_pass_where_infinities_are_looked_for():
+    with jax.debug_infs(True):
+        m = rr.problems.bandit([1.0, 2.0])
+        for reg in (rr.kl(1.0, prior=[1.0, 0.0]), rr.alpha(1.0, 1.5, prior=[1.0, 0.0])):
+            assert rr.solve(m, reg).converged
+        mask = np.array([[True, False], [True, True]])
+        assert rr.solve(rr.mdp(np.full((2, 2, 2), 0.5), np.ones((2, 2)), 0.9, available=mask), rr.kl(1.0)).converged
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_process_is_told_so_instead_of_waiting_for_ever():
+    m, reg = rr.problems.bandit([1.0, 2.0]), rr.kl(1.0)
+    jax.block_until_ready(rr.solve(m, reg).value)
+    calls = (lambda: rr.solve(m, reg), lambda: rr.kl(2.0), lambda: reg.conjugate([1.0, 2.0]), rr.problems.chain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX's own word, before the fork
+        child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in calls:
+            try:
+                call()
+            except RuntimeError as error:
+                refused += "spawn" in str(error)
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(calls)
