@@ -183,8 +183,23 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
     return _evaluate(mdp._prepared(), policy, reg, reward)
 
 
+def evaluate_from(mdp: MDP, policy: Array, start: Array, tol: Array | None) -> Array:
+    """Value of a fixed policy as by `evaluate`, `[*B, S]`, to within `tol`, from a guess `[*B, S]` of it.
+
+    None, or a tolerance that the precision does not support, is as accurate as `evaluate`.
+    """
+    return _evaluate(mdp._prepared(), policy, None, None, start, tol)
+
+
 @jax.jit
-def _evaluate(mdp: MDP, policy: Array, reg: Regulariser | None, reward: Array | None) -> Array:
+def _evaluate(
+    mdp: MDP,
+    policy: Array,
+    reg: Regulariser | None,
+    reward: Array | None,
+    start: Array | None = None,
+    tol: Array | None = None,
+) -> Array:
     others = (policy.shape[:-2],) + (() if reward is None else (reward.shape[:-2],))
     problem = bellman.lanes(mdp, _nothing(mdp) if reg is None else reg, *others)
     n = len(problem.batch)
@@ -196,7 +211,7 @@ def _evaluate(mdp: MDP, policy: Array, reg: Regulariser | None, reward: Array | 
     # Actions never taken are masked: a perturbed reward may be infinite there.
     reward = problem.reward if reward is None else _tree.lanes_last(reward, n, 2)
     fixed = Fixed(p, cost, unlimited(problem), jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
-    value = fixed_point(problem, fixed, reward)
+    value = fixed_point(problem, fixed, reward, None if start is None else _tree.lanes_last(start, n, 1), tol)
     return value if reg is None else jnp.where(_tree.batch_first(ruined, 1), -jnp.inf, value)
 
 
@@ -252,12 +267,28 @@ def _nominal_optimum(mdp: MDP, log_prior: Array | None) -> Array:
     return fixed_point(problem, problem.regulariser, problem.reward)
 
 
-def fixed_point(problem: bellman.Lanes, operator: Regulariser, reward: Array) -> Array:
-    """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`."""
+def fixed_point(
+    problem: bellman.Lanes,
+    operator: Regulariser,
+    reward: Array,
+    start: Array | None = None,
+    tol: Array | None = None,
+) -> Array:
+    """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`.
+
+    Args:
+        problem: the lanes.
+        operator: bound as the problem's own regulariser is.
+        reward: bound likewise.
+        start: where to begin, `[S, *B]`; None: at 0.
+        tol: error to stop at, a number; None: as small as the precision supports.
+    """
     problem = bellman.with_operator(problem, operator, reward)
     dtype = problem.dtype
-    tol, limit = jnp.full(problem.batch, -1, dtype), jnp.asarray(10_000, jnp.int32)
-    start = jnp.zeros((problem.n_states, *problem.batch), dtype)
+    tol = jnp.full(problem.batch, -1 if tol is None else tol, dtype)
+    limit = jnp.asarray(10_000, jnp.int32)
+    zeros = jnp.zeros((problem.n_states, *problem.batch), dtype)
+    start = zeros if start is None else jnp.broadcast_to(start, zeros.shape)
     fixed = lax.stop_gradient(problem)
     solver = _evaluation(fixed) if isinstance(operator, Fixed) else solvers.automatic(fixed)
     loop = lax.stop_gradient(iterate(fixed, solver, tol, limit, start))

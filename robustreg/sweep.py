@@ -36,7 +36,7 @@ from robustreg.solution import Status
 from robustreg.solve import check_arguments, solve
 from robustreg.solvers import Solver
 from robustreg.store import Fields, Store, open_folder
-from robustreg.sweep_outputs import OUTPUTS, OUTPUTS_BY_DEFAULT, VISITED, Cell, best_return
+from robustreg.sweep_outputs import NOMINAL, OUTPUTS, OUTPUTS_BY_DEFAULT, VISITED, Cell, best_return
 from robustreg.table import Table
 
 # Values that the next one on a line is guessed from: a cubic through four.
@@ -66,7 +66,8 @@ def sweep(
         mdp, reg: the problem. One batch axis of the MDP (many MDPs) becomes an axis "mdp" of the grid by itself.
         grid: values by leaf: "beta", "alpha", "discount" `[n]`; "prior" `[n, (S,) A]`, "reward" `[n, S, A]`,
             "initial" `[n, S]`, "state_scale" `[n, S]`. A leaf with axes of its own is numbered in the table.
-        outputs: names from `robustreg.sweep_outputs.OUTPUTS`.
+        outputs: names from `robustreg.sweep_outputs.OUTPUTS`. With `tol`, the nominal return and what is made of it are
+            right to `tol` as well.
         zipped: pair the values instead of combining each with each.
         solver, tol, max_steps: as in `solve`.
         chunk: lanes solved together; None chooses by size of the problem and the device, or as the folder was begun.
@@ -283,23 +284,26 @@ def _cells(
     """Outputs of one chunk, `[length, width, ...]` each; `lanes` and `begins` as `Plan` makes them."""
     n = next(iter(lanes.values())).shape[1]
     past = jnp.full((_PAST, n, mdp.n_states), jnp.nan, mdp.dtype)
-    priced = "price_of_robustness" in outputs
+    priced, visited = "price_of_robustness" in outputs, bool(VISITED & set(outputs))
+    followed = bool(NOMINAL & set(outputs)) and not visited
 
-    def place(past: tuple[jax.Array, jax.Array, jax.Array], here: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def place(past: tuple[jax.Array, ...], here: Any) -> tuple[Any, dict[str, jax.Array]]:
         """The cells at one place of every path, started from those at the places before."""
         lanes, begins = here
         m, r = problem(mdp, reg, lanes)
         x = jnp.log(lanes.get("beta", jnp.ones(n, mdp.dtype)))
-        values, xs, optimum = jnp.where(begins, jnp.nan, past[0]), past[1], past[2]
+        values, nominals, xs, optimum = *(jnp.where(begins, jnp.nan, v) for v in past[:2]), *past[2:]
         if priced:  # the same all along a line
             optimum = jax.lax.cond(begins, lambda: per_lane(best_return(m, r), n), lambda: optimum)
         sol = solve(m, r, solver, tol=tol, max_steps=max_steps, init=_continued(values, xs, x))
+        cell = Cell(m, sol, optimum if priced else None, visited, _continued(nominals, xs, x), tol)
         values = jnp.concatenate([per_lane(sol.value, n)[None], values[:-1]])
+        if followed:
+            nominals = jnp.concatenate([per_lane(cell.nominal, n)[None], nominals[:-1]])
         xs = jnp.concatenate([x[None], xs[:-1]])
-        cell = Cell(m, sol, optimum if priced else None, bool(VISITED & set(outputs)))
-        return (values, xs, optimum), {name: per_lane(OUTPUTS[name](cell), n) for name in outputs}
+        return (values, nominals, xs, optimum), {name: per_lane(OUTPUTS[name](cell), n) for name in outputs}
 
-    return jax.lax.scan(place, (past, past[..., 0], past[0, :, 0]), (lanes, begins))[1]
+    return jax.lax.scan(place, (past, past, past[..., 0], past[0, :, 0]), (lanes, begins))[1]
 
 
 def _continued(values: jax.Array, xs: jax.Array, x: jax.Array) -> jax.Array:

@@ -22,12 +22,16 @@ class Cell:
         optimum: value of the start without a regulariser, `[*b]`, or None where no output asks for it. Beta does not
             change it.
         visited: whether some output asks for visits. They cost three times as much as a value, and are enough for all.
+        guess: of the policies' values by the reward of the problem, `[*b, S]`.
+        tol: error to which cells were solved, and those values are known; None: as small as the precision supports.
     """
 
     mdp: MDP
     solution: Solution
     optimum: jax.Array | None
     visited: bool
+    guess: jax.Array
+    tol: jax.Array | None
 
     @functools.cached_property
     def visits(self) -> jax.Array:
@@ -44,7 +48,12 @@ class Cell:
         """The policy's return by the reward of the problem, `[*b]`."""
         if self.visited:
             return self.earned(self.mdp.reward)
-        return from_start(self.mdp, adversary.evaluate(self.mdp, self.solution.policy))
+        return from_start(self.mdp, self.nominal)
+
+    @functools.cached_property
+    def nominal(self) -> jax.Array:
+        """The policy's value by the reward of the problem, `[*b, S]`."""
+        return adversary.evaluate_from(self.mdp, self.solution.policy, self.guess, self.tol)
 
     def worst_case_return(self) -> jax.Array:
         """The policy's return by the reward less its worst perturbation, `[*b]`."""
@@ -80,6 +89,7 @@ OUTPUTS: dict[str, Callable[[Cell], jax.Array]] = {
     "occupancy": lambda cell: cell.visits,
 }
 
+NOMINAL = {"nominal_return", "regulariser_cost", "price_of_robustness"}
 VISITED = {"worst_case_return", "policy_entropy", "occupancy"}
 OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")
 

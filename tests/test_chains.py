@@ -197,3 +197,44 @@ def test_the_horizon_bounds_the_inverse():
         chain = bellman.chain(bellman.lanes(m, _nothing(m)), jnp.ones((1, 7, len(P))))
         steps = exact(rows, np.full(len(P), 0.9999), np.ones((len(P), 7)), False)
         assert (steps.max(-1) <= np.asarray(chain.horizon) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_value_that_the_loop_knows_to_three_digits_is_eliminated_for(seed):
+    """float32, cycles of 200 states with exits of 1/2 to 2^-20: no value is given up as NaN that can be had."""
+    n, count = 200, 60
+    rng, here = np.random.default_rng(seed), np.broadcast_to(np.arange(n), (60, n))
+    leak = 2.0 ** -(np.arange(count) % 20 + 1)[:, None, None]
+    P = (1 - leak) * deterministic((here + 1) % n) + leak * deterministic(np.zeros_like(here))
+    reward = np.round(rng.normal(size=(count, n, 1)) * 64) / 64
+    m = rr.mdp(*(x.astype(np.float32) for x in (P[:, :, None], reward)), 0.99, layout="sas")
+    value = np.asarray(rr.evaluate(m, np.ones((count, n, 1), np.float32)))
+    truth = np.linalg.solve(np.eye(n) - 0.99 * P, reward)[..., 0]
+    assert (np.abs(value - truth).max(-1) <= 2e-3 * np.abs(truth).max(-1)).all()
+
+
+def test_a_lane_that_krylov_steps_do_not_help_holds_up_no_other(monkeypatch):
+    """A cycle with an exit among ordinary chains: products by the batch stay those of few steps, and all are right."""
+    n, count = 200, 32
+    P = np.random.default_rng(0).dirichlet(np.ones(n), (count, n))
+    P[1] = np.eye(n)[(np.arange(n) + 1) % n] * (1 - 2.0**-10)
+    P[1, :, 0] += 2.0**-10
+    m = rr.mdp(P[:, :, None], np.zeros((count, n, 1)), 0.999, layout="sas")
+    chain = bellman.chain(bellman.lanes(m, _nothing(m)), jnp.ones((1, n, count)))
+    asked, real = [], linear.bicgstab
+
+    def counted(apply, *arguments):
+        def noted(x):
+            jax.debug.callback(lambda: asked.append(1))
+            return apply(x)
+
+        return real(noted, *arguments)
+
+    monkeypatch.setattr(linear, "bicgstab", counted)
+    start = jnp.full((n, count), 1 / n)
+    found = linear.occupy(chain, start, jnp.zeros(count), linear.Method())
+    jax.effects_barrier()
+    want = np.linalg.solve(np.eye(n) - 0.999 * np.swapaxes(P, 1, 2), np.full((count, n, 1), 1 / n))[..., 0]
+    np.testing.assert_allclose(found.T, want, rtol=1e-8)
+    # A patient solver asks for 2,000.
+    assert len(asked) < 256

@@ -9,7 +9,7 @@ import robustreg
 
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
-    ("_discrete",),
+    ("_discrete", "_loops", "_fork"),
     ("_tree", "_host", "_files", "_progress", "_settings", "_ffi"),
     ("store", "_nvrtc", "names"),
     ("resident_kernel",),

@@ -188,11 +188,10 @@ def test_a_converged_solve_passes_its_own_verdict(dtype):
             sol = rr.solve(m, reg).raise_if_failed()
             proof = rr.certify(m, reg, sol)
             proof.raise_if_loose(sol.tol + proof.rounding)
-    for text in ("chain", "ring"):
-        m = getattr(rr.problems, text)(discount=0.999)
-        sol = rr.solve(m, rr.kl(1.0))
-        proof = rr.certify(m, rr.kl(1.0), sol)
-        proof.raise_if_loose(float(sol.tol) + float(proof.rounding))
+    m = rr.problems.ring(discount=0.999)
+    sol = rr.solve(m, rr.kl(1.0))
+    proof = rr.certify(m, rr.kl(1.0), sol)
+    proof.raise_if_loose(float(sol.tol) + float(proof.rounding))
 
 
 @pytest.fixture(scope="module")
