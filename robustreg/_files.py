@@ -24,3 +24,17 @@ def write_whole(path: Path, write: Callable[[Any], None]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def of_the_dead(partial: Path) -> bool:
+    """Whether a partial file was left by a process of this host that is no more."""
+    host, _, pid = partial.name.removesuffix(".partial").rpartition(".")
+    if not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        return False
+    return False

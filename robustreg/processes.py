@@ -188,9 +188,10 @@ def sweep(group: Group, run: Run, out: Path, resume: bool, progress: Any = False
 
     if group.index > 0:
         group.wait(("working", "done"))  # the folder is then that of this sweep
-    run, store = run.open(out, resume or group.index > 0, alone=group.index == 0)
-    group.say("working")
-    run.fill(store, (group.index, group.count), progress, group.check)
+    run, store = run.open(out, resume or group.index > 0)
+    with store.held(alone=False):
+        group.say("working")
+        run.fill(store, (group.index, group.count), progress, group.check)
     if group.index > 0:
         group.say("done")
         return None

@@ -1,18 +1,24 @@
 """Folders of a sweep: one file per finished chunk, beside a manifest of everything that the results depend on."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from robustreg._files import write_whole
+from robustreg._files import of_the_dead, write_whole
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 Fields = dict[str, np.ndarray]
 MANIFEST = "manifest.json"
@@ -42,6 +48,37 @@ class Store:
         with np.load(self.path(job), allow_pickle=False) as archive:
             return dict(archive)
 
+    @contextlib.contextmanager
+    def held(self, alone: bool) -> Iterator[None]:
+        """Keep the folder from other runs while writing to it; what killed ones left half written is removed.
+
+        Args:
+            alone: whether nobody else may write at the same time; else others that say so too may.
+
+        Raises:
+            SweepError: another run writes to the folder. (Not told on a file system, or a system, without locks.)
+        """
+        path = self.folder / ".lock"
+        try:
+            file = open(path, "ab")
+        except OSError as error:
+            raise SweepError(f"cannot write {path}: {error.strerror or error}") from error
+        # The system lets go of it when the process ends, however that ends.
+        with file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SweepError(
+                    f"another run is writing to {self.folder}; wait until it has ended, or take another folder"
+                ) from error
+            except OSError:
+                alone = False
+            for left in self.folder.glob(".*.partial"):
+                if alone or of_the_dead(left):
+                    left.unlink(missing_ok=True)
+            yield
+
 
 def _write(path: Path, write: Callable[[Any], None]) -> None:
     """A whole file, or an error that says what to do."""
@@ -69,7 +106,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def open_folder(
-    out: str | os.PathLike, digest: dict[str, Any], layout: dict[str, Any], resume: bool, alone: bool = True
+    out: str | os.PathLike, digest: dict[str, Any], layout: dict[str, Any], resume: bool
 ) -> tuple[Store, dict[str, Any]]:
     """Open the folder of a sweep, new or resumed; refuses one that holds another sweep.
 
@@ -78,7 +115,6 @@ def open_folder(
         digest: everything that results depend on, JSON values by name.
         layout: which cells are solved together, if the folder is new.
         resume: whether it may hold results of this sweep already.
-        alone: whether nobody else writes to it: what a killed process left half written is then removed.
 
     Returns:
         The folder, and the layout in which it was begun: devices of another kind would choose another.
@@ -102,8 +138,6 @@ def open_folder(
     else:
         versions = {"jax": jax.__version__, "numpy": np.__version__}
         _write_manifest(manifest, {"sweep": digest, "layout": layout, "versions": versions})
-    for left in folder.glob(".*.partial") if alone else ():
-        left.unlink(missing_ok=True)
     return Store(folder), layout
 
 

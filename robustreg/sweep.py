@@ -92,8 +92,10 @@ def sweep(
         table = _Collector(run.plan)
         run.fill(table, shard, progress, lambda: None)
         return table.finish()
-    run, store = run.open(out, resume, alone=shard in (None, (0, 1)))
-    run.fill(store, shard, progress, lambda: None)
+    run, store = run.open(out, resume)
+    if shard is not None:
+        with store.held(alone=shard == (0, 1)):
+            run.fill(store, shard, progress, lambda: None)
     return run.read(store)
 
 
@@ -112,12 +114,10 @@ class Run:
     devices: tuple[Any, ...]
     fixed: bool
 
-    def open(self, out: str | os.PathLike, resume: bool, alone: bool) -> tuple["Run", Store]:
+    def open(self, out: str | os.PathLike, resume: bool) -> tuple["Run", Store]:
         """Open its folder, new or resumed (see `store.open_folder`), and take on the layout in which that was begun."""
         mine = layout_of(self.plan)
-        store, layout = open_folder(
-            out, digest(self.plan, (self.solver, self.tol, self.max_steps)), mine, resume, alone
-        )
+        store, layout = open_folder(out, digest(self.plan, (self.solver, self.tol, self.max_steps)), mine, resume)
         if layout == mine:
             return self, store
         if self.fixed:

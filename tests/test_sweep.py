@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -434,3 +435,38 @@ def test_command_line(capsys, tmp_path):
         cli.main(["sweep", str(path), "--out", str(tmp_path / "d"), "--shard", "2/2"])
     assert "the part runs from 0 to 1" in capsys.readouterr().err
     assert Path(tmp_path / "d").exists() is False
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, undisturbed):
+    """Also to who wants to resume; reading is free, parts may share, and nothing of the living is removed."""
+    folder = tmp_path / "out"
+    computed = []
+
+    def intrude(state):
+        computed.append(state)
+        if len(computed) == 1:
+            partial = folder / f".chunk-0000000.npz.{socket.gethostname()}.{os.getpid()}.partial"
+            partial.touch()
+            for how in ({"shard": (0, 1)}, {"shard": (0, 2)}):
+                with pytest.raises(store.SweepError, match="another run is writing"):
+                    run(folder, resume=True, **how)
+            assert 0 < np.isfinite(run(folder, resume=True, shard=None)["objective"]).sum() < 400
+            assert partial.exists()
+            partial.unlink()
+
+    assert same(run(folder, progress=intrude), undisturbed)
+    assert same(run(folder, resume=True), undisturbed)
+
+
+def test_what_killed_parts_left_is_removed_by_others(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    run(tmp_path / "out", shard=(0, 2))
+    left, living, elsewhere = (
+        tmp_path / "out" / f".chunk-0000000.npz.{host}.{pid}.partial"
+        for host, pid in ((socket.gethostname(), dead.pid), (socket.gethostname(), os.getpid()), ("other", dead.pid))
+    )
+    for path in (left, living, elsewhere):
+        path.touch()
+    run(tmp_path / "out", resume=True, shard=(1, 2))
+    assert not left.exists() and living.exists() and elsewhere.exists()
