@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from robustreg import regularisers
+from robustreg import _host, regularisers
 from robustreg.adversary import nominal_optimum, slack, worst_case
 from robustreg.baselines import norm_attack, random_attack
 from robustreg.config import Problem
@@ -91,6 +91,8 @@ def feasible_sets(
         of the worst case: `worst` (the reward that it leaves) and `policy` and `normal` (gradient of the conjugate
         at the perturbation) `[M, K, 2]`, `value` and `slack` `[M, K]`.
     """
+    points = _host.count("points", points)
+    _host.require("window", window, lambda x: (x > 0) & np.isfinite(x), "half the width of the picture is positive")
     reg = regularisers.alpha(_axis("alpha", alpha)[:, None], _axis("beta", beta), _prior(prior))
     r = jnp.asarray(_axis("reward", reward), reg.beta.dtype)
     if r.size != 2:
@@ -168,7 +170,8 @@ def consistency(
     reg = _regulariser(alpha, beta)
     sol = solve(m, reg).raise_if_failed()
     value, policy, q, dr = (np.asarray(x) for x in (sol.value, sol.policy, sol.q, sol.perturbation))
-    states, taken = _trajectories(m, policy, trajectories, steps, seed)
+    count, steps = _host.count("trajectories", trajectories), _host.count("steps", steps)
+    states, taken = _trajectories(m, policy, count, steps, _seed(seed))
     here, there = states[:, :-1], states[:, 1:]
     surprise = q[here, taken] - np.asarray(m.reward)[here, taken] - float(m.discount) * value[there]
     nominal = np.asarray(m.reward)[here, taken] + surprise
@@ -249,7 +252,8 @@ def attacks(
     worst, cost = sol.perturbation[None], reg.value(sol.policy)[None, :, None]
     size = jnp.asarray(np.linalg.norm(np.asarray(worst), ord=order, axis=-1), m.dtype)
     ball = norm_attack(sol.policy[None], size, order)
-    noise = random_attack(jax.random.key(seed), reg, jnp.broadcast_to(sol.policy, (samples, *sol.policy.shape)))
+    samples = _host.count("samples", samples)
+    noise = random_attack(jax.random.key(_seed(seed)), reg, jnp.broadcast_to(sol.policy, (samples, *sol.policy.shape)))
     t = jnp.asarray(_axis("scale", scale), m.dtype)[:, None, None, None]
     shifted = worst[None] + (t - 1) * cost[None]
     # All of them, and none, in one go: [n, 4 + N, S, A].
@@ -319,9 +323,16 @@ def _prior(prior: Sequence[float] | None) -> np.ndarray | None:
 def _axis(name: str, values: Sequence[float]) -> np.ndarray:
     """The numbers along one axis of a figure."""
     array = np.asarray(values, float)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} is {values!r}; expected a list of numbers")
+    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"{name} is {values!r}; expected a list of numbers, all finite")
     return array
+
+
+def _seed(seed: int) -> int:
+    """A seed that every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
+    return seed
 
 
 def _start(m: MDP, value: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ import operator
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +79,8 @@ def sweep(
         progress: True shows it on standard error; a function is called with a dict after every chunk.
 
     Returns:
-        A `Table`; the same whether or not it was interrupted. A cell that fails has its `status`, never an exception.
+        A `Table`; the same whether or not it was interrupted. A cell that fails is no exception, so that the column
+        "status" is always there, asked for or not.
 
     Raises:
         TypeError, ValueError: for names, shapes and values that do not fit, and a folder that holds another sweep.
@@ -111,12 +112,14 @@ class Run:
     devices: tuple[Any, ...]
     fixed: bool
 
+    def digest(self) -> dict[str, Any]:
+        """Everything that results depend on but for the layout: what two runs must share to share a folder."""
+        return digest(self.plan, (self.solver, self.tol, self.max_steps))
+
     def open(self, out: str | os.PathLike, resume: bool, alone: bool) -> tuple["Run", Store]:
         """Open its folder, new or resumed (see `store.open_folder`), and take on the layout in which that was begun."""
         mine = layout_of(self.plan)
-        store, layout = open_folder(
-            out, digest(self.plan, (self.solver, self.tol, self.max_steps)), mine, resume, alone
-        )
+        store, layout = open_folder(out, self.digest(), mine, resume, alone)
         if layout == mine:
             return self, store
         if self.fixed:
@@ -135,7 +138,7 @@ class Run:
         """Compute what is not kept yet of one part of the chunks; `check` is called now and then, and may raise."""
         # The hard chunks, which are the last, come first: at the end nobody waits long for another's.
         jobs = [] if shard is None else list(range(shard[0], self.plan.n_chunks, shard[1]))[::-1]
-        missing = [job for job in jobs if not kept.holds(job)]
+        missing = [job for job in jobs if self._kept(kept, job) is None]
         cells, left = (sum(self.plan.cells(job).size for job in some) for some in (jobs, missing))
         if missing:
             _work(self, missing, kept.put, reporter(progress, cells, cells - left), check)
@@ -144,9 +147,13 @@ class Run:
         """The table of what a folder holds."""
         table = _Collector(self.plan)
         for job in range(self.plan.n_chunks):
-            if store.holds(job):
-                table.put(job, store.get(job))
+            if (fields := self._kept(store, job)) is not None:
+                table.put(job, fields)
         return table.finish()
+
+    def _kept(self, kept: "Store | _Collector", job: int) -> Fields | None:
+        """A chunk that was computed before."""
+        return kept.get(job, _named(self.plan), self.plan.cells(job).size)
 
 
 def prepare(
@@ -162,6 +169,8 @@ def prepare(
     devices: Sequence[Any] | None = None,
 ) -> Run:
     """Check the arguments of `sweep` that say what is solved, and where."""
+    if _host.is_traced(mdp, reg, tol, *dict(grid).values()):
+        raise TypeError("sweep needs values, so it cannot run inside jit, vmap or grad: call solve there")
     check_arguments(mdp, reg, solver, tol)
     mdp, reg = mdp._canonical(), _host.canonical(reg)
     max_steps = None if max_steps is None else _host.count("max_steps", max_steps)
@@ -176,7 +185,15 @@ def prepare(
     where = _devices(mdp, devices)
     plan = make_plan(mdp, reg, grid, outputs, zipped, chunk, where)
     # Of the working precision before it is placed: a Python float would be traced as one.
-    return Run(plan, solver, None if tol is None else np.asarray(tol, mdp.dtype), max_steps, where, chunk is not None)
+    asked = None if tol is None else np.asarray(tol, mdp.dtype)
+    # Leaves that do not fit each other are found before a folder is made; the program that is traced is used later.
+    _cells.eval_shape(mdp._prepared(), plan.reg, asked, plan.lanes(0), plan.begins, solver, max_steps, _named(plan))
+    return Run(plan, solver, asked, max_steps, where, chunk is not None)
+
+
+def _named(plan: Plan) -> tuple[str, ...]:
+    """The outputs of every cell in a fixed order, its status among them."""
+    return tuple(sorted({*plan.outputs, "status"}))
 
 
 def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -186,7 +203,9 @@ def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
     try:
         i, n = map(operator.index, shard)
     except (TypeError, ValueError):
-        raise TypeError(f"shard must be (i, n), the i-th of n parts, got {shard!r}") from None
+        i = n = -1
+    if n == -1 or any(isinstance(x, bool) for x in shard):
+        raise TypeError(f"shard must be (i, n), the i-th of n parts, got {shard!r}")
     if not 0 <= i < n:
         raise ValueError(f"shard must be (i, n) with 0 <= i < n, got ({i}, {n})")
     return i, n
@@ -263,8 +282,7 @@ def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report:
 
 def _solve_chunk(run: Run, placed: Any, device: Any, job: int) -> Fields:
     lanes, begins = jax.device_put((run.plan.lanes(job), run.plan.begins), device)
-    outputs = tuple(sorted({*run.plan.outputs, "status"}))
-    found = _cells(*placed, lanes, begins, run.solver, run.max_steps, outputs)
+    found = _cells(*placed, lanes, begins, run.solver, run.max_steps, _named(run.plan))
     there = run.plan.layout(job) >= 0
     return {name: x[there] for name, x in jax.device_get(found).items()}
 
@@ -345,13 +363,13 @@ class _Collector:
         self.plan, self.columns = plan, {}
         self.computed = np.zeros(plan.size, bool)
 
-    def holds(self, job: int) -> bool:
+    def get(self, job: int, names: Collection[str], cells: int) -> Fields | None:
         """Nothing is there before it is computed."""
-        return False
+        return None
 
     def put(self, job: int, fields: Fields) -> None:
         cells = self.plan.cells(job)
-        for name in self.plan.outputs:
+        for name in dict.fromkeys((*self.plan.outputs, "status")):
             x = fields[name]
             if name not in self.columns:
                 empty = np.nan if np.issubdtype(x.dtype, np.floating) else -1

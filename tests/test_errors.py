@@ -426,7 +426,7 @@ def test_files_that_are_not_ours(tmp_path, header):
 def test_files_that_are_no_archives(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
     for read in (rr.load, archive.read_header):
-        with refused("x.npz was not written by robustreg.save"):
+        with refused("x.npz is no NumPy archive (.npz), or a damaged one"):
             read(tmp_path / "x.npz")
 
 
