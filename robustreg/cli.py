@@ -477,7 +477,10 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     numbers = _strength(run.job.regulariser)
     kind = numbers.pop("regulariser")
     title = f"{problem.title}, {kind}({', '.join(f'{name}={value}' for name, value in numbers.items())})"
-    return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions)]
+    prior = getattr(run.job.regulariser, "prior", None)
+    shape = (problem.mdp.n_states, problem.mdp.n_actions)
+    excluded = None if prior is None else np.broadcast_to(np.asarray(prior) == 0, shape)
+    return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions, excluded)]
 
 
 def _drawable() -> bool:

@@ -99,22 +99,49 @@ def feasible_sets(
         raise ValueError(f"reward is {reward!r}; expected the rewards of two actions")
     value = reg.conjugate(r)
     dr = r[None, None] - value[..., None]
-    # From one vertex of the simplex to the other, evenly in log-odds: the far ends of the boundary are there.
-    odds = np.linspace(-1, 1, points) * -np.log(np.finfo(r.dtype).eps)
-    share = jnp.asarray(1 / (1 + np.exp(-odds)), r.dtype)[None, None]
     return _arrays(
         reward=r,
         window=window,
         beta=reg.beta,
         alpha=reg.alpha[:, 0],
         prior=[0.5, 0.5] if prior is None else prior,
-        boundary=r[None, None, None] - RobustSet(reg).boundary(share),
+        boundary=_boundary(reg, r, window, points),
         worst=r[None, None] - dr,
         policy=reg.argmax(r),
         normal=jax.grad(lambda x: -jnp.sum(slack(reg, x)))(dr),
         value=value,
         slack=slack(reg, dr),
     )
+
+
+def _boundary(reg: Regulariser, reward: jax.Array, window: float, points: int) -> np.ndarray:
+    """Perturbed rewards on the boundary of sets `[M, K]`, so that few points make a smooth picture.
+
+    Args:
+        reg: with batch axes `[M, K]`.
+        reward: `[2]`.
+        window: half the width of what is shown.
+        points: on each boundary, evenly along what is shown of it, from one vertex of the simplex to the other.
+
+    Returns:
+        `[M, K, points, 2]`.
+    """
+    # Evenly in log-odds, the far ends of the boundary are there, but nearly all points lie outside the picture.
+    odds = np.linspace(-1, 1, 4001) * -np.log(np.finfo(reward.dtype).eps)
+
+    def edge(odds: np.ndarray) -> np.ndarray:
+        share = jnp.asarray(1 / (1 + np.exp(-odds)), reward.dtype)
+        points = jnp.broadcast_to(share, reg.batch_shape + share.shape[-1:])
+        return np.asarray(reward) - np.asarray(RobustSet(reg).boundary(points))
+
+    centre = np.asarray(reward)
+    seen = np.clip(np.nan_to_num(edge(odds), nan=0.0), centre - 1.2 * window, centre + 1.2 * window)
+    length = np.cumsum(np.linalg.norm(np.diff(seen, axis=-2), axis=-1), axis=-1)
+    length = np.concatenate([np.zeros_like(length[..., :1]), length], axis=-1)
+    chosen = np.empty((*reg.batch_shape, points))
+    for at in np.ndindex(*reg.batch_shape):
+        chosen[at] = np.interp(np.linspace(0, length[at][-1], points), length[at], odds)
+    return edge(chosen)
 
 
 def sequential(problem: Problem, beta: Sequence[float], alpha: float = 1.0) -> Numbers:
@@ -199,7 +226,7 @@ def price(problem: Problem, beta: Sequence[float], alpha: Sequence[float]) -> Nu
 
     Returns:
         `beta [K]`, `alpha [M]`, `guaranteed` (the objective) and `nominal` (the return undisturbed) `[M, K]`,
-        `optimum` (the best return of any policy, undisturbed).
+        `optimum` (the best return of any policy, undisturbed), `resolution` (a price below it is rounding).
     """
     outputs = ("objective", "nominal_return", "status")
     grid = {"alpha": _axis("alpha", alpha), "beta": _axis("beta", beta)}
@@ -209,11 +236,15 @@ def price(problem: Problem, beta: Sequence[float], alpha: Sequence[float]) -> Nu
     if failed:
         wider = "" if problem.mdp.dtype.itemsize >= 8 else " or float64"
         raise SolveError(f"{failed} of {len(table)} strengths did not converge: take a smaller problem{wider}")
+    optimum = nominal_optimum(problem.mdp, reg)
+    # Values are rounded to one part in 1/eps of their size, once each step of the horizon.
+    size = np.finfo(problem.mdp.dtype).eps * max(1e-300, float(jnp.max(jnp.abs(optimum))))
     return _arrays(
         **grid,
         guaranteed=table["objective"],
         nominal=table["nominal_return"],
-        optimum=_start(problem.mdp, nominal_optimum(problem.mdp, reg)),
+        optimum=_start(problem.mdp, optimum),
+        resolution=4 * size / float(problem.mdp.complement),
     )
 
 
