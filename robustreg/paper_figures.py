@@ -198,10 +198,14 @@ def consistency(numbers: Numbers, title: str = "") -> Any:
             "x",
             color=VERMILION,
             ms=5,
-            label="Q − Δ + λ of actions never used (λ: price of π ≥ 0)",
+            label="Q − Δ + λ of actions never used",
         )
         left.plot(index[shut], unforced[shut], "v", mfc="none", mec=GREY, ms=4, label="the same without λ")
-    left.set(xlabel="states, by value", ylabel="reward units", title="in every state: indifference")
+    left.set(
+        xlabel="states, by value   (λ: multiplier of π ≥ 0)",
+        ylabel="reward units",
+        title="in every state: indifference",
+    )
     left.legend(frameon=False, loc="upper left")
     for n, (perturbed, nominal) in enumerate(zip(numbers["perturbed"], numbers["nominal"])):
         colour = SERIES[n % 2][0]
@@ -263,7 +267,7 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
     names = {
         "worst": "worst case of the robust set",
         "ball": f"same norm (order {float(numbers['order']):g}), rewards only lowered",
-        "noise": f"uniform noise of the same cost ({numbers['noise_return'].shape[-1]} samples)",
+        "noise": f"noise of the same cost ({numbers['noise_return'].shape[-1]} samples)",
     }
     top = undisturbed
     for name, (colour, marker, line) in styles.items():
@@ -273,7 +277,7 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
             left.fill_between(scale, earned.min(1), earned.max(1), color=colour, alpha=0.35, lw=0, label=names[name])
             top = float(earned.max())
             for k, line in enumerate(right.plot(cost, earned, "-", color=colour, linewidth=0.8, alpha=0.6)):
-                line.set_label("each of these samples" if k == 0 else "")
+                line.set_label("each sample" if k == 0 else "")
             continue
         left.plot(scale, earned, linewidth=2.4, label=names[name], **every)
         right.plot(cost, earned, linewidth=2.4, **every)
@@ -287,7 +291,7 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
     lowest = min(guaranteed - ends[1], float(numbers["worst_return"].min()))
     span = undisturbed - lowest
     if top > undisturbed + 0.5 * span:
-        left.collections[0].set_label(f"{names['noise']}: up to {top:.3g}, above the picture")
+        left.collections[0].set_label(f"{names['noise']}, up to {top:.3g}")
     for axes in (left, right):
         axes.axhline(guaranteed, color=BLUE, linewidth=2, linestyle=(0, (6, 2)))
         # Noise may earn far more than all else; where it leaves the picture, the legend says so.

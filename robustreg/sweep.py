@@ -20,7 +20,7 @@ import operator
 import os
 import queue
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +87,8 @@ def sweep(
         SweepError: where results cannot be written; everything written before is kept.
     """
     run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices)
-    shard = _checked_shard(shard)
+    shard, resume = _checked_shard(shard), _host.flag("resume", resume)
+    progress = progress if callable(progress) else _host.flag("progress", progress)
     if out is None:
         table = _Collector(run.plan)
         run.fill(table, shard, progress, lambda: None)
@@ -169,16 +170,23 @@ def prepare(
     devices: Sequence[Any] | None = None,
 ) -> Run:
     """Check the arguments of `sweep` that say what is solved, and where."""
-    if _host.is_traced(mdp, reg, tol, *dict(grid).values()):
+    if not isinstance(grid, Mapping):
+        raise TypeError(
+            f"grid must map names of leaves to values, as {{'beta': [1.0, 2.0]}}, got {type(grid).__name__}"
+        )
+    if _host.is_traced(mdp, reg, tol, *grid.values()):
         raise TypeError("sweep needs values, so it cannot run inside jit, vmap or grad: call solve there")
     check_arguments(mdp, reg, solver, tol)
     mdp, reg = mdp._canonical(), _host.canonical(reg)
     max_steps = None if max_steps is None else _host.count("max_steps", max_steps)
     chunk = None if chunk is None else _host.count("chunk", chunk)
-    if tol is not None and np.ndim(tol) > 0:
+    if tol is not None and _host.number("tol", tol).ndim > 0:
         raise ValueError(f"tol must be one number for all cells, got shape {np.shape(tol)}")
     if isinstance(outputs, str):
         raise TypeError(f"outputs must be a sequence of names: write outputs=[{outputs!r}]")
+    if not isinstance(outputs, Iterable) or not all(isinstance(name, str) for name in outputs):
+        raise TypeError(f"outputs must be a sequence of names, got {type(outputs).__name__}")
+    zipped = _host.flag("zipped", zipped)
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}; there are: {', '.join(OUTPUTS)}")
@@ -215,8 +223,9 @@ def _devices(mdp: MDP, devices: Sequence[Any] | None) -> tuple[Any, ...]:
     """The devices asked for; None: all of this process of the kind that holds the problem."""
     if devices is None:
         return tuple(jax.local_devices(backend=next(iter(mdp.reward.devices())).platform))
+    devices = list(devices) if isinstance(devices, Iterable) else []
     if not devices or not all(isinstance(device, jax.Device) for device in devices):
-        raise TypeError(f"devices must be a sequence of jax devices such as jax.local_devices(), got {devices!r}")
+        raise TypeError("devices must be a sequence of jax devices such as jax.local_devices()")
     if foreign := [device for device in devices if device.process_index != jax.process_index()]:
         raise ValueError(f"{foreign[0]} belongs to another process: each process sweeps its own part, see shard")
     return tuple(dict.fromkeys(devices))

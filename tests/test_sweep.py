@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import cli, plan, store
+from robustreg import _progress, cli, plan, store
 from robustreg.store import join
 
 engine = import_module("robustreg.sweep")
@@ -438,3 +438,17 @@ def test_command_line(capsys, tmp_path):
         cli.main(["sweep", str(path), "--out", str(tmp_path / "d"), "--shard", "2/2"])
     assert "the part runs from 0 to 1" in capsys.readouterr().err
     assert Path(tmp_path / "d").exists() is False
+
+
+def test_what_is_left_is_told_without_the_time_of_compiling(capsys, monkeypatch):
+    """The first chunk takes as long as making the program; from then on the rate is that of the work."""
+    clock = [0.0]
+    monkeypatch.setattr(_progress.time, "perf_counter", lambda: clock[0])
+    seen: list[dict] = []
+    report = _progress.reporter(seen.append, 100, 0)
+    for seconds in (40.0, 41.0, 42.0):
+        clock[0] = seconds
+        report(10, 0)
+    assert [round(state["eta"], 6) for state in seen] == [360.0, 8.0, 7.0]
+    _progress.reporter(True, 100, 20)
+    assert capsys.readouterr().err == "20/100 cells, compiling\n"
