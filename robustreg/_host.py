@@ -96,12 +96,58 @@ def canonical(tree: _T, dtype: np.dtype | None = None) -> _T:
     return jax.tree.unflatten(structure, [_cast(leaf, wanted) for leaf in leaves])
 
 
-def operand(x: Any, dtype: Any) -> Any:
-    """An argument of a compiled program in the dtype that it takes.
+def operand(name: str, x: Any, dtype: Any) -> Any:
+    """An argument of a compiled program in the dtype that it takes; names it where it is none, as `array` does.
 
     Numbers stay with NumPy: to put one on a device takes 50 us, which is what a small solve takes as well.
     """
-    return np.asarray(x, dtype) if isinstance(x, int | float | np.generic | np.ndarray) else jnp.asarray(x, dtype)
+    if isinstance(x, int | float) and abs(x) < 2**63:
+        return np.asarray(x, dtype)
+    return (
+        np.asarray(x, dtype) if isinstance(x, np.generic | np.ndarray) and _is_real(x.dtype) else array(name, x, dtype)
+    )
+
+
+def array(name: str, value: Any, dtype: Any = None) -> jax.Array:
+    """Convert an argument to a JAX array of real numbers, in `dtype` or its own, in the byte order of this machine.
+
+    Raises:
+        TypeError, ValueError: if it is none; the message says which argument, and what it is instead.
+    """
+    try:
+        if isinstance(value, np.ndarray) and not value.dtype.isnative:
+            value = value.astype(value.dtype.newbyteorder("="))
+        x = value if isinstance(value, jax.Array | np.ndarray) else jnp.asarray(value)
+        if not _is_real(x.dtype):
+            raise TypeError(f"dtype {x.dtype}")
+        return jnp.asarray(x, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        why = str(error).split("\n")[0][:100]
+        raise kind(f"{name} must be an array of real numbers, got {type(value).__name__} ({why})") from error
+
+
+@functools.cache
+def _is_real(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+
+
+def flag(name: str, value: Any) -> bool:
+    """A truth value; anything that merely has one is a mistake, such as a number in the place of another argument."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return bool(value)
+
+
+def check_tol(tol: Any, default: str) -> None:
+    """Refuse a tolerance that is no positive number; `default` says what None means. No check on a tracer."""
+    if tol is None or is_traced(tol):
+        return
+    values = number("tol", tol)
+    if np.asarray(tol).dtype.kind == "b":
+        raise TypeError(f"tol must be a number, got {tol}")
+    if not values.size or not np.all((values > 0) & (values < np.inf)):
+        raise ValueError(f"tol must be positive and finite, got {tol}; {default}")
 
 
 @functools.cache
@@ -298,12 +344,14 @@ def pack_sparse(matrices: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     return pack_successors(row, successor, probability, n_states, len(matrices))
 
 
-def count(name: str, value: Any) -> int:
-    """A positive integer, whatever integer type it came in."""
+def count(name: str, value: Any, least: int = 1) -> int:
+    """An integer of some size, whatever integer type it came in."""
     try:
         found = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, the same for all lanes, got {value!r}") from None
-    if found < 1:
-        raise ValueError(f"{name} must be at least 1, got {found}")
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if found < least:
+        raise ValueError(f"{name} must be at least {least}, got {found}")
     return found

@@ -16,15 +16,19 @@ def reporter(progress: Any, total: int, done: int) -> Callable[[int, int], None]
         done: how many of them are done already.
     """
     state = {"cells": done, "total": total, "failed": 0, "rate": 0.0, "eta": math.nan}
-    begin, before = time.perf_counter(), state["cells"]
     show = progress if callable(progress) else _shown(state) if progress else lambda state: None
+    begin, before, first = time.perf_counter(), done, True
 
     def report(cells: int, failed: int) -> None:
+        nonlocal begin, before, first
+        now = time.perf_counter()
         state["cells"] += cells
         state["failed"] += failed
-        state["rate"] = (state["cells"] - before) / (time.perf_counter() - begin)
+        state["rate"] = (state["cells"] - before) / max(now - begin, 1e-9)
         state["eta"] = (total - state["cells"]) / state["rate"]
         show(dict(state))
+        if first:  # until then the program was being compiled, which says nothing of the rest
+            begin, before, first = now, state["cells"], False
 
     return report
 
@@ -37,16 +41,20 @@ def _shown(start: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
         except ModuleNotFoundError:
             pass
         else:
-            bar = tqdm(total=start["total"], initial=start["cells"], unit="cell")
+            bar = tqdm(total=start["total"], initial=start["cells"], unit="cell", desc="compiling", smoothing=0)
 
             def advance(state: dict[str, Any]) -> None:
                 bar.set_postfix(failed=state["failed"], refresh=False)
                 bar.update(state["cells"] - bar.n)
+                if bar.desc:  # what is left is told by the rate from here on
+                    bar.set_description("")
+                    bar.initial, bar.start_t = bar.n, time.time()
                 if state["cells"] >= state["total"]:
                     bar.close()
 
             return advance
     last = -math.inf
+    print(f"{start['cells']}/{start['total']} cells, compiling", file=sys.stderr, flush=True)
 
     def line(state: dict[str, Any]) -> None:
         nonlocal last

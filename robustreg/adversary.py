@@ -68,7 +68,10 @@ def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
         `dr + slack` (the same amount on every action) lies on its boundary.
     """
     _host.expect_type(reg, Regulariser, "first argument", "kl")
-    return -reg.conjugate(perturbation)
+    dr = _host.array("perturbation", perturbation)
+    if not dr.ndim or 0 in dr.shape:
+        raise ValueError(f"perturbation has shape {dr.shape}; expected [*B, ..., A], none empty")
+    return -reg.conjugate(dr)
 
 
 @_tree.dataclass
@@ -177,7 +180,7 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
     if reg is not None:
         _host.expect_type(reg, Regulariser, "third argument", "kl")
     if reward is not None:
-        reward = jnp.asarray(reward, mdp.dtype)
+        reward = _host.array("reward", reward, mdp.dtype)
         _host.expect_shape("reward", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     readings.refuse_states_as_lanes(mdp, reg, *(readings.shape_of(x, 2) for x in (policy, reward)))
     return _evaluate(mdp._prepared(), policy, reg, reward)
@@ -354,7 +357,7 @@ def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
 def _policy(mdp: MDP, policy: ArrayLike) -> Array:
     """A policy of an MDP as an array; values are checked where they exist."""
     _host.expect_type(mdp, MDP, "first argument", "mdp")
-    policy = jnp.asarray(policy, mdp.dtype)
+    policy = _host.array("policy", policy, mdp.dtype)
     _host.check_policy(policy, (mdp.n_states, mdp.n_actions), "S, A")
     masks.refuse_missing(policy, mdp.available)
     return policy

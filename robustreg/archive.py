@@ -4,10 +4,10 @@ One array per leaf under its dotted name (`value`, `transitions.probabilities`),
 text under `header`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from robustreg import _host
 from robustreg._files import write_whole
+from robustreg._npz import ArchiveError, Arrays, opened
 from robustreg.baselines import Entropy
 from robustreg.certificates import Certificate
 from robustreg.game import Game
@@ -66,11 +67,20 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
 def load(path: str | os.PathLike) -> Any:
     """Read back what `save` wrote: the same class, dtypes as stored (float64 becomes float32 without x64).
 
+    Nothing is allocated for what a file merely claims to hold, and no Python object is read from it.
+
     Raises:
-        ValueError: if the file is not one of `save`.
+        OSError: if the file cannot be opened.
+        ValueError: if the file is not one of `save`, is damaged, or claims to hold what it does not.
     """
     with _archive(path) as archive:
-        return _rebuild(_header(archive, path)["robustreg"]["object"], archive)
+        tree = _header(archive, path)["robustreg"]["object"]
+        try:
+            return _rebuild(tree, archive)
+        except ArchiveError:
+            raise
+        except Exception as error:  # a header that was edited may describe anything
+            raise ValueError(f"{path}: its array 'header' describes no object of robustreg: {error}") from error
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
@@ -84,20 +94,19 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     return {key: value for key, value in header.items() if key != "robustreg"}
 
 
-def _archive(path: str | os.PathLike) -> Any:
-    """A NumPy archive, named as `save` names it; anything else is a `ValueError` that names the file."""
+def _archive(path: str | os.PathLike) -> contextlib.AbstractContextManager[Arrays]:
+    """A NumPy archive, named as `save` names it."""
     path = Path(path)
-    path = path if path.exists() or path.suffix == ".npz" else path.with_name(path.name + ".npz")
-    if path.exists() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} was not written by robustreg.save: it is no NumPy archive, or an incomplete one")
-    return np.load(path, allow_pickle=False)
+    return opened(path if path.exists() or path.suffix == ".npz" else path.with_name(path.name + ".npz"))
 
 
-def _header(archive: Any, path: Any) -> dict[str, Any]:
+def _header(archive: Arrays, path: Any) -> dict[str, Any]:
     try:
-        header = json.loads(str(archive["header"]))
+        header = json.loads(str(archive.read("header"))) if "header" in archive else {}
         known = header["robustreg"]["format_version"] == 1
-    except (KeyError, IndexError, TypeError, ValueError):
+    except ArchiveError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         known, header = False, {}
     if not known:
         raise ValueError(f"{path} was not written by this version of robustreg.save; see its array 'header'")
@@ -127,11 +136,11 @@ def _flatten(obj: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
     return {"class": type(obj).__name__, "fields": fields}
 
 
-def _rebuild(tree: Any, archive: Any) -> Any:
+def _rebuild(tree: Any, archive: Arrays) -> Any:
     if tree is None:
         return None
     if "array" in tree:
-        return jnp.asarray(archive[tree["array"]])
+        return jnp.asarray(archive.read(tree["array"]))
     if "names" in tree:
         return Names.from_json(tree["names"])
     if "static" in tree:

@@ -79,9 +79,9 @@ def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None, available:
     return plain if available is None else masks.restricted(plain, available)
 
 
-def _floating(x: ArrayLike) -> Array:
+def _floating(name: str, x: ArrayLike) -> Array:
     """An array; integers become floating."""
-    x = _host.canonical(jnp.asarray(x))
+    x = _host.canonical(_host.array(name, x))
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 
@@ -101,13 +101,14 @@ def norm_attack(policy: ArrayLike, radius: ArrayLike, order: ArrayLike = 2.0) ->
     Raises:
         ValueError: a policy that is no distribution over actions, a negative radius, an order below 1.
     """
-    policy = _floating(policy)
+    policy = _floating("policy", policy)
     if policy.ndim == 0:
-        raise ValueError("expected a policy [*B, ..., A], got a scalar")
+        raise ValueError("policy is a scalar; expected [*B, ..., A]")
     _host.check_policy(policy, policy.shape[-1:], "A")
     _host.require("radius", radius, lambda x: (x >= 0) & (x < np.inf), "a radius is finite and not negative")
     _host.require("order", order, lambda x: x >= 1, "the order of a norm is at least 1")
     order_, radius_ = (jnp.asarray(x, policy.dtype)[..., None] for x in (order, radius))
+    _host.check_batches({"policy": policy.shape[:-1], "radius": radius_.shape[:-1], "order": order_.shape[:-1]})
     shape = jnp.broadcast_shapes(policy.shape[:-1] + (1,), order_.shape, radius_.shape)
     p = jnp.broadcast_to(policy, shape[:-1] + policy.shape[-1:])
     k, radius_ = (jnp.broadcast_to(x, shape) for x in (order_, radius_))
@@ -221,7 +222,7 @@ def single_decision(utility: ArrayLike, beta: ArrayLike, prior: ArrayLike | None
     Raises:
         ValueError: a prior that does not sum to 1, an infinite beta.
     """
-    u = _floating(utility)
+    u = _floating("utility", utility)
     if u.ndim == 0:
         raise ValueError("expected utilities [*B, A], got a scalar")
     _host.require("beta", beta, np.isfinite, "beta is finite; utility.max() and .min() are the limits")

@@ -63,7 +63,8 @@ def critical_beta(
         ValueError: a negative weight; axes that do not broadcast; a reduction over states that are not there.
     """
     gauge.expect_reference(reg, "first argument")
-    reg, x = _host.canonical((reg, jnp.asarray(perturbation)))
+    reg, x = _host.canonical((reg, _host.array("perturbation", perturbation)))
+    per_state = _host.flag("per_state", per_state)
     if (weights is not None or not per_state) and x.ndim < 2 + len(reg.batch_shape):
         raise ValueError(
             f"perturbation has shape {x.shape}; one beta for all states needs [*B, ..., S, A], with an axis for each "
@@ -135,7 +136,7 @@ def calibrate(
     gauge.expect_reference(reg, "first argument")
     if (mdp is None) != (policy is None):
         raise ValueError("give both mdp and policy (the guarantee of this policy), or neither (that of every policy)")
-    x = jnp.asarray(perturbations)
+    x = _host.array("perturbations", perturbations)
     if x.ndim < 3 + len(reg.batch_shape) or 0 in x.shape:
         raise ValueError(
             f"perturbations have shape {x.shape}; expected [*B, N, S, A], N samples of one per state, with an axis for "
@@ -146,6 +147,7 @@ def calibrate(
         _host.refuse("coverage", level, ~((level > 0) & (level < 1)), (), "a frequency between 0 and 1, without them")
     weights = None
     if mdp is not None and policy is not None:
+        _host.expect_type(mdp, MDP, "argument mdp", "mdp")
         _host.expect_shape("perturbations", x.shape, (mdp.n_states, mdp.n_actions), "S, A")
         weights = jnp.sum(occupancy(mdp, policy), axis=-1)[..., None, :]
     scores = critical_beta(reg, x, weights=weights, per_state=False)

@@ -67,10 +67,13 @@ class Certificate:
         Raises:
             SolveError: naming the first quantity, lane and state that does not, or is NaN; a negative gap as well.
             TypeError: inside jit, vmap or grad.
-            ValueError: a `tol` of other axes.
+            ValueError: a `tol` of other axes, or negative.
         """
         gap = concrete(self.gap, "raise_if_loose", "the arrays of the certificate")
-        limit = concrete(tol, "raise_if_loose", "the arrays of the certificate")
+        limit = concrete(tol, "raise_if_loose", "the arrays of the certificate") if _host.is_traced(tol) else tol
+        limit = _host.number("tol", limit)
+        if not np.all(limit >= 0):
+            raise ValueError(f"tol must not be negative, got {tol}")
         if limit.ndim and limit.shape != gap.shape[:-1]:
             raise ValueError(f"tol has shape {limit.shape}; expected a number or one per lane, {gap.shape[:-1]}")
         limit = np.broadcast_to(limit[..., None], gap.shape)
@@ -110,11 +113,14 @@ def certify(mdp: MDP, reg: Regulariser, sol: Solution, *, strict: bool = False) 
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
     pairs = (mdp.n_states, mdp.n_actions)
-    claims = {name: jnp.asarray(getattr(sol, name), mdp.dtype) for name in ("value", "policy", "perturbation")}
+    names = ("value", "policy", "perturbation")
+    if not all(hasattr(sol, name) for name in names):
+        raise TypeError(f"sol must be a Solution, or have {', '.join(names)}; got {type(sol).__name__}")
+    claims = {name: _host.array(f"sol.{name}", getattr(sol, name), mdp.dtype) for name in names}
     for name, x in claims.items():
         core, letters = (pairs[:1], "S") if name == "value" else (pairs, "S, A")
         _host.expect_shape(name, x.shape, core, letters)
-    return _certify(mdp._prepared(), reg, *claims.values(), strict=bool(strict))
+    return _certify(mdp._prepared(), reg, *claims.values(), strict=_host.flag("strict", strict))
 
 
 @functools.partial(jax.jit, static_argnames="strict")

@@ -15,7 +15,6 @@ hence a stronger regulariser, the guarantee would have been a promise.
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 
 from robustreg import _host, adversary, archive, config
 from robustreg._files import write_whole
+from robustreg._npz import opened
 from robustreg.calibration import critical_beta
 from robustreg.certificates import certify
 from robustreg.guarantees import guarantee
@@ -130,10 +130,13 @@ def _solved(subject: Subject) -> Found:
     """The certificate of a solution, and what is wrong with it."""
     m, sol = subject.job.problem.mdp, subject.solution
     proof = certify(m, subject.job.regulariser, sol)
-    failure = ""
+    rounding, failure = float(proof.rounding), ""
+    # A file may claim any tolerance. It counts as far as the configuration asks for it, or, if that asks for none, as
+    # a solve may have stopped there: its half-width is then at most twice the rounding.
+    most = 4 * rounding if subject.job.tol is None else float(subject.job.tol)
     try:
         sol.raise_if_failed()
-        proof.raise_if_loose(float(sol.tol) + float(proof.rounding))
+        proof.raise_if_loose(min(float(sol.tol), most) + rounding)
     except SolveError as error:
         failure = str(error)
     rows = {
@@ -211,11 +214,16 @@ def _is_result(source: str | Path) -> bool:
     return Path(source).suffix == ".npz"
 
 
+def _refusal(path: str | Path, error: Exception) -> config.ConfigError:
+    """An error about a file, which names it once."""
+    return config.ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}")
+
+
 def _header(source: str | Path) -> dict[str, Any]:
     try:
         return archive.read_header(source)
     except (OSError, ValueError) as error:
-        raise config.ConfigError(f"{source}: {error}") from error
+        raise _refusal(source, error) from error
 
 
 def _result(source: str | Path) -> tuple[config.Job, Solution]:
@@ -223,17 +231,26 @@ def _result(source: str | Path) -> tuple[config.Job, Solution]:
     table = _header(source).get("config")
     try:
         solution = archive.load(source)
-    except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise config.ConfigError(f"{source}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise _refusal(source, error) from error
     if not isinstance(table, dict) or not isinstance(solution, Solution):
         raise config.ConfigError(
             f"{source}: holds no solution with its configuration; `robustreg solve --out` writes one"
         )
+    config.refuse_huge(table, f"{source}: header: config")
     job = config.build(table, f"{source}: header: config")
-    shape = (job.problem.mdp.n_states, job.problem.mdp.n_actions)
-    if solution.policy.shape != shape:
-        raise config.ConfigError(f"{source}: policy has shape {solution.policy.shape}, its configuration says {shape}")
+    _expect_solution(source, job, solution)
     return job, jax.tree.map(lambda x: _cast(x, job.problem.mdp), solution)
+
+
+def _expect_solution(source: str | Path, job: config.Job, found: Solution) -> None:
+    """Refuse a solution whose arrays do not have the shapes that a solve of its configuration gives."""
+    wanted = jax.eval_shape(lambda: solve(job.problem.mdp, job.regulariser, job.solver, tol=job.tol))
+    for field in dataclasses.fields(Solution):
+        shapes = [[x.shape for x in jax.tree.leaves(getattr(s, field.name))] for s in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            has, wants = (", ".join(map(str, x)) or "no array" for x in shapes)
+            raise config.ConfigError(f"{source}: {field.name} has shape {has}, its configuration says {wants}")
 
 
 def _cast(x: jax.Array, m: MDP) -> jax.Array:
@@ -253,20 +270,19 @@ def _policy(path: Path, m: MDP) -> jax.Array:
 
 def _array(path: Path, name: str, m: MDP) -> np.ndarray:
     """One array `[S, A]` of an archive, finite, in the precision of the file."""
-    if not zipfile.is_zipfile(path):
-        problem = "is no NumPy archive (.npz)" if path.exists() else "no such file"
-        raise config.ConfigError(f"{path}: {problem}; expected one with an array `{name}`")
-    with np.load(path, allow_pickle=False) as archive:
-        if name not in archive:
-            raise config.ConfigError(f"{path}: no array `{name}`; it holds: {', '.join(archive) or 'nothing'}")
-        try:
-            array = archive[name]
-            _host.number(name, array)
-            _host.expect_shape(name, array.shape, (m.n_states, m.n_actions), "S, A")
-        except (TypeError, ValueError) as error:
-            raise config.ConfigError(f"{path}: {error}") from error
-    if array.ndim != 2:
-        raise config.ConfigError(f"{path}: {name} has shape {array.shape}; expected one [S, A], without batch axes")
+    shape = (m.n_states, m.n_actions)
+    try:
+        with opened(path) as archive:
+            has = archive.shape(name)  # before anything is read of it
+            _host.expect_shape(name, has, shape, "S, A")
+            if len(has) != 2:
+                raise ValueError(f"{name} has shape {has}; expected one [S, A], without batch axes")
+            array = archive.read(name, compressed=True)
+        _host.number(name, array)
+    except FileNotFoundError as error:
+        raise config.ConfigError(f"{path}: no such file; expected an archive with an array `{name}`") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise _refusal(path, error) from error
     place = _host.first(~np.isfinite(array))
     if place is not None:
         raise config.ConfigError(f"{path}: {_host.place(name, place, ('s', 'a'))} is {array[place]}; expected a number")

@@ -2,17 +2,20 @@
 
 It reads a configuration, calls the library, prints and writes what comes back; it has no method of its own.
 
-Exit codes: 0 done, 1 the solve, its certificate or the claim failed (or another process), 2 a bad configuration,
-file or command line.
+Exit codes: 0 done, 1 the solve, its certificate or the claim failed (or another process, or the disk is full), 2 a bad
+configuration, file or command line, 130 interrupted (Ctrl-C).
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import math
+import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,8 +26,20 @@ import jax
 import numpy as np
 
 import robustreg as rr
-from robustreg import adversary, archive, claims, config, drawing, figures, paper_config, processes, sweep_figures
-from robustreg.store import join
+from robustreg import (
+    _interrupts,
+    adversary,
+    archive,
+    claims,
+    config,
+    drawing,
+    figures,
+    paper_config,
+    processes,
+    sweep_figures,
+)
+from robustreg._files import together
+from robustreg.store import HeldError, join
 from robustreg.sweep import prepare
 
 PACKAGES = ("robustreg", "jax", "jaxlib", "numpy", "optax", "chex", "gymnasium", "matplotlib", "scipy")
@@ -34,16 +49,36 @@ _LOST_HELP = "silence after which a process is lost, which ends the others (defa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: of the command; None: those of this process, which the command then has for itself: Ctrl-C ends it
+            at once, with a message and exit code 130.
+    """
+    if arguments is None:
+        _interrupts.watch()
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()
+        return code
     except config.ConfigError as error:
-        print(f"robustreg: {error}", file=sys.stderr)
-        return 2
+        return _failed(2, str(error))
     except (rr.SolveError, rr.SweepError) as error:
-        print(f"robustreg: {error}", file=sys.stderr)
+        return _failed(1, str(error))
+    except BrokenPipeError:  # whoever read what is printed (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        what = error.filename or "standard output"
+        return _failed(1, f"cannot write {what}: {error.strerror}; files that were there are as they were")
+    except MemoryError as error:
+        return _failed(1, f"not enough memory: {error or 'take a smaller problem'}")
+
+
+def _failed(code: int, message: str) -> int:
+    print(f"robustreg: {message}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,44 +89,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"robustreg {_version('robustreg')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     solve = commands.add_parser("solve", help="solve a configuration: print a table, write results")
-    solve.add_argument("config", metavar="CONFIG", help="a TOML file; configs/ holds examples")
-    solve.add_argument("--out", metavar="DIR", type=Path, help="write result.npz and pictures here")
+    solve.add_argument("config", metavar="CONFIG", type=_path, help="a TOML file; configs/ holds examples")
+    solve.add_argument("--out", metavar="DIR", type=_path, help="write result.npz and pictures here")
     solve.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
     solve.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
     solve.set_defaults(command=_solve)
     sweep = commands.add_parser("sweep", help="solve a configuration at every cell of its [sweep] grid")
-    sweep.add_argument("config", metavar="CONFIG", help="a TOML file with a [sweep] table")
-    sweep.add_argument("--out", metavar="DIR", type=Path, required=True, help="stream results here, then table.csv")
+    sweep.add_argument("config", metavar="CONFIG", type=_path, help="a TOML file with a [sweep] table")
+    sweep.add_argument("--out", metavar="DIR", type=_path, required=True, help="stream results here, then table.csv")
     sweep.add_argument("--resume", action="store_true", help="go on with what DIR already holds")
     sweep.add_argument("--shard", metavar="I/N", type=_part, help="only part I (from 0) of N")
     sweep.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
     sweep.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
     several = sweep.add_argument_group("several processes", "start the same command in each, on one host or many")
     several.add_argument("--distributed", action="store_true", help="share the work; DIR must be the same for all")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (JAX finds it on clusters)")
-    several.add_argument("--num-processes", metavar="N", type=int, help="how many (JAX finds it on clusters)")
-    several.add_argument("--process-id", metavar="I", type=int, help="which, from 0 (JAX finds it on clusters)")
-    several.add_argument("--lost-after", metavar="SECONDS", type=float, default=100.0, help=_LOST_HELP)
+    several.add_argument(
+        "--coordinator", metavar="HOST:PORT", type=_address, help="of process 0 (JAX finds it on clusters)"
+    )
+    several.add_argument("--num-processes", metavar="N", type=_count, help="how many (JAX finds it on clusters)")
+    several.add_argument("--process-id", metavar="I", type=_number, help="which, from 0 (JAX finds it on clusters)")
+    several.add_argument("--lost-after", metavar="SECONDS", type=_seconds, default=100.0, help=_LOST_HELP)
     sweep.set_defaults(command=_sweep)
     merge = commands.add_parser("merge", help="join the parts of a sweep that ran with --shard")
-    merge.add_argument("config", metavar="CONFIG", help="the configuration of the sweep")
-    merge.add_argument("parts", metavar="DIR", type=Path, nargs="+", help="folders of the parts")
-    merge.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the whole")
+    merge.add_argument("config", metavar="CONFIG", type=_path, help="the configuration of the sweep")
+    merge.add_argument("parts", metavar="DIR", type=_path, nargs="+", help="folders of the parts")
+    merge.add_argument("--out", metavar="DIR", type=_path, required=True, help="folder of the whole")
     merge.add_argument("--precision", choices=PRECISIONS, default="float64", help="as the parts were made with")
     merge.set_defaults(command=_merge)
     figure = commands.add_parser("figure", help="draw a figure of the paper from its configuration")
-    figure.add_argument("config", metavar="CONFIG", help="a TOML file with a [figure] table; configs/paper/ holds them")
-    figure.add_argument("--out", metavar="DIR", type=Path, default=Path("."), help="write NAME.png, .pdf and .npz here")
+    figure.add_argument(
+        "config", metavar="CONFIG", type=_path, help="a TOML file with a [figure] table; configs/paper/ holds them"
+    )
+    figure.add_argument(
+        "--out", metavar="DIR", type=_path, default=Path("."), help="write NAME.png, .pdf and .npz here"
+    )
     figure.add_argument(
         "--small", action="store_true", help="with the replacements of its [small] tables: a quick look"
     )
     figure.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
     figure.set_defaults(command=_figure)
     certify = commands.add_parser("certify", help="check what a policy is guaranteed, under a deployed reward too")
-    certify.add_argument("source", metavar="CONFIG|RESULT", help="a TOML file, or the result.npz of `robustreg solve`")
-    certify.add_argument("--policy", metavar="FILE", type=Path, help="another policy: an .npz with an array `policy`")
-    certify.add_argument("--deployed", metavar="FILE", type=Path, help="the reward it meets: an .npz with a `reward`")
-    certify.add_argument("--out", metavar="DIR", type=Path, help="write certificate.npz here")
+    certify.add_argument(
+        "source", metavar="CONFIG|RESULT", type=_path, help="a TOML file, or the result.npz of `robustreg solve`"
+    )
+    certify.add_argument("--policy", metavar="FILE", type=_path, help="another policy: an .npz with an array `policy`")
+    certify.add_argument("--deployed", metavar="FILE", type=_path, help="the reward it meets: an .npz with a `reward`")
+    certify.add_argument("--out", metavar="DIR", type=_path, help="write certificate.npz here")
     certify.add_argument("--precision", choices=PRECISIONS, help="default: that of RESULT, float64 for CONFIG")
     certify.set_defaults(command=_certify)
     info = commands.add_parser("info", help="print versions, devices and precisions")
@@ -113,19 +156,79 @@ class Run:
 def _solve(options: argparse.Namespace) -> int:
     # The one place that sets JAX's precision: a program decides it for itself, a library does not.
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    if options.out is not None:
-        _prepare(options.out)
-    with jax.default_device(_device(options.device)):
-        run = _run(config.load(options.config))
-        rows = _rows(run)
-    print(_table(rows))
-    if options.out is not None:
-        for path in _write(run, rows, options.out):
-            print(f"wrote {path}")
+    with _folder(options.out), jax.default_device(_device(options.device)):
+        with _named(options.config), _nothing_written(options.out), _patience():
+            run = _run(config.load(options.config))
+            rows = _rows(run)
+        print(_table(rows))
+        if options.out is not None:
+            with _nothing_written(options.out), together():
+                paths = _write(run, rows, options.out)
+            for path in paths:
+                print(f"wrote {path}")
     run.solution.raise_if_failed()
     # The solver and the certificate each round in their own way, by as much as the certificate says.
     run.certificate.raise_if_loose(float(run.solution.tol) + float(run.certificate.rounding))
     return 0
+
+
+def _nothing_written(out: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Say at Ctrl-C that nothing is lost."""
+    kept = "" if out is None else f"nothing was written to {out}; "
+    return _interrupts.saying(lambda: f"{kept}run the same command again")
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Tell who waits at a terminal, every few seconds, that a program is being compiled."""
+    begin, over = time.perf_counter(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(3.0):
+            seconds = time.perf_counter() - begin
+            print(f"compiling and solving, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    if sys.stderr.isatty():
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    return Path(text)
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HOST:PORT, such as 10.0.0.1:1234")
+    return text
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if (count := _number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return count
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
+    return seconds
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -141,22 +244,33 @@ def _part(text: str) -> tuple[int, int]:
 
 def _sweep(options: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    if options.distributed:
-        return _sweep_together(options)
-    if (options.coordinator, options.num_processes, options.process_id) != (None, None, None):
-        raise config.ConfigError("--coordinator, --num-processes and --process-id go with --distributed")
-    with jax.default_device(_device(options.device)), _named(options.config):
-        job = config.load_sweep(options.config)
-        arguments, how = _sweep_arguments(job)
-        part = options.shard or (0, 1)
-        table = rr.sweep(*arguments, **how, out=options.out, resume=options.resume, shard=part, progress=True)
-    return _show(table, options.out, job.job.problem.title)
+    with _interrupts.saying(lambda: _chunks_kept(options.out)), _folder(options.out):
+        if options.distributed:
+            return _sweep_together(options)
+        if (options.coordinator, options.num_processes, options.process_id) != (None, None, None):
+            raise config.ConfigError("--coordinator, --num-processes and --process-id go with --distributed")
+        with jax.default_device(_device(options.device)), _named(options.config):
+            job = config.load_sweep(options.config)
+            arguments, how = _sweep_arguments(job)
+            part = options.shard or (0, 1)
+            table = rr.sweep(*arguments, **how, out=options.out, resume=options.resume, shard=part, progress=True)
+        return _show(table, options.out, job.job.problem.title, options.shard)
+
+
+def _chunks_kept(out: Path) -> str:
+    """What a sweep has finished, and how to go on with it."""
+    count = sum(1 for _ in out.glob("chunk-*.npz"))
+    kept = f"{count} finished chunk{'s are' if count > 1 else ' is'} kept in {out}" if count else "no chunk is finished"
+    return f"{kept}; go on with the same command and --resume"
 
 
 def _sweep_together(options: argparse.Namespace) -> int:
     """One of several processes; process 0 has the table, and says so."""
     if options.shard is not None:
         raise config.ConfigError("--shard and --distributed exclude each other: each process takes its own part")
+    if None not in (options.num_processes, options.process_id) and options.process_id >= options.num_processes:
+        last = options.num_processes - 1
+        raise config.ConfigError(f"--process-id {options.process_id}: the processes are numbered from 0 to {last}")
     where = (options.coordinator, options.num_processes, options.process_id)
     with _named("--distributed"), processes.gather(options.out, *where, options.lost_after) as group:
         with jax.default_device(_device(options.device)), _named(options.config):
@@ -180,18 +294,24 @@ def _named(source: Any) -> Iterator[None]:
         yield
     except config.ConfigError:
         raise
-    except ValueError as error:
+    except HeldError as error:
+        raise config.ConfigError(str(error).replace("pass resume=True", "add --resume")) from error
+    except (ValueError, OverflowError) as error:
         raise config.ConfigError(f"{source}: {error}") from error
 
 
 def _merge(options: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    job = config.load_sweep(options.config)
-    arguments, how = _sweep_arguments(job)
-    with _named("merge"):
-        join(options.parts, options.out)
-        table = rr.sweep(*arguments, **how, out=options.out, resume=True, shard=None)
-    return _show(table, options.out, job.job.problem.title)
+    again = _interrupts.saying(lambda: "what was copied is kept; run the same command again")
+    with again, _folder(options.out):
+        with _named(options.config):
+            job = config.load_sweep(options.config)
+            arguments, how = _sweep_arguments(job)
+            run = prepare(*arguments, **how)
+        with _named("merge"):
+            join(options.parts, options.out, run.digest())
+            table = rr.sweep(*arguments, **how, out=options.out, resume=True, shard=None)
+        return _show(table, options.out, job.job.problem.title)
 
 
 def _sweep_arguments(run: config.SweepJob) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -201,53 +321,76 @@ def _sweep_arguments(run: config.SweepJob) -> tuple[tuple[Any, ...], dict[str, A
     return (job.problem.mdp, job.regulariser, run.grid), {**limits, **run.options}
 
 
-def _show(table: rr.Table, out: Path, title: str) -> int:
-    """Print a table, write it as CSV and pictures, and say by exit code whether all cells are there and converged."""
+def _show(table: rr.Table, out: Path, title: str, part: tuple[int, int] | None = None) -> int:
+    """Print a table, write it as CSV and pictures, and say by exit code whether all cells are there and converged.
+
+    Args:
+        table: of the whole sweep, or of a part of it that is done.
+        out: folder for the files.
+        title: name of the problem.
+        part: (i, n), of a part.
+    """
     print(table)
     print(f"wrote {table.to_csv(out / 'table.csv')}")
-    for path in sweep_figures.write(out, table, title) if _drawable() else ():
+    with together():  # of some cells only there is no picture
+        paths = sweep_figures.write(out, table, title) if part is None and _drawable() else []
+    for path in paths:
         print(f"wrote {path}")
     missing = int((~table.computed).sum())
-    if missing:
-        print(f"robustreg: {missing} of {len(table)} cells are not there yet", file=sys.stderr)
-    failed = int((table["status"][table.computed] != rr.Status.CONVERGED).sum()) if "status" in table.columns else 0
+    if part is not None:
+        here = f"{len(table) - missing} of {len(table)} cells are here"
+        print(f"part {part[0]} of {part[1]} is done: {here}; `robustreg merge` joins the parts")
+    elif missing:
+        print(f"robustreg: {missing} of {len(table)} cells are not there: a part is missing", file=sys.stderr)
+    failed = int((table["status"][table.computed] != rr.Status.CONVERGED).sum())
     if failed:
         print(f"robustreg: {failed} cells did not converge; see their status", file=sys.stderr)
-    return 1 if failed or missing else 0
+    return 1 if failed or (missing and part is None) else 0
 
 
 def _figure(options: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    _prepare(options.out)
-    _drawable()
-    for path in paper_config.load(options.config, options.small).write(options.out):
+    with _folder(options.out), _named(options.config), _nothing_written(options.out), together():
+        _drawable()
+        paths = paper_config.load(options.config, options.small).write(options.out)
+    for path in paths:
         print(f"wrote {path}")
     return 0
 
 
 def _certify(options: argparse.Namespace) -> int:
     """Print what holds; the exit code is the verdict."""
-    precision = options.precision or claims.precision_of(options.source)
-    jax.config.update("jax_enable_x64", precision == "float64")
-    if options.out is not None:
-        _prepare(options.out)
-    claim = claims.examine(claims.load(options.source, options.policy, options.deployed))
-    print(_table(claim.rows))
-    if options.out is not None:
-        print(f"wrote {claim.write(options.out / 'certificate.npz', {'versions': versions()})}")
+    with _folder(options.out), _named(options.source), _nothing_written(options.out), _patience():
+        precision = options.precision or claims.precision_of(options.source)
+        jax.config.update("jax_enable_x64", precision == "float64")
+        claim = claims.examine(claims.load(options.source, options.policy, options.deployed))
+        print(_table(claim.rows))
+        if options.out is not None:
+            print(f"wrote {claim.write(options.out / 'certificate.npz', {'versions': versions()})}")
     if not claim.holds:
         print(f"robustreg: {claim.rows['verdict']}", file=sys.stderr)
     return 0 if claim.holds else 1
 
 
-def _prepare(out: Path) -> None:
-    """Make the folder for results before any work is done for it."""
+@contextlib.contextmanager
+def _folder(out: Path | None) -> Iterator[None]:
+    """Make the folder for results before any work is done for it; a command that is refused leaves no empty one."""
+    if out is None:
+        yield
+        return
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise config.ConfigError(f"--out {out}: cannot write there: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty, or another process has removed it
+                folder.rmdir()
 
 
 def _device(kind: str | None) -> Any:
@@ -334,7 +477,10 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     numbers = _strength(run.job.regulariser)
     kind = numbers.pop("regulariser")
     title = f"{problem.title}, {kind}({', '.join(f'{name}={value}' for name, value in numbers.items())})"
-    return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions)]
+    prior = getattr(run.job.regulariser, "prior", None)
+    shape = (problem.mdp.n_states, problem.mdp.n_actions)
+    excluded = None if prior is None else np.broadcast_to(np.asarray(prior) == 0, shape)
+    return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions, excluded)]
 
 
 def _drawable() -> bool:

@@ -41,7 +41,7 @@ import inspect
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -52,6 +52,10 @@ from robustreg.mdp import MDP
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and the remedy."""
+
+
+# Values of one axis of a grid: a thousand times as many as anybody has asked for, and still no burden in memory.
+_MOST = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +185,14 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(factory)
     def build(**arguments: Any) -> Any:
-        arrays = {name: np.asarray(value) for name, value in arguments.items()}
-        for name, array in arrays.items():
-            if array.dtype.kind not in "iuf":
-                raise ValueError(f"{name} is {arguments[name]!r}; expected a number or a list of numbers")
+        arrays: dict[str, np.ndarray] = {}
+        for name, value in arguments.items():
+            try:
+                arrays[name] = np.asarray(value)
+            except ValueError:
+                arrays[name] = np.array("ragged")
+            if arrays[name].dtype.kind not in "iuf" or _has_bool(value):
+                raise ValueError(f"{name} is {_brief(value)}; expected a number or a list of numbers")
         return factory(**{name: array.astype(float) for name, array in arrays.items()})
 
     return build
@@ -222,13 +230,27 @@ def load(path: str | Path) -> Job:
 def read(path: str | Path) -> dict[str, Any]:
     """The tables of a file."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits, a path with a zero byte
         raise ConfigError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: lists or tables are nested too deeply; write them flat") from error
+    refuse_huge(table, str(path))
     problem = table.get("problem")
     if isinstance(problem, dict) and isinstance(problem.get("path"), str):
         problem["path"] = problem_files.from_its_folder(problem["path"], Path(path))
     return table
+
+
+def refuse_huge(x: Any, where: str) -> None:
+    """Refuse a whole number beyond 64 bits, wherever in a file it is: no array could hold it."""
+    if isinstance(x, dict | list):
+        for key, part in x.items() if isinstance(x, dict) else enumerate(x):
+            refuse_huge(part, f"{where}: {key}" if isinstance(x, dict) else where)
+    elif type(x) is int and not -(2**63) <= x < 2**63:
+        raise ConfigError(f"{where} is a whole number of {x.bit_length()} bits; expected at most 64: write it as 1e20")
 
 
 def load_sweep(path: str | Path) -> SweepJob:
@@ -257,18 +279,34 @@ def values(x: Any, where: str) -> np.ndarray:
     """Grid values: a list, or a range."""
     if isinstance(x, list):
         try:
-            return np.asarray(x, float)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{where} is {x!r}; expected numbers, equally many in every row") from error
+            array = np.asarray(x)
+        except ValueError:
+            array = np.array("ragged")
+        if array.dtype.kind not in "iuf" or _has_bool(x):
+            raise ConfigError(f"{where} is {_brief(x)}; expected numbers, equally many in every row")
+        return array.astype(float)
     if not isinstance(x, dict):
         raise ConfigError(f"{where} is {x!r}; expected a list, or a table with from, to, count and spacing")
     refuse_unknown(x, ("from", "to", "count", "spacing"), where)
-    spacing, (low, high, count) = x.get("spacing"), (x.get(key) for key in ("from", "to", "count"))
-    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or not isinstance(count, int):
+    spacing, ends = x.get("spacing"), [x.get(key) for key in ("from", "to", "count")]
+    low, high, count = cast("tuple[float, float, int]", ends)  # as is checked at once
+    if not all(type(end) in (int, float) and abs(end) < float("inf") for end in (low, high)) or type(count) is not int:
         raise ConfigError(f"{where} needs numbers from and to, and a whole number count")
-    if spacing not in ("log", "linear") or count < 1 or (spacing == "log" and min(low, high) <= 0):
-        raise ConfigError(f'{where} needs spacing "log" (from and to positive) or "linear", and a positive count')
+    if spacing not in ("log", "linear") or not 1 <= count <= _MOST or (spacing == "log" and min(low, high) <= 0):
+        kinds = f'spacing "log" (from and to positive) or "linear", and a count from 1 to {_MOST:,}'
+        raise ConfigError(f"{where} needs {kinds}")
     return np.geomspace(low, high, count) if spacing == "log" else np.linspace(low, high, count)
+
+
+def _has_bool(x: Any) -> bool:
+    """Whether a nested list holds a truth value, which NumPy would take for a number beside others."""
+    return any(map(_has_bool, x)) if isinstance(x, list) else isinstance(x, bool)
+
+
+def _brief(x: Any) -> str:
+    """A value of a file, in a message."""
+    text = repr(x)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def build(table: Mapping[str, Any], source: str = "configuration", batch: bool = False) -> Job:
@@ -277,6 +315,11 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     Raises:
         ConfigError: something in the tables is not allowed.
     """
+    for other in ("sweep", "figure"):
+        if other in table:
+            raise ConfigError(
+                f"{source}: has a [{other}] table, hence is for `robustreg {other}`; remove it for a solve"
+            )
     refuse_unknown(table, ("problem", "regulariser", "solver"), source)
     for name in ("problem", "regulariser"):
         if name not in table:

@@ -182,6 +182,8 @@ def transitions(x: Any, layout: str | None) -> Kernel:
     if hasattr(x, "probabilities"):
         return Kernel(dataclasses.replace(x, probabilities=plain("transitions.probabilities", x.probabilities)))
     if isinstance(x, Mapping):
+        if not x:
+            raise ValueError("transitions is empty; expected a matrix [S, S] for each action")
         actions, x = tuple(x), list(x.values())
     if _lists_entries(x) and getattr(x, "ndim", 0) == 3 and not _host.is_traced(x):
         return _of_three_axes(x, layout)

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from robustreg.drawing import (
     DIFFERENCES,
+    EXCLUDED,
     INK,
     UNMARKED,
     VALUES,
@@ -28,8 +29,11 @@ from robustreg.drawing import (
     dress,
     heading,
     inhabited,
+    label_some,
     legend_of,
+    literal,
     new_figure,
+    shown_number,
     write_figures,
     write_numbers,
 )
@@ -49,6 +53,7 @@ def write(
     title: str = "",
     marks: Marks = UNMARKED,
     actions: Sequence[str] = (),
+    excluded: ArrayLike | None = None,
 ) -> list[Path]:
     """Draw what suits the problem and write it as PNG files into `out`.
 
@@ -62,11 +67,13 @@ def write(
         marks: remarkable cells of a grid by name; see `STYLES`.
         actions: names of the actions, () for those of the problem; on a grid, those of `COMPASS` give the arrows, and
             () reads both off the transitions.
+        excluded: bool `[S, A]`, actions that the prior does not allow: they are grey in maps of perturbations. (Those
+            that the MDP does not have are known.)
 
     Returns:
         The paths written.
     """
-    out, dr = Path(out), solution.perturbation
+    out, dr = Path(out), np.where(_excluded(m, excluded), np.nan, np.asarray(solution.perturbation))
     if m.names is not None:
         actions = actions or tuple(map(str, m.names.actions))
     if m.grid is not None:
@@ -85,6 +92,12 @@ def write(
         shown = heat_map(solution.value, solution.policy, dr, title=title, actions=actions, states=states)
         drawn = {"heat_map": shown}
     return write_figures(out, drawn)
+
+
+def _excluded(m: MDP, excluded: ArrayLike | None) -> np.ndarray:
+    """Actions that nobody may take, bool `[S, A]`."""
+    barred = np.zeros((m.n_states, m.n_actions), bool) if excluded is None else np.asarray(excluded, bool)
+    return barred if m.available is None else barred | ~np.asarray(m.available, bool)
 
 
 def directions(m: MDP) -> tuple[tuple[str, ...], np.ndarray]:
@@ -130,15 +143,20 @@ def value_map(value: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = U
         title: name of the problem.
         marks: remarkable cells by name; see `STYLES`.
     """
-    figure, axes = _map(grid)
+    wide = grid[1] > 2 * grid[0]
+    figure, axes, cell = _map(grid, below=0.6 if wide else 0.0)
     shown = inhabited(value, grid, marks)
     image = axes.imshow(shown, cmap=VALUES)
-    share = 0.046 * grid[0] / max(grid)  # as tall as the map: wide maps need a smaller part of it
-    figure.colorbar(image, ax=axes, label="value (reward units)", fraction=share, pad=0.02)
-    if shown.size <= 144:
-        write_numbers(axes, shown, image)
-    dress(axes, grid, marks)
-    axes.set_title(heading(title, "regularised value"))
+    unit = write_numbers(axes, shown, image, cell)
+    dress(axes, grid, marks, cell)
+    label = "value (reward units)"
+    if wide:  # beside a corridor the colour bar would be as high as one cell
+        figure.colorbar(image, ax=axes, label=label, location="bottom", aspect=40, pad=0.02)
+    else:
+        inch = 1 / (cell * grid[1])
+        figure.colorbar(image, cax=axes.inset_axes((1 + 0.1 * inch, 0, 0.18 * inch, 1)), label=label)
+    numbers = f" (numbers in {unit}reward units)" if unit else ""
+    figure.suptitle(heading(title, f"regularised value{numbers}"))
     return figure
 
 
@@ -152,11 +170,11 @@ def policy_map(policy: ArrayLike, steps: ArrayLike, grid: Grid, *, title: str = 
         title: name of the problem.
         marks: remarkable cells by name; see `STYLES`.
     """
-    figure, axes = _map(grid)
+    figure, axes, cell = _map(grid)
     axes.set(facecolor="#efeff4", aspect="equal")
     draw_arrows(axes, np.asarray(policy), steps, grid, marks, facecolor=INK, edgecolor="none")
-    dress(axes, grid, marks)
-    axes.set_title(heading(title, "policy: arrow length is probability, half a cell is 1"))
+    dress(axes, grid, marks, cell)
+    figure.suptitle(heading(title, "policy: arrow length is probability, half a cell is 1"))
     return figure
 
 
@@ -171,7 +189,8 @@ def perturbation_maps(
     """The worst-case perturbation of every action on the grid, one map per action with one colour scale.
 
     Args:
-        perturbation: `[S, A]`, in reward units; the perturbed reward is `reward - perturbation`.
+        perturbation: `[S, A]`, in reward units; the perturbed reward is `reward - perturbation`. NaN: an action that
+            nobody may take.
         grid: rows and columns, `S = rows * columns`.
         title: name of the problem.
         marks: remarkable cells by name; see `STYLES`.
@@ -179,24 +198,33 @@ def perturbation_maps(
     """
     taken = np.asarray(perturbation)
     n_actions = taken.shape[-1]
-    across = 2 if n_actions == 4 else min(n_actions, 3)
+    wide = grid[1] > 2 * grid[0]
+    # Side by side they would run into each other where a map is narrower than its title.
+    across = 1 if wide and grid[1] > 20 else 2 if n_actions == 4 else min(n_actions, 3)
     down = -(-n_actions // across)
     cell = min(0.45, 5.0 / max(grid))
-    figure = new_figure(across * (cell * grid[1] + 0.2) + 1.3, down * (cell * grid[0] + 0.35) + 0.6)
-    panels = figure.subplots(down, across, squeeze=False).ravel()
+    figure = new_figure(
+        max(5.5, across * (max(cell * grid[1], 1.1) + 0.2) + 1.3), max(2.6, down * (cell * grid[0] + 0.35) + 0.9)
+    )
+    places = figure.add_gridspec(down, across + 1, width_ratios=(*[1.0] * across, 0.04))
+    panels = [figure.add_subplot(places[i // across, i % across]) for i in range(n_actions)]
     maps = [inhabited(x, grid, marks) for x in taken.T]
     norm, note = diverging(np.stack(maps))
+    barred = np.isnan(taken).any()
     for axes, shown, name in zip(panels, maps, _names(actions, n_actions)):
         axes.imshow(shown, cmap=DIFFERENCES, norm=norm)
-        dress(axes, grid, marks, legend=False)
-        axes.set_title(name)
-    for axes in panels[n_actions:]:
-        axes.set_axis_off()
-    if marks:
-        figure.supxlabel(legend_of(marks), size=10)
+        axes.set_facecolor(EXCLUDED if barred else "white")
+        dress(axes, grid, marks, cell, legend=False)
+        axes.set_title(literal(name))
+    notes = [legend_of(marks, cell)] if marks else []
+    notes += ["light grey: an action that nobody may take"] if barred else []
+    figure.supxlabel("   ".join(notes), size=10)
     label = f"perturbation (reward units{note})\nblue: given, red: taken"
-    colour_bar(figure, panels[0].images[0], list(panels), label, aspect=30, pad=0.02)
-    figure.suptitle(heading(title, "what the worst-case adversary takes", ": "))
+    # A place of its own: beside narrow maps matplotlib would put it on their titles.
+    colour_bar(figure, panels[0].images[0], label, cax=figure.add_subplot(places[:, -1]))
+    figure.suptitle(
+        heading(title, "what the worst-case adversary takes", ": " if grid[1] * cell * across > 4 else "\n")
+    )
     return figure
 
 
@@ -216,29 +244,30 @@ def decision_bars(
     panels = (
         ("action values Q", worth, "#5a5a5a", "reward units"),
         ("policy π", probability, "#6a51a3", "probability"),
-        ("perturbation Δ", taken, np.where(taken > 0, "#b2182b", "#2166ac"), "reward units"),
+        ("perturbation Δ\n(red: taken, blue: given)", taken, np.where(taken > 0, "#b2182b", "#2166ac"), "reward units"),
         ("Q − Δ: indifferent", worth - taken, "#5a5a5a", "reward units"),
     )
     figure = new_figure(12.0, 3.4)
     all_axes = figure.subplots(1, 4)
     for axes, (name, height, colour, unit) in zip(all_axes, panels):
         axes.bar(np.arange(worth.size), height, color=colour, width=0.7)
-        if actions:
-            axes.set_xticks(range(worth.size), list(actions))
-        else:
-            axes.set_xticks(range(0, worth.size, -(-worth.size // 10)))
+        names = list(actions) or [str(a) for a in range(worth.size)]
+        label_some(axes.xaxis, names, max(1, 30 // (max(map(len, names)) + 1)))
         axes.axhline(0.0, color=INK, linewidth=0.8)
         axes.set(title=name, xlabel="action", ylabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
-    seen = np.array([0.0, *worth, *(worth - taken)])
+    left = (worth - taken)[np.isfinite(taken)]
+    seen = np.array([0.0, *worth, *left])
     margin = 0.08 * np.ptp(seen) or 1.0
     for axes in all_axes[[0, 3]]:
         axes.set_ylim(seen.min() - margin * (seen.min() < 0), seen.max() + margin)
-    all_axes[1].set_ylim(0.0, 1.0)
-    level = float(probability @ (worth - taken))
-    all_axes[3].axhline(level, color="#b8860b", linewidth=1.5, linestyle="--", label=f"V = {level:.3g}")
+    # All of the axis, unless every bar would be too low to be seen.
+    all_axes[1].set_ylim(0.0, 1.0 if probability.max() > 0.1 else 1.1 * probability.max())
+    level = float(probability[np.isfinite(taken)] @ left)
+    label = f"V = {shown_number(level, '.3g')}"
+    all_axes[3].axhline(level, color="#b8860b", linewidth=1.5, linestyle="--", label=label)
     all_axes[3].legend(frameon=False, loc="best")
-    figure.suptitle(title)
+    figure.suptitle(literal(title))
     return figure
 
 
@@ -270,17 +299,22 @@ def heat_map(
     top.set_ylabel("value\n(reward units)")
     top.spines[["top", "right"]].set_visible(False)
     shared: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
-    image = middle.imshow(probability, cmap="Purples", vmin=0.0, vmax=1.0, **shared)
+    # Of many actions each is unlikely: the scale ends where the policy does, or all would be white.
+    image = middle.imshow(probability, cmap="Purples", vmin=0.0, vmax=float(np.nanmax(probability)), **shared)
     figure.colorbar(image, ax=middle, label="policy\n(probability)", pad=0.01)
     image = bottom.imshow(taken, cmap=DIFFERENCES, norm=norm, **shared)
-    colour_bar(figure, image, bottom, f"perturbation\n(reward units{note})", pad=0.01)
+    colour_bar(figure, image, f"perturbation\n(reward units{note})", ax=bottom, pad=0.01)
     for axes in (middle, bottom):
-        axes.set_yticks(range(len(taken)), _names(actions, len(taken)))
+        axes.set_facecolor(EXCLUDED)
+        label_some(axes.yaxis, _names(actions, len(taken)), 12)
     if 0 < len(states) <= _NAMED_STATES:
         long = max(map(len, states)) * len(states) > 80
-        bottom.set_xticks(range(len(states)), [states[s] for s in order], rotation=90 if long else 0)
-    bottom.set_xlabel("states, by likeliest action, then by value")
-    figure.suptitle(heading(title, "value, policy and worst case (red: taken, blue: given)", ": "))
+        bottom.set_xticks(range(len(states)), [literal(states[int(s)]) for s in order], rotation=90 if long else 0)
+    else:
+        label_some(bottom.xaxis, [str(s) for s in range(len(order))], 20)  # places, not numbers of states
+    bottom.set_xlabel("states, by likeliest action, then by value" + ("" if states else " (numbered in this order)"))
+    barred = "; light grey: not allowed" if np.isnan(taken).any() else ""
+    figure.suptitle(heading(title, f"value, policy and worst case (red: taken, blue: given{barred})", ": "))
     return figure
 
 
@@ -288,8 +322,14 @@ def _names(actions: Sequence[str], n_actions: int) -> Sequence[str]:
     return actions or [f"action {i}" for i in range(n_actions)]
 
 
-def _map(grid: Grid) -> tuple[Any, Any]:
-    """A figure with one map of that many cells, and room for a title and a legend."""
-    cell = min(0.72, 9.0 / max(grid))
-    figure = new_figure(cell * grid[1] + 1.4, cell * grid[0] + 1.3)
-    return figure, figure.subplots()
+def _map(grid: Grid, below: float = 0.0) -> tuple[Any, Any, float]:
+    """A figure with one map of that many cells, and the width of a cell in inches.
+
+    Args:
+        grid: rows and columns.
+        below: height in inches of what is to go below the map, beside the legend that there is always room for.
+    """
+    # Of many cells a larger figure, or the arrows in them would be dots.
+    cell = min(0.72, (9.0 if max(grid) <= 20 else 14.0) / max(grid))
+    figure = new_figure(max(5.0, cell * grid[1] + 1.4), cell * grid[0] + 1.5 + below)
+    return figure, figure.subplots(), cell

@@ -45,7 +45,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from robustreg import _host, _loops, _tree, bellman, play, solvers
@@ -199,15 +198,14 @@ def solve_game(
     for name, rule in (("agent", agent), ("response", response)):
         if rule is not None and not (hasattr(rule, "init") and hasattr(rule, "update")):
             raise TypeError(f"{name} must be an optax transformation such as optax.sgd(0.5), got {rule!r}")
-    if scheme not in _SCHEMES:
+    if not isinstance(scheme, str) or scheme not in _SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(map(repr, _SCHEMES))}, got {scheme!r}")
-    if tol is not None and not isinstance(tol, Tracer) and not np.all(np.asarray(tol) > 0):
-        raise ValueError(f"tol must be positive, got {tol}; None plays all steps")
+    _host.check_tol(tol, "None plays all steps")
     responses = adversary._responses if responses is None else responses
     given = {"steps": steps, "responses": responses, "record": record}
-    counts = {name: _host.count(name, n) for name, n in given.items()}
+    counts = {name: min(_host.count(name, n), np.iinfo(np.int32).max) for name, n in given.items()}
     rules = play.Rules(agent or AGENT, response or RESPONSE, scheme, **counts)
-    return _play(mdp._prepared(), reg, adversary, _host.operand(-1 if tol is None else tol, mdp.dtype), rules)
+    return _play(mdp._prepared(), reg, adversary, _host.operand("tol", -1 if tol is None else tol, mdp.dtype), rules)
 
 
 @_tree.dataclass

@@ -76,7 +76,7 @@ def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
     mdp = mdp._canonical()
-    reward = mdp.reward if deployed is None else jnp.asarray(deployed, mdp.dtype)
+    reward = mdp.reward if deployed is None else _host.array("deployed", deployed, mdp.dtype)
     _host.expect_shape("deployed", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     n = max(mdp.reward.ndim, reward.ndim)
     room = _slack(mdp, reg, _pad(mdp.reward, n) - _pad(reward, n))
@@ -102,7 +102,7 @@ def aggregated_slack(mdp: MDP, reg: Regulariser, policy: ArrayLike, perturbation
     """
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     _host.expect_type(reg, Regulariser, "second argument", "kl")
-    dr = jnp.asarray(perturbation, mdp.dtype)
+    dr = _host.array("perturbation", perturbation, mdp.dtype)
     _host.expect_shape("perturbation", dr.shape, (mdp.n_states, mdp.n_actions), "S, A")
     return _over_visits(mdp, policy, _slack(mdp, reg, dr))
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from robustreg import regularisers
+from robustreg import _host, regularisers
 from robustreg.adversary import nominal_optimum, slack, worst_case
 from robustreg.baselines import norm_attack, random_attack
 from robustreg.config import Problem
@@ -91,28 +91,57 @@ def feasible_sets(
         of the worst case: `worst` (the reward that it leaves) and `policy` and `normal` (gradient of the conjugate
         at the perturbation) `[M, K, 2]`, `value` and `slack` `[M, K]`.
     """
+    points = _host.count("points", points)
+    _host.require("window", window, lambda x: (x > 0) & np.isfinite(x), "half the width of the picture is positive")
     reg = regularisers.alpha(_axis("alpha", alpha)[:, None], _axis("beta", beta), _prior(prior))
     r = jnp.asarray(_axis("reward", reward), reg.beta.dtype)
     if r.size != 2:
         raise ValueError(f"reward is {reward!r}; expected the rewards of two actions")
     value = reg.conjugate(r)
     dr = r[None, None] - value[..., None]
-    # From one vertex of the simplex to the other, evenly in log-odds: the far ends of the boundary are there.
-    odds = np.linspace(-1, 1, points) * -np.log(np.finfo(r.dtype).eps)
-    share = jnp.asarray(1 / (1 + np.exp(-odds)), r.dtype)[None, None]
     return _arrays(
         reward=r,
         window=window,
         beta=reg.beta,
         alpha=reg.alpha[:, 0],
         prior=[0.5, 0.5] if prior is None else prior,
-        boundary=r[None, None, None] - RobustSet(reg).boundary(share),
+        boundary=_boundary(reg, r, window, points),
         worst=r[None, None] - dr,
         policy=reg.argmax(r),
         normal=jax.grad(lambda x: -jnp.sum(slack(reg, x)))(dr),
         value=value,
         slack=slack(reg, dr),
     )
+
+
+def _boundary(reg: Regulariser, reward: jax.Array, window: float, points: int) -> np.ndarray:
+    """Perturbed rewards on the boundary of sets `[M, K]`, so that few points make a smooth picture.
+
+    Args:
+        reg: with batch axes `[M, K]`.
+        reward: `[2]`.
+        window: half the width of what is shown.
+        points: on each boundary, evenly along what is shown of it, from one vertex of the simplex to the other.
+
+    Returns:
+        `[M, K, points, 2]`.
+    """
+    # Evenly in log-odds, the far ends of the boundary are there, but nearly all points lie outside the picture.
+    odds = np.linspace(-1, 1, 4001) * -np.log(np.finfo(reward.dtype).eps)
+
+    def edge(odds: np.ndarray) -> np.ndarray:
+        share = jnp.asarray(1 / (1 + np.exp(-odds)), reward.dtype)
+        points = jnp.broadcast_to(share, reg.batch_shape + share.shape[-1:])
+        return np.asarray(reward) - np.asarray(RobustSet(reg).boundary(points))
+
+    centre = np.asarray(reward)
+    seen = np.clip(np.nan_to_num(edge(odds), nan=0.0), centre - 1.2 * window, centre + 1.2 * window)
+    length = np.cumsum(np.linalg.norm(np.diff(seen, axis=-2), axis=-1), axis=-1)
+    length = np.concatenate([np.zeros_like(length[..., :1]), length], axis=-1)
+    chosen = np.empty((*reg.batch_shape, points))
+    for at in np.ndindex(*reg.batch_shape):
+        chosen[at] = np.interp(np.linspace(0, length[at][-1], points), length[at], odds)
+    return edge(chosen)
 
 
 def sequential(problem: Problem, beta: Sequence[float], alpha: float = 1.0) -> Numbers:
@@ -168,7 +197,8 @@ def consistency(
     reg = _regulariser(alpha, beta)
     sol = solve(m, reg).raise_if_failed()
     value, policy, q, dr = (np.asarray(x) for x in (sol.value, sol.policy, sol.q, sol.perturbation))
-    states, taken = _trajectories(m, policy, trajectories, steps, seed)
+    count, steps = _host.count("trajectories", trajectories), _host.count("steps", steps)
+    states, taken = _trajectories(m, policy, count, steps, _seed(seed))
     here, there = states[:, :-1], states[:, 1:]
     surprise = q[here, taken] - np.asarray(m.reward)[here, taken] - float(m.discount) * value[there]
     nominal = np.asarray(m.reward)[here, taken] + surprise
@@ -196,7 +226,7 @@ def price(problem: Problem, beta: Sequence[float], alpha: Sequence[float]) -> Nu
 
     Returns:
         `beta [K]`, `alpha [M]`, `guaranteed` (the objective) and `nominal` (the return undisturbed) `[M, K]`,
-        `optimum` (the best return of any policy, undisturbed).
+        `optimum` (the best return of any policy, undisturbed), `resolution` (a price below it is rounding).
     """
     outputs = ("objective", "nominal_return", "status")
     grid = {"alpha": _axis("alpha", alpha), "beta": _axis("beta", beta)}
@@ -206,11 +236,15 @@ def price(problem: Problem, beta: Sequence[float], alpha: Sequence[float]) -> Nu
     if failed:
         wider = "" if problem.mdp.dtype.itemsize >= 8 else " or float64"
         raise SolveError(f"{failed} of {len(table)} strengths did not converge: take a smaller problem{wider}")
+    optimum = nominal_optimum(problem.mdp, reg)
+    # Values are rounded to one part in 1/eps of their size, once each step of the horizon.
+    size = np.finfo(problem.mdp.dtype).eps * max(1e-300, float(jnp.max(jnp.abs(optimum))))
     return _arrays(
         **grid,
         guaranteed=table["objective"],
         nominal=table["nominal_return"],
-        optimum=_start(problem.mdp, nominal_optimum(problem.mdp, reg)),
+        optimum=_start(problem.mdp, optimum),
+        resolution=4 * size / float(problem.mdp.complement),
     )
 
 
@@ -249,7 +283,8 @@ def attacks(
     worst, cost = sol.perturbation[None], reg.value(sol.policy)[None, :, None]
     size = jnp.asarray(np.linalg.norm(np.asarray(worst), ord=order, axis=-1), m.dtype)
     ball = norm_attack(sol.policy[None], size, order)
-    noise = random_attack(jax.random.key(seed), reg, jnp.broadcast_to(sol.policy, (samples, *sol.policy.shape)))
+    samples = _host.count("samples", samples)
+    noise = random_attack(jax.random.key(_seed(seed)), reg, jnp.broadcast_to(sol.policy, (samples, *sol.policy.shape)))
     t = jnp.asarray(_axis("scale", scale), m.dtype)[:, None, None, None]
     shifted = worst[None] + (t - 1) * cost[None]
     # All of them, and none, in one go: [n, 4 + N, S, A].
@@ -319,9 +354,16 @@ def _prior(prior: Sequence[float] | None) -> np.ndarray | None:
 def _axis(name: str, values: Sequence[float]) -> np.ndarray:
     """The numbers along one axis of a figure."""
     array = np.asarray(values, float)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} is {values!r}; expected a list of numbers")
+    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"{name} is {values!r}; expected a list of numbers, all finite")
     return array
+
+
+def _seed(seed: int) -> int:
+    """A seed that every generator takes."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected a whole number from 0 to {2**32 - 1}")
+    return seed
 
 
 def _start(m: MDP, value: jax.Array) -> jax.Array:

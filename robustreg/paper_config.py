@@ -30,7 +30,7 @@ import numpy as np
 
 from robustreg import config, paper, paper_figures
 from robustreg._files import write_whole
-from robustreg.drawing import available
+from robustreg.drawing import available, check_formulas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +106,10 @@ def load(path: str | Path, small: bool = False) -> Picture:
     title = arguments.pop("title", "")
     if not isinstance(title, str):
         raise config.ConfigError(f"{where} title is {title!r}; expected text")
+    try:
+        check_formulas(title)
+    except ValueError as error:
+        raise config.ConfigError(f"{where} title is {error}") from error
     arguments = {key: _ranged(x, f"{where} {key}") for key, x in arguments.items()}
     picture = config.construct(KINDS, arguments, where, supplied=_problem(arguments.get("kind"), table, str(path)))
     return dataclasses.replace(picture, name=Path(path).stem, title=title)

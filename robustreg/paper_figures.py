@@ -47,13 +47,15 @@ def decision(numbers: Numbers, title: str = "") -> Any:
             axes.bar(actions, height, color=colour, width=0.72)
             axes.axhline(0.0, color=INK, linewidth=0.8)
             axes.set_ylabel(unit)
-            axes.set_xticks(actions, [str(a + 1) for a in actions])
+            axes.set_xticks(actions, [str(a) for a in actions])
             _plain(axes)
         for axes in row[[0, 3]]:
             axes.set_ylim(seen.min() - 0.08 * np.ptp(seen) * (seen.min() < 0), seen.max() + 0.3 * np.ptp(seen))
         row[1].set_ylim(0.0, 1.05)
         level = float(numbers["value"][k])
-        row[3].axhline(level, color=AMBER, linewidth=2.2, linestyle="--", label=f"indifferent at {level:.3g}")
+        row[3].axhline(
+            level, color=AMBER, linewidth=2.2, linestyle="--", label=f"indifferent at {level:.3g}".replace("-", "−")
+        )
         row[3].legend(frameon=False, loc="upper center")
         row[0].set_ylabel(f"{strength}\n\nreward units")
     for axes, head in zip(panels[0], heads):
@@ -71,11 +73,11 @@ def feasible_sets(numbers: Numbers, title: str = "") -> Any:
     panels = figure.subplots(len(betas), len(alphas), squeeze=False, sharex=True, sharey=True)
     for j, column in enumerate(panels.T):
         column[0].set_title(_divergence(alphas[j]))
-        column[-1].set_xlabel("perturbed reward\nof action 1")
+        column[-1].set_xlabel("perturbed reward\nof action 0")
         for k, axes in enumerate(column):
             handles = _set(axes, numbers, j, k)
     for row, strength in zip(panels, _strengths(numbers)):
-        row[0].set_ylabel(f"{strength}\n\nperturbed reward\nof action 2")
+        row[0].set_ylabel(f"{strength}\n\nperturbed reward\nof action 1")
     prior = ", ".join(f"{p:.3g}" for p in numbers["prior"])
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(_titled(title, f"prior π₀ = ({prior}); axes in reward units"))
@@ -105,7 +107,7 @@ def _set(axes: Any, numbers: Numbers, j: int, k: int) -> list[Any]:
     handles.append(axes.plot([], [], color=INK, ls="", marker=r"$\rightarrow$", ms=14, label="policy π")[0])
     axes.set(aspect="equal", xlim=centre[0] + window * np.array([-1, 1]), ylim=centre[1] + window * np.array([-1, 1]))
     p = numbers["policy"][j, k]
-    text = f"π = ({p[0]:.2f}, {p[1]:.2f})\nV = {value:.2f}"
+    text = f"π = ({p[0]:.2f}, {p[1]:.2f})\nV = {value:.2f}".replace("-", "−")
     box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     axes.text(0.03, 0.03, text, transform=axes.transAxes, size=9, va="bottom", bbox=box, zorder=6)
     axes.axhline(centre[1], color="#bbbbbb", linewidth=0.6, zorder=0)
@@ -121,7 +123,7 @@ def sequential(numbers: Numbers, title: str = "") -> Any:
     rows, columns = (int(n) for n in numbers["grid"])
     grid, marks, actions = (rows, columns), _marks(numbers), [str(name) for name in numbers["actions"]]
     blocks, down = len(numbers["beta"]), 1 + -(-len(actions) // 2)
-    cell = 2.8 / max(columns, rows)
+    cell = 2.8 / max(columns, rows)  # inches
     figure = new_figure(2 * blocks * (cell * columns + 0.15) + 1.4, down * (cell * rows + 0.4) + 1.3)
     panels = figure.subplots(down, 2 * blocks, squeeze=False)
     values = [inhabited(x, grid, marks) for x in numbers["value"]]
@@ -141,12 +143,12 @@ def sequential(numbers: Numbers, title: str = "") -> Any:
             axes.imshow(x, cmap=DIFFERENCES, norm=norm)
             axes.set_title(f"worst case Δ of {name}")
         for axes in (worth, chosen, *maps[: len(actions)]):
-            _mark_cells(axes, grid, marks)
+            _mark_cells(axes, grid, marks, cell)
         for axes in maps[len(actions) :]:
             axes.set_axis_off()
     figure.colorbar(panels[0, 0].images[0], ax=list(panels[0]), label="value\n(reward units)", aspect=10, pad=0.01)
     label = f"worst case Δ (reward units{note})\nblue: given, red: taken"
-    colour_bar(figure, maps[0].images[0], list(panels[1:].ravel()), label, aspect=22, pad=0.01)
+    colour_bar(figure, maps[0].images[0], label, ax=list(panels[1:].ravel()), aspect=22, pad=0.01)
     shown = [text for name, text in _SYMBOLS.items() if name in marks]
     figure.supxlabel("     ".join([*shown, "arrows: half a cell is probability 1"]), size=11)
     figure.suptitle(_titled(title, _divergence(numbers["alpha"])))
@@ -163,11 +165,12 @@ _SYMBOLS = {
 }
 
 
-def _mark_cells(axes: Any, grid: tuple[int, int], marks: Marks) -> None:
+def _mark_cells(axes: Any, grid: tuple[int, int], marks: Marks, cell: float) -> None:
     """Cell borders and marks that leave the middle of small cells free."""
     from matplotlib.patches import Circle, Rectangle
 
-    dress(axes, grid, {name: states for name, states in marks.items() if name not in ("start", "water")}, legend=False)
+    others = {name: states for name, states in marks.items() if name not in ("start", "water")}
+    dress(axes, grid, others, cell, legend=False)
     for name in ("water", "start"):
         for row, column in (divmod(int(state), grid[1]) for state in marks.get(name, ())):
             shape = Rectangle((column - 0.45, row - 0.45), 0.9, 0.9) if name == "water" else Circle((column, row), 0.42)
@@ -185,14 +188,25 @@ def consistency(numbers: Numbers, title: str = "") -> Any:
     value, used = numbers["value"][order], numbers["policy"][order] > 0
     worth, unforced = numbers["perturbed_q"][order], numbers["unforced_q"][order]
     index = np.broadcast_to(np.arange(len(order))[:, None], worth.shape)
-    left.plot(value, color=AMBER, linewidth=5, alpha=0.6, label="value V")
+    left.plot(value, "_", color=AMBER, ms=14, mew=4, alpha=0.6, label="value V")
     left.plot(index[used], worth[used], "o", color=BLUE, ms=4, label="Q − Δ of actions in use")
     if not used.all():
         shut = ~used & np.isfinite(unforced)
-        left.plot(index[~used], worth[~used], "x", color=VERMILION, ms=5, label="Q − Δ + λ of actions never used")
+        left.plot(
+            index[~used],
+            worth[~used],
+            "x",
+            color=VERMILION,
+            ms=5,
+            label="Q − Δ + λ of actions never used",
+        )
         left.plot(index[shut], unforced[shut], "v", mfc="none", mec=GREY, ms=4, label="the same without λ")
-    left.set(xlabel="states, by value", ylabel="reward units", title="in every state: indifference")
-    left.legend(frameon=False, loc="lower right")
+    left.set(
+        xlabel="states, by value   (λ: multiplier of π ≥ 0)",
+        ylabel="reward units",
+        title="in every state: indifference",
+    )
+    left.legend(frameon=False, loc="upper left")
     for n, (perturbed, nominal) in enumerate(zip(numbers["perturbed"], numbers["nominal"])):
         colour = SERIES[n % 2][0]
         kind = "the policy's actions" if n % 2 == 0 else "random actions"
@@ -200,7 +214,7 @@ def consistency(numbers: Numbers, title: str = "") -> Any:
         width, line = ((7.0, "-"), (2.4, "--"))[n % 2]
         right.plot(perturbed, line, color=colour, linewidth=width, alpha=0.8, zorder=3 + n % 2, **named)
         named = {"label": f"{kind}: undisturbed"} if n < 2 else {}
-        right.plot(nominal, color=colour, linewidth=1.2, linestyle=":", **named)
+        right.plot(nominal, color=colour, linewidth=1.4, linestyle=":", zorder=6, **named)
     worst = np.ptp(numbers["perturbed"], axis=1).max()
     right.set(xlabel="step t", ylabel="collected so far + γᵗ V(sₜ)  (reward units)")
     right.set_title(f"along every path: constant to {worst:.0e}")
@@ -217,6 +231,7 @@ def price(numbers: Numbers, title: str = "") -> Any:
     figure = new_figure(12.5, 5.0)
     left, right = figure.subplots(1, 2)
     beta, optimum = numbers["beta"], float(numbers["optimum"])
+    complete = bool((optimum - numbers["nominal"] > float(numbers["resolution"])).all())
     left.axhline(optimum, color=INK, linewidth=1.2)
     left.annotate("optimum", (beta[0], optimum), xytext=(0, 4), textcoords="offset points", size=10)
     for alpha, guaranteed, nominal, (colour, marker, _) in zip(
@@ -226,13 +241,15 @@ def price(numbers: Numbers, title: str = "") -> Any:
         left.plot(beta, nominal, "--", linewidth=1.6, **style)
         left.plot(beta, guaranteed, "-", linewidth=2.4, label=_divergence(alpha), **style)
         gap = optimum - nominal
-        shown = gap > 1e-6 * np.ptp([optimum, *nominal])  # below that, rounding
+        shown = gap > float(numbers["resolution"])
         right.plot(beta[shown], gap[shown], linewidth=2.4, label=_divergence(alpha), **style)
     left.plot([], [], "-", color=INK, lw=2.4, label="guaranteed: under the worst case")
     left.plot([], [], "--", color=INK, lw=1.6, label="nominal: undisturbed")
     left.set(xscale="log", xlabel=BETA, ylabel="return (reward units)", title="what the policy earns")
     right.set(xscale="log", yscale="log", xlabel=BETA, ylabel="optimum − nominal (reward units)")
-    right.set_title("price of robustness")
+    right.set_title(
+        "price of robustness" if complete else "price of robustness (a line ends where it is 0 to rounding)"
+    )
     for axes, where in ((left, "lower right"), (right, "lower left")):
         axes.legend(frameon=False, loc=where)
         axes.grid(color="#dddddd", linewidth=0.6)
@@ -250,14 +267,17 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
     names = {
         "worst": "worst case of the robust set",
         "ball": f"same norm (order {float(numbers['order']):g}), rewards only lowered",
-        "noise": f"uniform noise of the same cost (range of {numbers['noise_return'].shape[-1]})",
+        "noise": f"noise of the same cost ({numbers['noise_return'].shape[-1]} samples)",
     }
+    top = undisturbed
     for name, (colour, marker, line) in styles.items():
         earned, cost = (numbers[f"{name}_{what}"].reshape(len(scale), -1) for what in ("return", "cost"))
         every: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4, "linestyle": line}
         if name == "noise":
             left.fill_between(scale, earned.min(1), earned.max(1), color=colour, alpha=0.35, lw=0, label=names[name])
-            right.plot(cost, earned, "-", color=colour, linewidth=0.8, alpha=0.6)
+            top = float(earned.max())
+            for k, line in enumerate(right.plot(cost, earned, "-", color=colour, linewidth=0.8, alpha=0.6)):
+                line.set_label("each sample" if k == 0 else "")
             continue
         left.plot(scale, earned, linewidth=2.4, label=names[name], **every)
         right.plot(cost, earned, linewidth=2.4, **every)
@@ -270,9 +290,12 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
     )  # fmt: skip
     lowest = min(guaranteed - ends[1], float(numbers["worst_return"].min()))
     span = undisturbed - lowest
+    if top > undisturbed + 0.5 * span:
+        left.collections[0].set_label(f"{names['noise']}, up to {top:.3g}")
     for axes in (left, right):
         axes.axhline(guaranteed, color=BLUE, linewidth=2, linestyle=(0, (6, 2)))
-        axes.set_ylim(lowest - 0.1 * span, undisturbed + 0.5 * span)
+        # Noise may earn far more than all else; where it leaves the picture, the legend says so.
+        axes.set_ylim(lowest - 0.1 * span, undisturbed + min(0.5 * span, top - undisturbed + 0.08 * span))
         axes.grid(color="#eeeeee", linewidth=0.6)
         _plain(axes)
     right.set_xlim(*ends)

@@ -11,6 +11,7 @@ computed.
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +40,8 @@ _CHUNKS = 8
 _BUSY = 2**22
 # Bytes that array outputs of a chunk may take on a CPU.
 _ROOM = 2**28
+# Cells of one sweep: their numbers alone take a gigabyte.
+_MOST = 2**27
 # Where an object lies is another in every process. (Functions of a matrix-free kernel are known by their names.)
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -130,6 +133,8 @@ def make_plan(
     if zipped and len(set(lengths.values())) > 1:
         raise ValueError(f"zipped axes must be equally long, got {lengths}")
     shape = (next(iter(lengths.values())),) if zipped else tuple(lengths.values())
+    if math.prod(shape) > _MOST:
+        raise ValueError(f"the grid has {math.prod(shape):,} cells; one sweep has at most {_MOST:,}: take several")
     coordinates = {n: x if x.ndim == 1 else np.arange(len(x)) for n, x in values.items()}
     lines = _lines(values, zipped, shape)
     fewest, widest, chunks, length = _sizes(mdp, lines.size, lines.shape[1], outputs, chunk, devices)

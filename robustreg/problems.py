@@ -77,8 +77,9 @@ def grid_world(
         ValueError: if the drawing is not a rectangle of the letters above, or `2 slip` is no probability.
     """
     letters = _letters(cells)
-    if not 0 <= slip <= 0.5:
-        raise ValueError(f"slip is {slip}; expected a probability per side, from 0 to 0.5")
+    _check_probability("slip", slip, 0.5)  # on either side
+    for name, value in (("step", step), ("water", water), ("goal", goal)):
+        _check_number(name, value)
     flat = letters.ravel()
     target = _targets(letters)
     outcomes = np.stack([target, np.roll(target, -1, axis=1), np.roll(target, 1, axis=1)], axis=-1)
@@ -101,7 +102,7 @@ def slippery_cells(size: int = 32, *, water_share: float = 0.2, seed: int = 0) -
     """The drawing behind `slippery_grid`: start and goal in opposite corners, water scattered between."""
     _check_size("size", size, 2)
     _check_probability("water_share", water_share)
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     letters = np.full(size * size, ".")
     places = 1 + rng.permutation(size * size - 2)
     letters[places[: round(water_share * size * size)]] = "~"
@@ -209,10 +210,12 @@ def garnet(
     Returns:
         An MDP with successor lists, started anywhere.
     """
+    _check_size("n_states", n_states, 1)
     _check_size("n_actions", n_actions, 1)
+    _check_size("branching", branching, 1)
     if not 1 <= branching <= n_states:
         raise ValueError(f"branching is {branching}; expected 1 to n_states = {n_states}")
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     rows = n_states * n_actions
     successors = _distinct(rng, rows, n_states, branching)
     chances = rng.dirichlet(np.ones(branching), rows)
@@ -246,6 +249,7 @@ def garnets(
         An MDP whose transitions `[B, S, A, S]` and rewards `[B, S, A]` carry a batch axis.
     """
     _check_size("count", count, 1)
+    _generator(seed)
     ones = [garnet(n_states, n_actions, branching, discount, seed=seed + i, dtype=dtype) for i in range(count)]
     dense = np.zeros((count, n_states, n_actions, n_states), ones[0].dtype)
     for one, table in zip(ones, dense):
@@ -266,7 +270,8 @@ def _distinct(rng: np.random.Generator, rows: int, n: int, k: int) -> np.ndarray
 
 def _letters(cells: Sequence[str]) -> np.ndarray:
     """The drawing as letters `[rows, columns]`."""
-    if isinstance(cells, str) or not cells or not all(isinstance(row, str) and row for row in cells):
+    listed = isinstance(cells, list | tuple) and bool(cells)
+    if not listed or not all(isinstance(row, str) and row for row in cells):
         raise ValueError(f'cells is {cells!r}; expected a list of strings, one per row, such as ["S.~", "..G"]')
     for i, row in enumerate(cells):
         if len(row) != len(cells[0]):
@@ -309,13 +314,24 @@ def _packed(outcomes: np.ndarray, chances: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _check_size(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; expected at least {least}")
+    if not _host.count(name, value, least) < 2**31:
+        raise ValueError(f"{name} is {value.bit_length()} bits long; expected at most 31")
 
 
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; expected a probability, from 0 to 1")
+def _generator(seed: int) -> np.random.Generator:
+    return np.random.default_rng(_host.count("seed", seed, 0))
+
+
+def _check_probability(name: str, value: float, most: float = 1.0) -> None:
+    _check_number(name, value)
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} is {value}; expected a probability, from 0 to {most:g}")
+
+
+def _check_number(name: str, value: float) -> None:
+    x = _host.number(name, value)
+    if x.ndim or not np.isfinite(x):
+        raise ValueError(f"{name} must be one finite number, got {value!r}")
 
 
 def _assemble(

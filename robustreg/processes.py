@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from robustreg import _interrupts
 from robustreg._files import write_whole
 from robustreg.store import SweepError
 from robustreg.sweep import Run
@@ -70,6 +71,11 @@ class Group:
         with self._lock:
             self._state = (state, message)
             self._write()
+
+    def interrupted(self) -> str:
+        """Tell the others, who would otherwise wait until this process is taken for lost; nothing for the user."""
+        self.say("failed", "interrupted")
+        return ""
 
     def _write(self) -> None:
         """Write the present state, with the lock held: a beat must not say again what has just been overtaken."""
@@ -164,7 +170,7 @@ def gather(
         raise SweepError(f"cannot make the folder {out}: {error.strerror}") from error
     except RuntimeError as error:
         raise SweepError(f"the processes did not meet: {error}") from error
-    with Group(folder, index, count, timeout) as group:
+    with Group(folder, index, count, timeout) as group, _interrupts.saying(group.interrupted):
         yield group
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _fork, _tree, axes, conjugates, divergences, parameters, worst_cases
+from robustreg import _fork, _host, _tree, axes, conjugates, divergences, parameters, worst_cases
 
 
 class Regulariser:
@@ -142,7 +142,7 @@ class Regulariser:
         x = jnp.asarray(x)
         x = x.astype(parameters.working(x.dtype))
         if x.ndim == 0:
-            raise ValueError("expected [..., A], got a scalar")
+            raise ValueError("this argument is a scalar; expected [..., A], an entry for each action")
         leaves = self._leaves
         rank, at = len(leaves.batch), axes.align(leaves, x.shape, refuse)
 
@@ -211,9 +211,15 @@ def by_rows(bound: Any) -> Any:
 
 def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
     """A kernel on an array in the public layout, as one compiled program."""
-    if isinstance(x, np.ndarray) and not x.dtype.isnative:
-        x = x.astype(x.dtype.newbyteorder("="))  # a compiled program would take the bytes as they lie
+    name = _ARGUMENTS.get(method, "q")
+    if not isinstance(x, jax.Array):  # a compiled program would say nothing of its name, or of swapped bytes
+        x = _host.array(name, x)
+    if 0 in x.shape:
+        raise ValueError(f"{name} has shape {x.shape}; expected [..., A], none empty")
     return _acted(reg, x, method)
+
+
+_ARGUMENTS = {"_value": "policy", "_worst_case": "policy", "_worst_case_of_logs": "log_policy"}
 
 
 @functools.partial(jax.jit, static_argnames="method")

@@ -49,7 +49,13 @@ def shard(mdp: MDP, devices: Sequence[Any] | Mesh | None = None, axis: str = "st
     _host.expect_type(mdp, MDP, "first argument", "mdp")
     if isinstance(mdp.transitions, MatrixFree):
         raise TypeError("the transitions are a function: shard its parameters with jax.device_put, then build the MDP")
+    pad = _host.flag("pad", pad)
+    if not isinstance(axis, str):
+        raise TypeError(f"axis must be the name of an axis of devices, got {type(axis).__name__}")
     if not isinstance(devices, Mesh):
+        some = [] if not isinstance(devices, Sequence | np.ndarray) else list(devices)
+        if devices is not None and not (some and all(isinstance(device, jax.Device) for device in some)):
+            raise TypeError("devices must be a mesh or a sequence of jax devices, jax.devices() for example")
         devices = Mesh(np.array(jax.local_devices() if devices is None else devices), (axis,))
     if axis not in devices.shape:
         raise ValueError(f"the mesh has no axis {axis!r}; there are: {', '.join(map(str, devices.shape))}")

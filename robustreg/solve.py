@@ -77,16 +77,16 @@ def solve(
             and `raise_if_failed`.
     """
     check_arguments(mdp, reg, solver, tol)
-    readings.refuse_states_as_lanes(mdp, reg, readings.shape_of(tol), readings.shape_of(init, 1))
     dtype, max_steps = mdp.dtype, _check_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.
-    tol = _host.operand(-1 if tol is None else tol, dtype)
-    start = None if init is None else _host.operand(init, dtype)
+    tol = _host.operand("tol", -1 if tol is None else tol, dtype)
+    start = None if init is None else _host.operand("init", init, dtype)
+    readings.refuse_states_as_lanes(mdp, reg, readings.shape_of(tol), readings.shape_of(start, 1))
     if start is not None and (start.ndim == 0 or start.shape[-1] != mdp.n_states):
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
-    limit = _host.operand(max_steps, np.int32)
-    probe = None if adjoint_error is None else _host.operand(adjoint_error, dtype)
-    return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=bool(strict))
+    limit = _host.operand("max_steps", max_steps, np.int32)
+    probe = None if adjoint_error is None else _host.operand("adjoint_error", adjoint_error, dtype)
+    return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=_host.flag("strict", strict))
 
 
 def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
@@ -97,8 +97,7 @@ def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: Arra
         raise TypeError(f"solver must be an instance such as robustreg.Newton(), got {solver!r}")
     if isinstance(solver, type):
         raise TypeError(f"solver must be an instance: write {solver.__name__}()")
-    if tol is not None and not isinstance(tol, Tracer) and not np.all(np.asarray(tol) > 0):
-        raise ValueError(f"tol must be positive, got {tol}; None asks for what the precision supports")
+    _host.check_tol(tol, "None asks for what the precision supports")
 
 
 def _check_steps(max_steps: int | Array | None) -> int | Array:

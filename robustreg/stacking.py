@@ -6,7 +6,7 @@ that it has that state's value, and no residual of its own), an action that is a
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,9 +75,11 @@ def stack(problems: Sequence[tuple[MDP, Regulariser]]) -> Stack:
         TypeError: something else than pairs; `MatrixFree` transitions; regularisers of different kinds.
         ValueError: no problems; a problem that is a batch itself.
     """
+    if not isinstance(problems, Iterable):
+        raise TypeError(f"problems must be pairs of an MDP and a regulariser, got {type(problems).__name__}")
     pairs = [_pair(i, pair) for i, pair in enumerate(problems)]
     if not pairs:
-        raise ValueError("stack takes at least one pair (mdp, regulariser)")
+        raise ValueError("problems is empty: stack takes at least one pair (mdp, regulariser)")
     mdps, regs = zip(*pairs)
     if {type(reg) for reg in regs} == {KL, Alpha}:
         regs = tuple(_with_order(reg) for reg in regs)

@@ -5,8 +5,7 @@ import dataclasses
 import json
 import math
 import os
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from robustreg._files import of_the_dead, write_whole
+from robustreg._npz import ArchiveError, opened
 
 try:
     import fcntl
@@ -28,6 +28,10 @@ class SweepError(RuntimeError):
     """A sweep that cannot go on; the message says why and what is kept."""
 
 
+class HeldError(ValueError):
+    """A folder that holds results of the sweep already, and nobody said to go on with them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Store:
     """A folder with one file per finished chunk."""
@@ -37,16 +41,25 @@ class Store:
     def path(self, job: int) -> Path:
         return self.folder / f"chunk-{job:07d}.npz"
 
-    def holds(self, job: int) -> bool:
-        return self.path(job).exists() and zipfile.is_zipfile(self.path(job))
-
     def put(self, job: int, fields: Fields) -> None:
         content: Any = fields  # names of arrays, not options of savez
         _write(self.path(job), lambda file: np.savez(file, **content))
 
-    def get(self, job: int) -> Fields:
-        with np.load(self.path(job), allow_pickle=False) as archive:
-            return dict(archive)
+    def get(self, job: int, names: Collection[str], cells: int) -> Fields | None:
+        """Read a chunk; None where its file is missing or damaged, or holds other results: it is to be computed anew.
+
+        Args:
+            job: number of the chunk.
+            names: of the results that it has to hold.
+            cells: how many of them there are.
+        """
+        try:
+            with opened(self.path(job)) as archive:
+                if all(name in archive and archive.shape(name)[:1] == (cells,) for name in names):
+                    return {name: archive.read(name) for name in archive.names}
+        except (OSError, ArchiveError):
+            pass
+        return None
 
     @contextlib.contextmanager
     def held(self, alone: bool) -> Iterator[None]:
@@ -133,7 +146,7 @@ def open_folder(
                 "settings that it was made with"
             )
         if not resume:
-            raise ValueError(f"{folder} holds this sweep already; pass resume=True to go on with it")
+            raise HeldError(f"{folder} holds this sweep already; pass resume=True to go on with it")
         layout = held["layout"]
     else:
         versions = {"jax": jax.__version__, "numpy": np.__version__}
@@ -156,35 +169,50 @@ def _read(manifest: Path) -> dict[str, Any]:
     raise ValueError(f"{manifest} is no manifest of a sweep of this version of robustreg; take another folder")
 
 
-def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike) -> Path:
+def join(parts: Sequence[str | os.PathLike], out: str | os.PathLike, digest: Mapping[str, Any] | None = None) -> Path:
     """Collect the chunks of the parts of one sweep in one folder, which `sweep(..., resume=True)` then reads.
 
+    Args:
+        parts: folders of the parts.
+        out: folder of the whole; it may hold some of it already.
+        digest: of the sweep that they have to belong to; None: of any, the same for all.
+
     Raises:
-        ValueError: for folders that do not belong to the same sweep.
+        ValueError: for folders that do not belong to the same sweep; nothing is written then.
         SweepError: where files cannot be read or written.
     """
     out = Path(out)
-    manifests: dict[Path, dict[str, Any]] = {}
-    for part in map(Path, parts):
+    folders = [Path(part) for part in parts]
+    for part in folders:
         if not (part / MANIFEST).is_file():
             raise ValueError(f"{part} holds no sweep: it has no {MANIFEST}")
-        manifests[part] = _read(part / MANIFEST)
-    first = next(iter(manifests))
-    for part, held in manifests.items():
-        if differ := _differences(held["sweep"], manifests[first]["sweep"]):
-            raise ValueError(f"{part} and {first} hold different sweeps (they differ in: {differ})")
-        if held["layout"] != manifests[first]["layout"]:
+    held = {part: _read(part / MANIFEST) for part in [*folders, out] if (part / MANIFEST).exists()}
+    for part, other in held.items():
+        if digest is not None and (differ := _differences(dict(digest), other["sweep"])):
+            raise ValueError(f"{part} holds another sweep than the configuration (it differs in: {differ})")
+        if differ := _differences(other["sweep"], held[folders[0]]["sweep"]):
+            raise ValueError(f"{part} and {folders[0]} hold different sweeps (they differ in: {differ})")
+        if other["layout"] != held[folders[0]]["layout"]:
             raise ValueError(
-                f"{part} and {first} hold the same sweep, but chunks of different cells: their devices chose so; begin "
-                "parts on unlike machines with one and the same chunk"
+                f"{part} and {folders[0]} hold the same sweep, but chunks of different cells: their devices chose so; "
+                "begin parts on unlike machines with one and the same chunk"
             )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for part in manifests:
+        _write_manifest(out / MANIFEST, held[folders[0]])
+        for part in folders:
             for path in sorted(part.glob("chunk-*.npz")):
                 if part.resolve() != out.resolve():
-                    _write(out / path.name, lambda file, path=path: file.write(path.read_bytes()))
-        _write_manifest(out / MANIFEST, manifests[first])
+                    _copy(path, out / path.name)
     except OSError as error:
         raise SweepError(f"cannot join into {out}: {error.strerror}") from error
     return out
+
+
+def _copy(path: Path, copy: Path) -> None:
+    """Copy a chunk, unless it cannot be read (a dangling link): it is then missing."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return
+    _write(copy, lambda file: file.write(content))

@@ -20,7 +20,7 @@ import operator
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,14 +80,16 @@ def sweep(
         progress: True shows it on standard error; a function is called with a dict after every chunk.
 
     Returns:
-        A `Table`; the same whether or not it was interrupted. A cell that fails has its `status`, never an exception.
+        A `Table`; the same whether or not it was interrupted. A cell that fails is no exception, so that the column
+        "status" is always there, asked for or not.
 
     Raises:
         TypeError, ValueError: for names, shapes and values that do not fit, and a folder that holds another sweep.
         SweepError: where results cannot be written; everything written before is kept.
     """
     run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices)
-    shard = _checked_shard(shard)
+    shard, resume = _checked_shard(shard), _host.flag("resume", resume)
+    progress = progress if callable(progress) else _host.flag("progress", progress)
     if out is None:
         table = _Collector(run.plan)
         run.fill(table, shard, progress, lambda: None)
@@ -114,10 +116,14 @@ class Run:
     devices: tuple[Any, ...]
     fixed: bool
 
+    def digest(self) -> dict[str, Any]:
+        """Everything that results depend on but for the layout: what two runs must share to share a folder."""
+        return digest(self.plan, (self.solver, self.tol, self.max_steps))
+
     def open(self, out: str | os.PathLike, resume: bool) -> tuple["Run", Store]:
         """Open its folder, new or resumed (see `store.open_folder`), and take on the layout in which that was begun."""
         mine = layout_of(self.plan)
-        store, layout = open_folder(out, digest(self.plan, (self.solver, self.tol, self.max_steps)), mine, resume)
+        store, layout = open_folder(out, self.digest(), mine, resume)
         if layout == mine:
             return self, store
         if self.fixed:
@@ -136,7 +142,7 @@ class Run:
         """Compute what is not kept yet of one part of the chunks; `check` is called now and then, and may raise."""
         # The hard chunks, which are the last, come first: at the end nobody waits long for another's.
         jobs = [] if shard is None else list(range(shard[0], self.plan.n_chunks, shard[1]))[::-1]
-        missing = [job for job in jobs if not kept.holds(job)]
+        missing = [job for job in jobs if self._kept(kept, job) is None]
         cells, left = (sum(self.plan.cells(job).size for job in some) for some in (jobs, missing))
         if missing:
             _work(self, missing, kept.put, reporter(progress, cells, cells - left), check)
@@ -145,9 +151,13 @@ class Run:
         """The table of what a folder holds."""
         table = _Collector(self.plan)
         for job in range(self.plan.n_chunks):
-            if store.holds(job):
-                table.put(job, store.get(job))
+            if (fields := self._kept(store, job)) is not None:
+                table.put(job, fields)
         return table.finish()
+
+    def _kept(self, kept: "Store | _Collector", job: int) -> Fields | None:
+        """A chunk that was computed before."""
+        return kept.get(job, _named(self.plan), self.plan.cells(job).size)
 
 
 def prepare(
@@ -163,21 +173,38 @@ def prepare(
     devices: Sequence[Any] | None = None,
 ) -> Run:
     """Check the arguments of `sweep` that say what is solved, and where."""
+    if not isinstance(grid, Mapping):
+        raise TypeError(
+            f"grid must map names of leaves to values, as {{'beta': [1.0, 2.0]}}, got {type(grid).__name__}"
+        )
+    if _host.is_traced(mdp, reg, tol, *grid.values()):
+        raise TypeError("sweep needs values, so it cannot run inside jit, vmap or grad: call solve there")
     check_arguments(mdp, reg, solver, tol)
     mdp, reg = mdp._canonical(), _host.canonical(reg)
     max_steps = None if max_steps is None else _host.count("max_steps", max_steps)
     chunk = None if chunk is None else _host.count("chunk", chunk)
-    if tol is not None and np.ndim(tol) > 0:
+    if tol is not None and _host.number("tol", tol).ndim > 0:
         raise ValueError(f"tol must be one number for all cells, got shape {np.shape(tol)}")
     if isinstance(outputs, str):
         raise TypeError(f"outputs must be a sequence of names: write outputs=[{outputs!r}]")
+    if not isinstance(outputs, Iterable) or not all(isinstance(name, str) for name in outputs):
+        raise TypeError(f"outputs must be a sequence of names, got {type(outputs).__name__}")
+    zipped = _host.flag("zipped", zipped)
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}; there are: {', '.join(OUTPUTS)}")
     where = _devices(mdp, devices)
     plan = make_plan(mdp, reg, grid, outputs, zipped, chunk, where)
     # Of the working precision before it is placed: a Python float would be traced as one.
-    return Run(plan, solver, None if tol is None else np.asarray(tol, mdp.dtype), max_steps, where, chunk is not None)
+    asked = None if tol is None else np.asarray(tol, mdp.dtype)
+    # Leaves that do not fit each other are found before a folder is made; the program that is traced is used later.
+    _cells.eval_shape(mdp._prepared(), plan.reg, asked, plan.lanes(0), plan.begins, solver, max_steps, _named(plan))
+    return Run(plan, solver, asked, max_steps, where, chunk is not None)
+
+
+def _named(plan: Plan) -> tuple[str, ...]:
+    """The outputs of every cell in a fixed order, its status among them."""
+    return tuple(sorted({*plan.outputs, "status"}))
 
 
 def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -187,7 +214,9 @@ def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
     try:
         i, n = map(operator.index, shard)
     except (TypeError, ValueError):
-        raise TypeError(f"shard must be (i, n), the i-th of n parts, got {shard!r}") from None
+        i = n = -1
+    if n == -1 or any(isinstance(x, bool) for x in shard):
+        raise TypeError(f"shard must be (i, n), the i-th of n parts, got {shard!r}")
     if not 0 <= i < n:
         raise ValueError(f"shard must be (i, n) with 0 <= i < n, got ({i}, {n})")
     return i, n
@@ -197,8 +226,9 @@ def _devices(mdp: MDP, devices: Sequence[Any] | None) -> tuple[Any, ...]:
     """The devices asked for; None: all of this process of the kind that holds the problem."""
     if devices is None:
         return tuple(jax.local_devices(backend=next(iter(mdp.reward.devices())).platform))
+    devices = list(devices) if isinstance(devices, Iterable) else []
     if not devices or not all(isinstance(device, jax.Device) for device in devices):
-        raise TypeError(f"devices must be a sequence of jax devices such as jax.local_devices(), got {devices!r}")
+        raise TypeError("devices must be a sequence of jax devices such as jax.local_devices()")
     if foreign := [device for device in devices if device.process_index != jax.process_index()]:
         raise ValueError(f"{foreign[0]} belongs to another process: each process sweeps its own part, see shard")
     return tuple(dict.fromkeys(devices))
@@ -264,8 +294,7 @@ def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report:
 
 def _solve_chunk(run: Run, placed: Any, device: Any, job: int) -> Fields:
     lanes, begins = jax.device_put((run.plan.lanes(job), run.plan.begins), device)
-    outputs = tuple(sorted({*run.plan.outputs, "status"}))
-    found = _cells(*placed, lanes, begins, run.solver, run.max_steps, outputs)
+    found = _cells(*placed, lanes, begins, run.solver, run.max_steps, _named(run.plan))
     there = run.plan.layout(job) >= 0
     return {name: x[there] for name, x in jax.device_get(found).items()}
 
@@ -349,13 +378,13 @@ class _Collector:
         self.plan, self.columns = plan, {}
         self.computed = np.zeros(plan.size, bool)
 
-    def holds(self, job: int) -> bool:
+    def get(self, job: int, names: Collection[str], cells: int) -> Fields | None:
         """Nothing is there before it is computed."""
-        return False
+        return None
 
     def put(self, job: int, fields: Fields) -> None:
         cells = self.plan.cells(job)
-        for name in self.plan.outputs:
+        for name in dict.fromkeys((*self.plan.outputs, "status")):
             x = fields[name]
             if name not in self.columns:
                 empty = np.nan if np.issubdtype(x.dtype, np.floating) else -1

@@ -1,9 +1,10 @@
 """Pictures of a sweep: what a regulariser costs and buys, and how much work it is, against its strength.
 
 Conventions. beta runs along a logarithmic axis; alphas are lines, or rows of a map; discounts are panels. Over every
-other axis of the grid (many MDPs, rewards, priors) lines are medians, within a band from the 10th to the 90th
-percentile. A cell that did not converge has a cross, at the edge of the picture if it has no value; one that was not
-computed is left out. Colours (viridis) can be read with every common form of colour blindness, and in print.
+other axis of the grid (many MDPs, rewards, priors) lines are medians; up to three of them lie within a band from the
+10th to the 90th percentile, more bands would hide each other. A cell that did not converge has a cross, at the edge of
+the picture if it has no value; one that was not computed is left out. Colours (viridis) can be read with every common
+form of colour blindness, and in print.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from robustreg.drawing import INK, heading, new_figure, write_figures
+from robustreg.drawing import INK, heading, new_figure, shown_number, write_figures
 from robustreg.solution import Status
 from robustreg.table import Table
 
@@ -20,6 +21,9 @@ COLOURS, FAILED = "viridis", "#c51b1b"
 BETA = "β, inverse strength (1/reward units)"
 # Of longer axes, as many values are shown, evenly chosen.
 _LINES, _PANELS = 7, 6
+_BANDS = 3  # in one panel
+# What matplotlib's logarithmic axes can show: their margins and ticks are beyond it, and must still be numbers.
+_REACH = (1e-200, 1e200)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Cells:
         discounts, alphas, betas: coordinates, `[D]`, `[L]`, `[K]`; [nan] for an axis that the grid has not.
         values: `[D, L, K, others]`, NaN where nothing was computed.
         failed: cells that did not converge, `[D, L, K, others]`.
+        others: names of the axes that have no place of their own; in a zipped table, of those that change along a line.
     """
 
     discounts: np.ndarray
@@ -37,6 +42,7 @@ class Cells:
     betas: np.ndarray
     values: np.ndarray
     failed: np.ndarray
+    others: tuple[str, ...]
 
 
 def cells(table: Table, name: str) -> Cells:
@@ -53,8 +59,22 @@ def cells(table: Table, name: str) -> Cells:
     lengths = tuple(len(table.coordinates[n]) if n in axes else 1 for n in shown)
     coordinates = [np.asarray(table.coordinates[n]) if n in axes else np.array([np.nan]) for n in shown]
     ascending = np.argsort(coordinates[2])
-    arranged = (x.transpose(order).reshape(*lengths, -1)[:, :, ascending] for x in (values, failed))
-    return Cells(coordinates[0], coordinates[1], coordinates[2][ascending], *arranged)
+    ascending = ascending[_in_reach(coordinates[2][ascending])]
+    values, failed = (x.transpose(order).reshape(*lengths, -1)[:, :, ascending] for x in (values, failed))
+    others = tuple(n for n in table.coordinates if n not in (("beta",) if table.zipped else shown))
+    return Cells(coordinates[0], coordinates[1], coordinates[2][ascending], values, failed, others)
+
+
+def _in_reach(betas: np.ndarray) -> np.ndarray:
+    """Betas that an axis can show; NaN stands for no axis."""
+    return ~((betas < _REACH[0]) | (betas > _REACH[1]))
+
+
+def _beyond(table: Table) -> str:
+    """How many betas are left out."""
+    betas = np.asarray(table.coordinates["beta"])
+    left = int((~_in_reach(betas)).sum())
+    return f"\n{left} of {betas.size} values of β are beyond the axis" if left else ""
 
 
 def write(out: Path, table: Table, title: str = "") -> list[Path]:
@@ -68,7 +88,7 @@ def write(out: Path, table: Table, title: str = "") -> list[Path]:
     Returns:
         The paths written.
     """
-    if table.coordinates.get("beta", np.zeros(1)).size < 2 or not table.computed.any():
+    if np.sum(_in_reach(table.coordinates.get("beta", np.zeros(1)))) < 2 or not table.computed.any():
         return []
     drawn = {}
     if {"objective", "nominal_return"} & set(table.columns):
@@ -89,7 +109,7 @@ def returns(table: Table, *, title: str = "") -> Any:
 
 def price(table: Table, *, title: str = "") -> Any:
     """What the best unregularised policy would earn on top of the robust one, undisturbed."""
-    style = {"price_of_robustness": ("-", "")}
+    style = {"price_of_robustness": ("-", "optimum less\nnominal return")}
     subject = heading(title, "price of robustness against strength", ": ")
     return _lines(table, style, subject, "price of robustness (reward units)")
 
@@ -97,8 +117,9 @@ def price(table: Table, *, title: str = "") -> Any:
 def step_map(table: Table, *, title: str = "") -> Any:
     """Steps of every cell over beta and alpha (a panel per discount), or over beta and discount if alpha is one.
 
-    A cell starts from its neighbours' values along beta. Columns that stand out had none: a path begins there.
-    Over other axes of the grid the map shows the median, and a cross where any of its cells failed.
+    A cell starts from its neighbours' values along beta, so that most take few. Columns that
+    stand out had none: a path begins there. Over other axes
+    of the grid the map shows the median, and a cross where any of its cells failed.
     """
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import MaxNLocator
@@ -126,7 +147,8 @@ def step_map(table: Table, *, title: str = "") -> Any:
         axes.set_yticks(kept, [f"{rows[order][k]:g}" for k in kept])
         axes.set(xscale="log", title=_panel_title(steps, i, by_alpha))
     crosses = "; ×: not converged" if failed[panels].any() else ""
-    subject = f"steps from a neighbour's value to a certified one{crosses}{_omitted(steps, panels, by_alpha)}"
+    over = f", median of {steps.values.shape[-1]} ({', '.join(steps.others)})" if steps.values.shape[-1] > 1 else ""
+    subject = f"steps of the solver in every cell{over}{crosses}{_omitted(steps, panels, by_alpha)}{_beyond(table)}"
     _label(figure, all_axes, heading(title, subject, ": "), label)
     ticks = MaxNLocator(integer=True) if isinstance(norm, Normalize) and not isinstance(norm, LogNorm) else None
     figure.colorbar(mesh, ax=list(all_axes), label="steps", aspect=30, pad=0.02, ticks=ticks)
@@ -143,38 +165,40 @@ def _lines(table: Table, styles: dict[str, tuple[str, str]], title: str, label: 
     # Without alphas the colours are for the columns.
     shades = _shades(len(kept) if len(kept) > 1 else len(styles))
     figure, all_axes = _panels(len(panels), 4.0 if len(panels) < 3 else 2.8)
-    crosses = False
+    crosses, banded = False, len(kept) * len(styles) <= _BANDS
     for axes, i in zip(all_axes, panels):
         for k, (name, (style, _)) in enumerate(styles.items()):
             for n, j in enumerate(kept):
                 colour = shades[n if len(kept) > 1 else k]
-                crosses |= _line(axes, columns[name], i, j, colour, style)
+                crosses |= _line(axes, columns[name], i, j, colour, style, banded)
         axes.set(xscale="log", title=_panel_title(one, i, True))
         axes.margins(x=0.02)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    entries = [Line2D([], [], color=c, lw=2.5, label=f"α = {one.alphas[j]:g}") for c, j in zip(shades, kept)]
+    entries = [
+        Line2D([], [], color=c, lw=2.5, label=f"α = {shown_number(float(one.alphas[j]))}") for c, j in zip(shades, kept)
+    ]
     entries = entries if len(kept) > 1 else []
-    if len(styles) > 1:
-        inks = [INK] * len(styles) if len(kept) > 1 else shades
-        entries += [Line2D([], [], color=c, ls=s, lw=2, label=text) for c, (s, text) in zip(inks, styles.values())]
-    if one.values.shape[-1] > 1:
-        text = f"10–90 % of {one.values.shape[-1]}\n(line: median)"
-        entries.append(Line2D([], [], color="#999999", lw=8, alpha=0.4, label=text))
+    inks = [INK] * len(styles) if len(kept) > 1 else shades
+    entries += [Line2D([], [], color=c, ls=s, lw=2, label=text) for c, (s, text) in zip(inks, styles.values())]
+    if (count := one.values.shape[-1]) > 1:
+        whose = f"of {count} ({', '.join(one.others)})"
+        text = f"line: median\nband: 10–90 %\n{whose}" if banded else f"line: median\n{whose}"
+        entries.append(Line2D([], [], color="#999999", lw=8 if banded else 0, alpha=0.4, label=text))
     if crosses:
         entries.append(Line2D([], [], color=FAILED, marker="x", ls="", label="not converged"))
-    if entries:
-        figure.legend(handles=entries, loc="outside right center", frameon=False)
-    _label(figure, all_axes, title + _omitted(one, panels, True), label)
+    figure.legend(handles=entries, loc="outside right center", frameon=False)
+    along = f"\nalong the line {', '.join(one.others)} changes too" if table.zipped and one.others else ""
+    _label(figure, all_axes, title + _omitted(one, panels, True) + along + _beyond(table), label)
     return figure
 
 
-def _line(axes: Any, column: Cells, i: int, j: int, colour: Any, style: str) -> bool:
-    """One line with its band and its crosses; whether there are crosses."""
+def _line(axes: Any, column: Cells, i: int, j: int, colour: Any, style: str, banded: bool) -> bool:
+    """One line with its crosses and perhaps a band; whether there are crosses."""
     values, failed = column.values[i, j], _any(column.failed[i, j])
     low, middle, high = (_over_others(values, q) for q in (10, 50, 90))
     axes.plot(column.betas, middle, style, color=colour, linewidth=1.8)
-    if values.shape[-1] > 1:
+    if values.shape[-1] > 1 and banded:
         axes.fill_between(column.betas, low, high, color=colour, alpha=0.15, linewidth=0)
     # Where there is no value, a cross stands at the lower edge.
     known = np.isfinite(middle)

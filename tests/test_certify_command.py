@@ -176,7 +176,7 @@ def test_bad_files_are_exit_code_2(capsys, bandit, solved, tmp_path):
     assert code == 2 and "`robustreg solve --out` writes one" in err
     other = {**header, "config": {**header["config"], "problem": {"kind": "chain"}}}
     code, _, err = run(capsys, "certify", archive.save(tmp_path / "other.npz", sol, other))
-    assert code == 2 and "policy has shape (1, 6), its configuration says (6, 2)" in err
+    assert code == 2 and "value has shape (1,), its configuration says (6,)" in err
     tau = {**header, "config": {**header["config"], "regulariser": {"kind": "kl", "tau": 1.0}}}
     code, _, err = run(capsys, "certify", archive.save(tmp_path / "tau.npz", sol, tau))
     assert code == 2 and "unknown key 'tau'; allowed: beta" in err and "tau.npz" in err

@@ -158,7 +158,22 @@ def test_bad_command_lines_are_exit_code_2(capsys, tmp_path):
     absent = next(kind for kind in ("tpu", "gpu") if kind not in {d.platform for d in jax.devices()})
     code, _, err = run(capsys, "solve", LAKE, "--device", absent)
     assert code == 2 and f"--device {absent}" in err and "it found: " in err
-    for arguments in ([], ["solve"], ["solve", str(LAKE), "--precision", "float16"], ["dance"]):
+    bad = [
+        ("--out", ""),
+        ("--out", "a\0b"),
+        ("--lost-after", "-1"),
+        ("--lost-after", "nan"),
+        ("--coordinator", "nohost"),
+    ]
+    bad += [("--coordinator", "host:0"), ("--num-processes", "0"), ("--process-id", "-1"), ("--shard", "1/x")]
+    for arguments in (
+        [],
+        ["solve"],
+        ["solve", "a\0b"],
+        *(["sweep", str(LAKE), "--out", "x", *x] for x in bad),
+        ["solve", str(LAKE), "--precision", "float16"],
+        ["dance"],
+    ):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
         assert caught.value.code == 2
@@ -213,6 +228,22 @@ def test_version(capsys):
 def test_a_folder_that_cannot_be_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(cli, "_run", lambda _: pytest.fail("worked in vain"))
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        code, _, err = run(capsys, "solve", CONFIGS / "bandit.toml", "--out", out)
-        assert code == 2 and "cannot write there" in err
+    for command in ("solve", "certify", "sweep"):
+        for out in (tmp_path / "file", tmp_path / "file" / "below"):
+            code, _, err = run(capsys, command, CONFIGS / "bandit.toml", "--out", out)
+            assert code == 2 and "cannot write there" in err
+
+
+def test_a_refused_command_leaves_no_empty_folder(capsys, tmp_path):
+    for command in ("solve", "certify", "sweep", "figure"):
+        assert run(capsys, command, tmp_path / "absent.toml", "--out", tmp_path / "new" / "folder")[0] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_closes_the_pipe_has_seen_enough(tmp_path):
+    """`robustreg info | head -0` ends without a traceback; printing to a full disk, with a sentence."""
+    command = f"{sys.executable} -m robustreg info"
+    for line in (f"({command} | head -0)", f"{command} > /dev/full"):
+        done = subprocess.run(line, shell=True, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.returncode == 1 and "cannot write standard output: No space left on device" in done.stderr

@@ -192,6 +192,29 @@ def test_unreadable_files(tmp_path):
         config.load(broken)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (3000 * "[" + 3000 * "]", "nested too deeply"),
+        ("1" + 400 * "0", "solver: tol is a whole number of 1329 bits; expected at most 64"),
+        ("1" + 5000 * "0", "integer string conversion"),
+        ("{ a = [1, 99999999999999999999] }", "solver: tol: a is a whole number of 67 bits"),
+    ],
+)
+def test_files_beyond_all_measure(tmp_path, line, expected):
+    path = tmp_path / "strange.toml"
+    path.write_text(f"[problem]\nkind = 'chain'\n[regulariser]\nkind = 'kl'\nbeta = 1.0\n[solver]\ntol = {line}\n")
+    with pytest.raises(config.ConfigError) as error:
+        config.load(path)
+    assert str(error.value).startswith(f"{path}: ") and expected in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = tmp_path / "windows.toml"
+    path.write_bytes(b"\xef\xbb\xbf[problem]\r\nkind = 'chain'\r\n[regulariser]\r\nkind = 'kl'\r\nbeta = 1.0\r\n")
+    assert config.load(path).problem.title == "chain"
+
+
 def test_gymnasium_is_optional(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
     assert "robustreg[gym]" in refusal({"kind": "gymnasium", "id": "FrozenLake-v1", "discount": 0.9})
@@ -209,7 +232,7 @@ def test_every_shipped_sweep_builds(path):
     run = config.load_sweep(path)
     cells = np.prod([len(x) for x in run.grid.values()]) * int(np.prod(run.job.problem.mdp.batch_shape))
     assert cells >= 2000 and set(run.options) <= {"outputs", "chunk", "zipped"}
-    with pytest.raises(config.ConfigError, match="unknown key 'sweep'"):
+    with pytest.raises(config.ConfigError, match=r"has a \[sweep\] table, hence is for `robustreg sweep`"):
         config.load(path)
 
 
@@ -222,6 +245,16 @@ def test_every_shipped_sweep_builds(path):
         ("[sweep]\nbeta = { from = 1, to = 2 }", "[sweep] beta needs numbers from and to, and a whole number count"),
         ("[sweep]\nbeta = { from = 0, to = 2, count = 3, spacing = 'log' }", "from and to positive"),
         ("[sweep]\nbeta = { from = 0, to = 2, count = 3, step = 1 }", "unknown key 'step'"),
+        ("[sweep]\nbeta = [true, 2.0]", "[sweep] beta is [True, 2.0]; expected numbers"),
+        ("[sweep]\nprior = [[1.0], [0.5, 0.5]]", "equally many in every row"),
+        ("[sweep]\nbeta = { from = true, to = 2, count = 3, spacing = 'log' }", "needs numbers from and to"),
+        ("[sweep]\nbeta = { from = 1, to = inf, count = 3, spacing = 'log' }", "needs numbers from and to"),
+        ("[sweep]\nbeta = { from = 1, to = 2, count = true, spacing = 'log' }", "whole number count"),
+        ("[sweep]\nbeta = { from = 1, to = 2, count = 100000000000000, spacing = 'log' }", "1 to 10,000,000"),
+        (
+            "[sweep]\nbeta = { from = 1, to = 1" + 400 * "0" + ", count = 3 }",
+            "sweep: beta: to is a whole number of 1329",
+        ),
         ("[sweep]\nbeta = [1.0]\nchunk = 0", "chunk is 0; expected a positive whole number"),
         ("[sweep]\nbeta = [1.0]\nzipped = 1", "zipped is 1; expected true or false"),
         ("[sweep]\nbeta = [1.0]\noutputs = 'gap'", "outputs is 'gap'; expected a list of names"),

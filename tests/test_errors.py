@@ -327,15 +327,15 @@ def test_shapes_are_checked_on_tracers_too():
         ),
         (
             lambda: problems.grid_world(["S.G"], slip=0.6),
-            "slip is 0.6; expected a probability per side, from 0 to 0.5",
+            "slip is 0.6; expected a probability, from 0 to 0.5",
         ),
-        (lambda: problems.slippery_cells(1), "size is 1; expected at least 2"),
-        (lambda: problems.chain(1), "n_states is 1; expected at least 2"),
+        (lambda: problems.slippery_cells(1), "size must be at least 2, got 1"),
+        (lambda: problems.chain(1), "n_states must be at least 2, got 1"),
         (lambda: problems.chain(slip=1.5), "slip is 1.5; expected a probability, from 0 to 1"),
-        (lambda: problems.ring(2), "n_states is 2; expected at least 3"),
+        (lambda: problems.ring(2), "n_states must be at least 3, got 2"),
         (lambda: problems.ring(slip=-0.5), "slip is -0.5; expected a probability, from 0 to 1"),
         (lambda: problems.garnet(4, 2, 5), "branching is 5; expected 1 to n_states = 4"),
-        (lambda: problems.garnet(4, 0, 2), "n_actions is 0; expected at least 1"),
+        (lambda: problems.garnet(4, 0, 2), "n_actions must be at least 1, got 0"),
         (
             lambda: problems.slippery_cells(4, water_share=2.0),
             "water_share is 2.0; expected a probability, from 0",
@@ -426,7 +426,7 @@ def test_files_that_are_not_ours(tmp_path, header):
 def test_files_that_are_no_archives(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
     for read in (rr.load, archive.read_header):
-        with refused("x.npz was not written by robustreg.save"):
+        with refused("x.npz is no NumPy archive (.npz), or a damaged one"):
             read(tmp_path / "x.npz")
 
 

@@ -71,9 +71,113 @@ def test_value_map(solved):
     np.testing.assert_array_equal(np.isnan(drawn(axes)).ravel().nonzero()[0], sorted(filled))
     shown = np.delete(drawn(axes).ravel(), filled)
     np.testing.assert_array_equal(shown, np.delete(expected.ravel(), filled))
-    assert [t for t in texts(axes) if t not in "S★≈"] == [f"{number:.2f}" for number in shown]
-    assert "a world" in axes.get_title()
-    assert figure.axes[1].get_ylabel() == "value (reward units)"
+    # Three digits of what they differ by.
+    assert [t for t in texts(axes) if t not in "S★≈"] == [f"{number:.3f}".replace("-", "−") for number in shown]
+    assert "a world" in figure.get_suptitle()
+    assert axes.child_axes[0].get_ylabel() == "value (reward units)"
+
+
+def written(figure):
+    """Every text of a figure, drawn, with its place."""
+    figure.draw_without_rendering()
+    axes = [*figure.axes, *(child for axes in figure.axes for child in axes.child_axes)]
+    labels = [x for a in axes for x in (a.title, a.xaxis.label, a.yaxis.label, *a.texts)]
+    ticks = []
+    for axis in (axis for a in axes for axis in (a.xaxis, a.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        # Those beyond the ends are not drawn.
+        ticks += [x.label1 for x in axis.get_major_ticks() if low <= x.get_loc() <= high and x.label1.get_visible()]
+    suptitles = [x for x in (figure._suptitle, figure._supxlabel) if x is not None]
+    return [(x.get_text(), x.get_window_extent()) for x in labels + ticks + suptitles if x.get_text().strip()]
+
+
+def check_layout(figure):
+    """Every text is in the picture, and no two lie on each other."""
+    width, height = figure.get_size_inches() * figure.dpi
+    shown = written(figure)
+    for i, (text, box) in enumerate(shown):
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, f"{text!r} is cut off"
+        for other, there in shown[:i]:
+            apart = box.x0 > there.x1 - 2 or there.x0 > box.x1 - 2 or box.y0 > there.y1 - 2 or there.y0 > box.y1 - 2
+            assert apart, f"{text!r} and {other!r} lie on each other"
+
+
+@pytest.mark.parametrize("shape", [(1, 80), (40, 1), (3, 4), (12, 12), (30, 30)], ids=str)
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, -1e3, 1e7])
+def test_texts_of_maps_are_apart_and_numbers_differ(shape, scale):
+    """Whatever the shape and the size of rewards; numbers are written where they fit, and tell cells apart."""
+    value = scale * np.linspace(0.1, 1.0, shape[0] * shape[1])
+    figure = figures.value_map(value, shape, title="a problem")
+    check_layout(figure)
+    numbers = texts(figure.axes[0])
+    assert len(set(numbers)) == len(numbers) == (value.size if value.size < 200 and max(shape) < 50 else 0)
+    if shape == (3, 4):
+        power = figure.get_suptitle().partition("numbers in 10")[2].partition(" ")[0]
+        power = int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) or 0)
+        read = [float(x.replace("−", "-")) * 10.0**power for x in numbers]
+        np.testing.assert_allclose(read, value, atol=0.01 * abs(scale))
+
+
+@pytest.mark.parametrize("shape", [(1, 80), (40, 1), (3, 4)], ids=str)
+def test_texts_of_perturbations_and_policies_are_apart(shape):
+    size = shape[0] * shape[1]
+    marks = {"start": (0,), "goal": (size - 1,), "water": (size // 2,)}
+    taken = np.linspace(-1, 1, 4 * size).reshape(size, 4)
+    check_layout(figures.perturbation_maps(taken, shape, title="a problem", marks=marks, actions=ACTIONS))
+    steps = np.array(rr.problems.MOVES)[:, ::-1]
+    check_layout(figures.policy_map(np.full((size, 4), 0.25), steps, shape, title="a problem", marks=marks))
+
+
+def test_numbers_that_differ_by_little_or_not_at_all():
+    value = 1000 + 1e-3 * np.arange(12)
+    assert texts(figures.value_map(value, GRID).axes[0])[:2] == ["1000.0000", "1000.0010"]
+    assert set(texts(figures.value_map(np.zeros(12), GRID).axes[0])) == {"0.00"}
+    assert set(texts(figures.value_map(np.full(12, -1e-12), GRID).axes[0])) == {"−1.00"}
+    assert drawing.shown_number(-0.001, ".2f") == "0.00" and drawing.shown_number(-1.5) == "−1.5"
+
+
+def test_what_is_likely_has_the_larger_arrow(world):
+    """The area of an arrow goes with p^1.5, so that 0.15 beside 0.4 is not lost."""
+    _, steps = figures.directions(world)
+    axes = figures.policy_map(np.tile([0.15, 0.4, 0.4, 0.05], (12, 1)), steps, GRID).axes[0]
+    spans = [np.ptp(c.get_paths()[0].vertices, axis=0) for c in axes.collections]
+    areas = [np.prod(span) for span in spans]
+    np.testing.assert_allclose(areas[0] / areas[1], (0.15 / 0.4) ** 1.5, rtol=1e-9)
+
+
+def test_actions_that_nobody_may_take_are_grey(tmp_path):
+    """Not white, which says that nothing is taken: those that the MDP has not, and those that the prior excludes."""
+    taken = np.full((12, 4), 0.1)
+    taken[3, 1] = np.nan
+    figure = figures.perturbation_maps(taken, GRID, actions=ACTIONS)
+    assert np.isnan(drawn(figure.axes[1])).sum() == 1 and "nobody may take" in figure._supxlabel.get_text()
+    prior = np.full((6, 2), 0.5)
+    prior[2] = [1.0, 0.0]
+    m = rr.problems.chain()
+    sol = rr.solve(m, rr.kl(1.0, prior=prior))
+    seen = []
+    original = figures.heat_map
+    figures.write(tmp_path, m, sol, excluded=prior == 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "heat_map", lambda *x, **y: seen.append(x[2]) or original(*x, **y))
+        figures.write(tmp_path, m, sol, excluded=prior == 0)
+    assert np.isnan(seen[0]).nonzero() == ([2], [1])
+
+
+@pytest.mark.parametrize("count", [2, 30, 200])
+def test_labels_of_many_actions_are_apart(count):
+    policy = np.full((20, count), 1 / count)
+    taken = np.linspace(-1, 1, 20 * count).reshape(20, count)
+    figure = figures.heat_map(np.arange(20.0), policy, taken, title="$x_{$ in a name")
+    check_layout(figure)
+    assert figure.axes[1].images[0].norm.vmax == 1 / count  # or all would be white
+    assert all(float(x).is_integer() for x in figure.axes[2].get_xticks())
+    figure = figures.decision_bars(
+        taken[0], policy[0], taken[0], title="$x_{$", actions=[f"go ${i}" for i in range(count)]
+    )
+    check_layout(figure)
+    assert "red: taken, blue: given" in figure.axes[2].get_title()
+    assert max(bar.get_height() for bar in figure.axes[1].patches) > 0.3 * figure.axes[1].get_ylim()[1]
 
 
 def test_policy_arrows_are_as_long_as_probable(solved, world):

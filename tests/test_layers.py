@@ -10,8 +10,8 @@ import robustreg
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
     ("_discrete", "_loops", "_fork"),
-    ("_tree", "_host", "_files", "_progress", "_settings", "_ffi"),
-    ("store", "_nvrtc", "names"),
+    ("_tree", "_host", "_files", "_npz", "_progress", "_settings", "_ffi"),
+    ("store", "_nvrtc", "names", "_interrupts"),
     ("resident_kernel",),
     ("containers", "table_forms"),
     ("divergences", "patterns", "axes", "parameters", "elimination"),

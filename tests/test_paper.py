@@ -109,13 +109,19 @@ def check_boundary(n, j, k, alpha, beta):
     p = np.stack([share, 1 - share], -1)
     price = divergence(p, n["prior"], alpha) / beta
     edge = n["boundary"][j, k]
-    # Boundary points come evenly in the log-odds of their normals; the grid here is too coarse near its ends.
-    odds = np.linspace(-1, 1, len(edge)) * -np.log(np.finfo(float).eps)
-    middle = np.abs(odds) < 4.6
+    # The grid here is too coarse for points with a normal near a vertex.
+    finite = edge[np.isfinite(edge).all(-1)]
+    gaps = price - (n["reward"] - finite) @ p.T
+    middle = np.abs(p[gaps.argmin(-1), 0] - 0.5) < 0.49
     assert middle.sum() >= 4
-    for point in [*edge[middle], n["worst"][j, k]]:
-        gap = price - p @ (n["reward"] - point)
-        assert -1e-12 <= gap.min() <= 1e-8 / beta
+    assert (-1e-12 <= gaps[middle].min(-1)).all() and (gaps[middle].min(-1) <= 1e-8 / beta).all()
+    assert abs((price - p @ (n["reward"] - n["worst"][j, k])).min()) <= 1e-8 / beta
+    # As drawn, with chords between the points, the worst case lies on the boundary to the width of a line.
+    if 0.01 < n["policy"][j, k][0] < 0.99:
+        start, along = finite[:-1], np.diff(finite, axis=0)
+        share_of = np.sum((n["worst"][j, k] - start) * along, -1) / np.maximum(np.sum(along**2, -1), 1e-300)
+        nearest = start + np.clip(share_of, 0, 1)[:, None] * along
+        assert np.linalg.norm(nearest - n["worst"][j, k], axis=-1).min() <= 0.003 * n["window"]
     # Half of the set's definition is the guarantee: the whole set pays the policy at least its value.
     paid = edge[np.isfinite(edge).all(-1)] @ n["policy"][j, k]
     assert paid.min() >= n["value"][j, k] - 1e-12
@@ -287,6 +293,43 @@ DECISION = "[figure]\nkind = 'decision'\nreward = [1, 2]\nbeta = [1.0]\n"
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_what_is_allowed(tmp_path, text, expected):
     assert expected in refusal(tmp_path, text)
+
+
+PROBLEM = "[problem]\nkind = 'chain'\n"
+SETS = "[figure]\nkind = 'feasible_sets'\nreward = [1, 2]\nbeta = [1.0]\nalpha = [1.0]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (DECISION.replace("[1, 2]", "[nan, 2]"), "reward is [nan, 2]; expected a list of numbers, all finite"),
+        (DECISION + "title = '$x_{$'", "title is '$x_{$'; between dollar signs it is no formula"),
+        (SETS + "points = 0", "points must be at least 1"),
+        (SETS + "window = -1.0", "window is -1"),
+        (SETS + "window = inf", "window is inf"),
+        (
+            "[figure]\nkind = 'attacks'\nbeta = 1.0\nscale = [1.0]\nsamples = 0\n" + PROBLEM,
+            "samples must be at least 1",
+        ),
+        ("[figure]\nkind = 'attacks'\nbeta = 1.0\nscale = [1.0]\nseed = -1\n" + PROBLEM, "seed is -1"),
+        ("[figure]\nkind = 'attacks'\nbeta = 1.0\nscale = [1.0]\norder = 0.5\n" + PROBLEM, "order"),
+        ("[figure]\nkind = 'consistency'\nbeta = 1.0\nsteps = 0\n" + PROBLEM, "steps must be at least 1"),
+        ("[figure]\nkind = 'consistency'\nbeta = 1.0\ntrajectories = 0\n" + PROBLEM, "trajectories must be at least 1"),
+        ("[figure]\nkind = 'consistency'\nbeta = nan\n" + PROBLEM, "beta"),
+    ],
+)
+def test_what_no_picture_can_be_drawn_of_is_refused(tmp_path, text, expected):
+    assert expected in refusal(tmp_path, text)
+
+
+def test_every_price_that_is_more_than_rounding_is_drawn():
+    """The cut follows the precision: prices of a millionth of the range are certified in float64, 0 is not drawn."""
+    beta = np.geomspace(1.0, 100.0, 5)
+    nominal = 3.0 - np.array([[1.0, 1e-2, 1e-6, 1e-11, 0.0]])
+    numbers = dict(beta=beta, alpha=np.ones(1), guaranteed=nominal - 1, nominal=nominal, optimum=3.0, resolution=1e-13)
+    right = paper_figures.price({name: np.asarray(x) for name, x in numbers.items()}).axes[1]
+    np.testing.assert_array_equal(right.lines[0].get_xdata(), beta[:4])
+    assert "a line ends where it is 0 to rounding" in right.get_title()
 
 
 def test_a_bad_figure_is_exit_code_2(tmp_path, capsys):

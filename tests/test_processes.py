@@ -89,7 +89,7 @@ def test_two_processes_share_a_sweep(config, undisturbed, tmp_path):
     assert [state["state"] for state in states] == ["done", "done"] and states[0]["pid"] != states[1]["pid"]
     # A folder that holds the sweep already is refused by one and by all.
     first, second = together(config, tmp_path)
-    assert first[0] == 2 and "pass resume=True to go on with it" in first[2], first
+    assert first[0] == 2 and "holds this sweep already; add --resume to go on with it" in first[2], first
     assert second[0] == 1 and "process 0 (" in second[2] and "failed: " in second[2], second
 
 

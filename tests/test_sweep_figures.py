@@ -75,6 +75,35 @@ def test_other_axes_become_a_median_and_a_band():
     assert band.max() == pytest.approx(np.percentile(t["price_of_robustness"], 90, axis=0).max())
 
 
+def legend(figure):
+    return [x.get_text() for x in figure.legends[0].get_texts()]
+
+
+def test_the_legend_says_what_is_drawn_and_of_what():
+    """One column alone, a band and of whom it is, and lines of so many alphas that bands would hide each other."""
+    alone = table(("mdp", "beta"), mdp=np.arange(11))
+    alone = dataclasses.replace(alone, columns={"objective": alone["objective"]})
+    assert legend(pictures.returns(alone)) == ["guaranteed\n(objective)", "line: median\nband: 10–90 %\nof 11 (mdp)"]
+    many = table(("mdp", "alpha", "beta"), mdp=np.arange(11), alpha=np.array([-1.0, 0.5, 1.0, 2.0]))
+    figure = pictures.price(many)
+    assert legend(figure) == [
+        *("α = −1", "α = 0.5", "α = 1", "α = 2", "optimum less\nnominal return", "line: median\nof 11 (mdp)")
+    ]
+    assert not figure.axes[0].collections
+    assert "median of 11 (mdp)" in pictures.step_map(many).get_suptitle()
+    zipped = table(("beta", "discount"), zipped=True, discount=np.linspace(0.5, 0.9, 6))
+    assert "along the line discount changes too" in pictures.returns(zipped).get_suptitle()
+
+
+def test_a_line_may_reach_from_one_end_of_the_numbers_to_the_other(tmp_path):
+    """Matplotlib's own logarithmic axes fail beyond 1e290: such values are left out, and the picture says so."""
+    t = table(("beta",), beta=np.array([1e-320, 1e-300, 1.0, 10.0, 1e300, 1.7e308]))
+    assert len(pictures.write(tmp_path, t)) == 2
+    figure = pictures.returns(t)
+    np.testing.assert_array_equal(lines(figure.axes[0])[0][1], [1.0, 10.0])
+    assert "4 of 6 values of β are beyond the axis" in figure.get_suptitle()
+
+
 def test_failed_cells_have_a_cross_and_missing_ones_leave_a_gap():
     t = table(("alpha", "beta"))
     t["status"][1, 2], t["status"][2, 4] = rr.Status.MAX_STEPS, rr.Status.NONFINITE
