@@ -123,7 +123,7 @@ def _near_level(gap: Array, log_prior: Array, reduce: _tree.Reducers) -> Array:
     return jnp.log1p(reduce.total(prior * small * series))
 
 
-def _gaps(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers) -> tuple[Array, Array]:
+def gaps(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers) -> tuple[Array, Array]:
     """`max q` over the actions that the prior allows, `[...]`, and `beta (max q - q)`, 0 on the others, `[A, ...]`.
 
     The smallest gap is exactly 0: what is left of it by rounding is subtracted from all, for `exp(-h l)` would magnify
@@ -148,25 +148,46 @@ def alpha_maximiser(
 
     an upper bound on the conjugate whatever psi, which errs by the square of psi's error only.
     """
-    if is_one_number(log_prior, reduce):
-        log_prior = jnp.broadcast_to(log_prior, q.shape)
-    best, gap = _gaps(q, beta, log_prior, reduce)
+    best, gap = gaps(q, beta, log_prior, reduce)
     h = alpha - 1
     # A stored prior sums to 1 to rounding only: so does what is compared with it, and no more is lost.
     prior = lax.optimization_barrier(jnp.exp(log_prior))
-    mass = reduce.total(prior)
-    level, low, high = _root(gap, log_prior, h, mass, reduce)
-    ratio, rho = _ratios(level, gap, h, reduce)
+    rows = Rows(gap, log_prior, prior, reduce.total(prior), alpha, h)
+    level, low, high = _root(gap, log_prior, rows.h, rows.mass, reduce)
+    ratio, rho = ratios(level, gap, rows.h, reduce)
     raw = jnp.exp(log_prior + ratio)
+    return best - loss(raw, ratio, level, rows, reduce) / beta, _normalise(raw, rho, (low, high), rows, reduce)
+
+
+class Rows(NamedTuple):
+    """What the root is sought for.
+
+    Attributes:
+        gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.
+        log_prior, prior: `[A, ...]`.
+        mass: of the prior, `[...]`.
+        alpha, h: the order and `alpha - 1`, `[...]`.
+    """
+
+    gap: Array
+    log_prior: Array
+    prior: Array
+    mass: Array
+    alpha: Array
+    h: Array
+
+
+def loss(raw: Array, ratio: Array, level: Array, rows: Rows, reduce: _tree.Reducers) -> Array:
+    """`beta (max q - Omega*)` from the dual function at a level, `[...]`; `raw` is `p0 e^ratio` there, `[A, ...]`."""
+    gap, log_prior, prior, mass, alpha, h = rows
     short = reduce.total(missing(raw, prior, ratio))
     price = alpha_divergence_at(raw, log_prior, alpha, ratio, reduce)
-    loss = weighted(raw, gap, reduce.total) + price + short * eps(level, h)
+    total = weighted(raw, gap, reduce.total) + price + short * eps(level, h)
     # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
     mean = reduce.total(prior * gap) / mass
     spread = reduce.total(prior * (gap - reduce.over(mean)) ** 2) / mass
     tiny = reduce.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
-    loss = jnp.where(tiny, mean - 0.5 * spread, loss / mass)
-    return best - loss / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass, reduce)
+    return jnp.where(tiny, mean - 0.5 * spread, total / mass)
 
 
 def _tiny(dtype: np.dtype) -> float:
@@ -187,7 +208,7 @@ def alpha_noise(scales: Scales, beta: Array, alpha: Array) -> Array:
     return _ALPHA_NOISE * (scales.logs + scales.log_prior + powers) * scales.cost + root
 
 
-def _ratios(level: Array, gap: Array, h: Array, reduce: _tree.Reducers = _tree.LANES) -> tuple[Array, Array]:
+def ratios(level: Array, gap: Array, h: Array, reduce: _tree.Reducers = _tree.LANES) -> tuple[Array, Array]:
     """`log(p/p0)` and `rho` of every action for a log-ratio `level` of the best one.
 
     For h < 0 and small priors `e^{-h l}` overflows; there `log(p/p0)` has the limit `log(-h gap)/h`, free of `l`.
@@ -240,65 +261,69 @@ def largest_weight(reward: Array, gap: Array, beta: Array, log_prior: Array, alp
     masked = jnp.isneginf(log_prior)
     best = jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)
     known = jnp.max(jnp.where(masked | (reward < best[None]), -jnp.inf, log_prior), axis=0)
-    ratio = _ratios(-known, beta[None] * gap, alpha - 1)[0]
+    ratio = ratios(-known, beta[None] * gap, alpha - 1)[0]
     return jnp.where(masked, 0, jnp.minimum(jnp.exp(log_prior + ratio), 1))
 
 
-def _normalise(
-    raw: Array,
-    rho: Array,
-    bracket: tuple[Array, Array],
-    gap: Array,
-    log_prior: Array,
-    h: Array,
-    mass: Array,
-    reduce: _tree.Reducers,
-) -> Array:
-    """The policy that sums to 1 next to a `raw` one of `_ratios` at the root, which does to the root's precision.
+def _normalise(raw: Array, rho: Array, bracket: tuple[Array, Array], rows: Rows, reduce: _tree.Reducers) -> Array:
+    """The policy that sums to 1 next to a `raw` one of `ratios` at the root, which does to the root's precision.
 
     Args:
         raw, rho: `[A, ...]`.
         bracket: the root's, `[...]` each.
-        gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.
-        log_prior: `[A, ...]`.
-        h: `alpha - 1`, `[...]`.
-        mass: of the prior, `[...]`.
+        rows: the problem.
+        reduce: sums over actions.
+    """
+    weight = curvature(raw, rho)
+    totals = reduce.total(raw), reduce.total(weight)
+    return normalised(raw, weight, totals, bracket, rows, resolution(raw.dtype), reduce)
+
+
+def normalised(
+    raw: Array,
+    weight: Array,
+    totals: tuple[Array, Array],
+    bracket: tuple[Array, Array],
+    rows: Rows,
+    resolved: float | Array,
+    reduce: _tree.Reducers,
+) -> Array:
+    """The same from the `weight = raw/rho` of `curvature` and the sums over actions of both, `totals`.
+
+    Rows whose sum misses the prior's by a logarithm of more than `resolved` get a mixture of the bracket's two sides.
     """
     # One Newton step in policy space. Plain renormalisation would move mass onto actions in proportion to p, whereas
     # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
     # of the support then leaves a value error of 3e-8.
-    curvature = _curvature(raw, rho)
-    total = reduce.total(raw)
-    policy = jnp.maximum(raw + reduce.over((mass - total) / reduce.total(curvature)) * curvature, 0)
+    total, width = totals
+    policy = jnp.maximum(raw + reduce.over((rows.mass - total) / width) * weight, 0)
     policy = policy / reduce.over(reduce.total(policy))
-    unresolved = ~reduce.over(jnp.abs(jnp.log(total / mass)) <= _resolution(gap))
+    unresolved = ~reduce.over(jnp.abs(jnp.log(total / rows.mass)) <= resolved)
 
     def bridge() -> Array:
-        return jnp.where(unresolved, _between(*bracket, gap, log_prior, h, mass, reduce), policy)
+        return jnp.where(unresolved, _between(*bracket, rows, reduce), policy)
 
     return lax.cond(jnp.any(unresolved), bridge, lambda: policy)
 
 
-def _resolution(gap: Array) -> float:
+def resolution(dtype: np.dtype) -> float:
     """Largest logarithm of the sum at a root that counts as resolved."""
-    return float(jnp.finfo(gap.dtype).eps) ** 0.6
+    return float(jnp.finfo(dtype).eps) ** 0.6
 
 
-def _between(
-    low: Array, high: Array, gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Reducers
-) -> Array:
+def _between(low: Array, high: Array, rows: Rows, reduce: _tree.Reducers) -> Array:
     """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
 
     For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
     """
-    below, above = (jnp.exp(log_prior + _ratios(level, gap, h, reduce)[0]) for level in (low, high))
-    short, jump = mass - reduce.total(below), reduce.total(above - below)
+    below, above = (jnp.exp(rows.log_prior + ratios(x, rows.gap, rows.h, reduce)[0]) for x in (low, high))
+    short, jump = rows.mass - reduce.total(below), reduce.total(above - below)
     share = jnp.clip(short / jnp.where(jump > 0, jump, 1), 0, 1)
     mixed = below + reduce.over(share) * (above - below)
     return mixed / reduce.over(reduce.total(mixed))
 
 
-def _curvature(policy: Array, rho: Array) -> Array:
+def curvature(policy: Array, rho: Array) -> Array:
     """`w = p/rho`, proportional to `p0^{alpha-1} p^{2-alpha}`; 0 off the support."""
     inside = (rho > 0) & (policy > 0)
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
@@ -316,10 +341,10 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Red
     low = jnp.zeros_like(high)
 
     def measure(level: Array) -> tuple[Array, Array]:
-        ratio, rho = _ratios(level, gap, h, reduce)
+        ratio, rho = ratios(level, gap, h, reduce)
         policy = jnp.exp(log_prior + ratio)
         total = reduce.total(policy)
-        return jnp.log(total / mass), reduce.total(_curvature(policy, rho)) / total
+        return jnp.log(total / mass), reduce.total(curvature(policy, rho)) / total
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         level, low, high, last, done, count = state
@@ -335,7 +360,7 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Red
         close = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
         exhausted = high - low <= 2 * unit * high
         # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
-        end = jnp.where(exhausted & (excess > _resolution(gap)), low, level)
+        end = jnp.where(exhausted & (excess > resolution(gap.dtype)), low, level)
         level = jnp.where(done, level, jnp.where(close | exhausted, end, new))
         done = done | close | exhausted
         return level, low, high, jnp.where(slow, jnp.inf, jnp.abs(excess)), done, count + 1

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _tree, axes, conjugates, divergences, parameters, worst_cases
+from robustreg import _tree, axes, conjugates, divergences, layer, parameters, worst_cases
 
 
 class Regulariser:
@@ -333,6 +333,8 @@ class Alpha(_Divergence):
         return conjugates.alpha_noise(scales, self.beta, self.alpha)
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        if self.reduce is _tree.LAST:
+            return layer.alpha_maximiser(q, self.beta, self._prior, self.alpha)
         return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha, self.reduce)
 
     def _worst_case(self, policy: Array) -> Array:
