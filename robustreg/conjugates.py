@@ -183,6 +183,12 @@ def loss(raw: Array, ratio: Array, level: Array, rows: Rows, reduce: _tree.Reduc
     short = reduce.total(missing(raw, prior, ratio))
     price = alpha_divergence_at(raw, log_prior, alpha, ratio, reduce)
     total = weighted(raw, gap, reduce.total) + price + short * eps(level, h)
+    return unless_tiny(total, rows, reduce)
+
+
+def unless_tiny(total: Array, rows: Rows, reduce: _tree.Reducers) -> Array:
+    """A loss `total` of a prior of any mass, or that of two moments of the gaps where they are small, `[...]`."""
+    gap, _, prior, mass, _, h = rows
     # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
     mean = reduce.total(prior * gap) / mass
     spread = reduce.total(prior * (gap - reduce.over(mean)) ** 2) / mass

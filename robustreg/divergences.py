@@ -176,6 +176,19 @@ def alpha_divergence_at(
     return jnp.where(escaped, jnp.inf, divergence)
 
 
+def divergence_terms(policy: Array, prior: Array, alpha: Array, ratio: Array) -> Array:
+    """What `alpha_divergence_at` is the sum of, action by action, where no mass is on masked actions.
+
+    Args:
+        policy, prior, ratio: `p`, `p0` and `log(p/p0)`, arrays over actions.
+        alpha: broadcastable to them.
+    """
+    upper = alpha >= 0.5
+    order, scale = jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
+    heavy = jnp.where(upper, policy, prior)
+    return (heavy * eps(jnp.where(heavy == 0, 0, ratio), order) + missing(policy, prior, ratio)) / scale
+
+
 def rounding(policy: Array, log_prior: Array, alpha: Array) -> Array:
     """Bound on the rounding of `alpha_divergence` at any policy, and on how far normalising the policy moves it.
 

@@ -4,7 +4,11 @@ Truth is the oracle's bisection in double precision, of the numbers that the lay
 """
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -137,3 +141,119 @@ def test_kl_moves_what_softmax_moves():
         assert not re.search(r"[\]}] transpose\(", str(compiled.as_text()))
         memory: Any = compiled.memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= most * q.nbytes
+
+
+HARD = {
+    "tiny priors": lambda q, p: (q, np.where(np.arange(q.shape[-1]) % 3 == 0, 1e-12, p)),
+    "the best has a tiny prior": lambda q, p: (q, np.where(q == q.max(-1, keepdims=True), 1e-12, p)),
+    "masks": lambda q, p: (q, np.where(np.arange(q.shape[-1]) % 2 == 0, 0, p)),
+    "ties": lambda q, p: (np.round(q), p),
+    "all alike": lambda q, p: (np.zeros_like(q) + 3, p),
+    "one allowed": lambda q, p: (q, np.where(np.arange(q.shape[-1]) == 5, 1, 0) * np.ones_like(p)),
+    "range 1e8": lambda q, p: (1e8 / 6 * q, p),
+    "range 1e-6": lambda q, p: (1e-6 * q, p),
+    "an offset": lambda q, p: (q + 1e4, p),
+}
+
+
+@pytest.mark.parametrize(
+    "alpha", [None, -3.0, -1e-3, 0.0, 1e-3, 0.5, 0.9, 0.9999, 1.0001, 1.2, 1.5, 1.7, 2.0, 3.0, 6.0]
+)
+def test_hard_rows(alpha):
+    """Float32: value and policy attain the maximum, of every hard kind of row, alone and beside the others."""
+    q, log_prior, _ = draw(4, 40, seed=3)
+    cases = [make(q, np.exp(log_prior)) for make in HARD.values()]
+    q = np.stack([x for x, _ in cases]).astype(np.float32)
+    prior = np.stack([p / p.sum(-1, keepdims=True) for _, p in cases])
+    with np.errstate(divide="ignore"):
+        reg = family(alpha, np.float32(1), log_prior=np.log(prior).astype(np.float32))
+    order = 1.0 if alpha is None else float(np.float32(alpha))
+    exact = prior_of(reg.log_prior)
+    value, _ = oracle.best_response(order, 1.0, exact, q.astype(float))
+    got, policy = np.asarray(reg.conjugate(q)), np.asarray(reg.argmax(q)).astype(float)
+    logs = 2 - np.log(np.where(exact > 0, exact, 1)).min(-1)
+    size = np.where(exact > 0, np.abs(q), 0).max(-1) + np.minimum(1, np.ptp(q, -1))
+    assert (np.abs(got - value) / (size * logs)).max() <= 4 * EPS
+    assert (policy[exact == 0] == 0).all() and np.abs(policy.sum(-1) - 1).max() <= 8 * EPS
+    # A policy that underflows has no divergence to compare where alpha <= 0.
+    policy /= policy.sum(-1, keepdims=True)
+    kept = ((policy > 0) | (exact == 0)).all(-1) | (order > 0)
+    cost = oracle.divergence(np.full(value.shape, order), exact, policy)
+    primal = (policy * np.where(exact > 0, q, 0)).sum(-1) - cost
+    assert (np.abs(primal - value) / (size * logs))[kept].max() <= 4 * EPS
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5, 1.5, 1.7, 2.0])
+def test_bfloat16_is_the_rounded_float32_answer(alpha):
+    """Computed in float32 and rounded once: within a unit in the last place, derivatives too."""
+    q, log_prior, beta = draw(5, 300, seed=4)
+    reg = per_row(alpha, beta, log_prior)
+    half = jnp.asarray(q, jnp.bfloat16)
+    g = jnp.asarray(np.random.default_rng(5).normal(size=q.shape), jnp.bfloat16)
+
+    def answers(x, g):
+        policy, pull = jax.vjp(reg.argmax, x)
+        value, slope = jax.vjp(reg.conjugate, x)
+        logs = jax.nn.log_softmax(x.astype(jnp.float32)).astype(x.dtype)
+        return policy, pull(g)[0], value, slope(g[:, 0])[0], reg.worst_case(log_policy=logs) if alpha is None else value
+
+    found, exact = answers(half, g), answers(half.astype(jnp.float32), g.astype(jnp.float32))
+    for x, y in zip(found[:4], exact[:4], strict=True):
+        assert x.dtype == jnp.bfloat16 and y.dtype == jnp.float32
+        x, y = np.asarray(x.astype(jnp.float32)), np.asarray(y)
+        unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(y), 1e-30))) - 7)
+        assert (np.abs(x - y) <= unit + 1e-30).all()
+
+
+def test_an_order_of_each_row():
+    """One alpha per row as per call: the general form and the products agree."""
+    q, log_prior, _ = draw(4, 30, seed=6)
+    orders = np.array([2.0, 1.5, 0.5, 1.0], np.float32)
+    together = rr.alpha(orders, np.float32(0.7), log_prior=log_prior[:, None])
+    for i, order in enumerate(orders):
+        alone = rr.alpha(order, np.float32(0.7), log_prior=log_prior[i])
+        row = q[:, None][i]
+        np.testing.assert_allclose(together.argmax(q[:, None])[i], alone.argmax(row), atol=16 * EPS)
+        np.testing.assert_allclose(together.conjugate(q[:, None])[i], alone.conjugate(row), atol=16 * EPS)
+
+
+def test_few_turns_settle_every_row():
+    """Rounding does not keep a row from settling: a handful of turns for alpha <= 2, whatever A."""
+    from robustreg import layer
+
+    turns = []
+    search = layer._search
+
+    def counted(*args):
+        state = search(*args)
+        turns.append(state.count)
+        return state
+
+    for rows, actions in ((2000, 8), (64, 1000), (2, 100_000)):
+        q = draw(rows, actions, seed=7)[0]
+        for order in (0.5, 1.2, 1.5, 1.7, 2.0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(layer, "_search", counted)
+                bound, x = rr.alpha(np.float32(order), np.float32(0.5))._public(q, reduce=_tree.LAST)
+                bound._maximiser(x)
+            assert int(turns[-1]) <= 8, (rows, actions, order)
+
+
+def test_large_rows_need_little_memory():
+    """At A = 128,000: scratch space and results of a policy and its derivative in units of the logits."""
+    q = np.zeros((8, 128000), np.float32)
+    for order in (1.5, 1.7, 2.0):
+        reg = rr.alpha(np.float32(order), np.float32(0.5))
+        for f in (reg.argmax, lambda q, reg=reg: jax.vjp(reg.argmax, q)[1](jnp.ones_like(q))[0]):
+            memory: Any = jax.jit(f).lower(q).compile().memory_analysis()
+            assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 4.1 * q.nbytes
+
+
+def test_the_benchmark_runs(tmp_path):
+    """In its small size: every row is there, and what it compares agrees."""
+    script = Path(__file__).parent.parent / "benchmarks" / "layer.py"
+    line = [sys.executable, str(script), "--shapes", "4x32", "--repeats", "1", "--json", str(tmp_path / "rows")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(text) for text in (tmp_path / "rows").read_text().splitlines()]
+    assert len(rows) == 8 and all(row["error"] <= 1e-5 for row in rows)
