@@ -50,7 +50,7 @@ _FAR = 0.25
 LAST = _tree.LAST
 
 # p and p/rho at a level, put through a function of the two.
-Evaluate = Callable[[Array, Callable[[Array, Array], tuple[Array, Array]]], tuple[Array, Array]]
+Evaluate = Callable[[Array, Callable[[Array, Array], tuple[Array, ...]]], tuple[Array, ...]]
 
 
 class State(NamedTuple):
@@ -86,7 +86,9 @@ def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tu
     evaluate = _evaluation(rows, start, order - 1)
     end = _search(rows, start, high, evaluate)
     value = best - _loss(end.level, rows) / beta
-    policy, weight = evaluate(end.level, lambda p, w: (p, w))
+    (policy,) = evaluate(end.level, lambda p, _: (p,))
+    # (Another array out of the branches is another in memory; this is a product of what is there.)
+    weight = curvature(policy, ratios(end.level, gap, rows.h, LAST)[1])
     # (Summed with more care than a turn's: one after the other, 128,000 numbers lose three digits.)
     sums = LAST.total(policy), LAST.total(weight)
     resolved = jnp.maximum(_noise(rows, end.level), resolution(gap.dtype))
@@ -94,42 +96,53 @@ def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tu
 
 
 def _loss(level: Array, rows: Rows) -> Array:
-    """`conjugates.loss` as one sum, `[...]`: every sum writes what it adds up to memory."""
+    """`conjugates.loss` in few sums, `[...]`: every one of them writes what it adds up to memory."""
     ratio = ratios(level, rows.gap, rows.h, LAST)[0]
     policy = jnp.exp(rows.log_prior + ratio)
     terms = jnp.where(policy == 0, 0, policy * rows.gap)
     terms = terms + divergence_terms(policy, rows.prior, rows.alpha[..., None], ratio)
-    terms = terms + missing(policy, rows.prior, ratio) * eps(level, rows.h)[..., None]
-    return unless_tiny(LAST.total(terms), rows, LAST)
+    # (What is missing is summed before it is multiplied by what may be 1e24.)
+    short = LAST.total(missing(policy, rows.prior, ratio))
+    return unless_tiny(LAST.total(terms) + short * eps(level, rows.h), rows, LAST)
 
 
 def _evaluation(rows: Rows, start: Array, h: Array) -> Evaluate:
-    """The evaluation of p and p/rho by the cheapest form that will do; `h` is `alpha - 1` as it was given."""
+    """The evaluation of p and p/rho by the cheapest form that will do; `h` is `alpha - 1` as it was given.
+
+    Which form a row gets depends on no other row: its answer is the same to the bit, whatever stands beside it.
+    """
     peak = rows.log_prior + start[..., None]
     scale = jnp.exp(peak)
     steepest = jnp.abs(rows.h) * LAST.largest(rows.gap) * jnp.exp(-rows.h * start)
     most = 0.1 * float(jnp.finfo(scale.dtype).max)
     plain = (LAST.largest(peak) < math.log(most)) & (steepest < most) & (jnp.abs(rows.h) >= _FAR)
-    which = jnp.where(jnp.all(plain), 1, 0)
+    # Beyond alpha = 2 slopes have no bound, and the value wants the very bits of the policy whose sum was sought.
+    plain = plain & (rows.h <= 1)
 
-    def by_power(level: Array, then: Callable[..., tuple[Array, Array]], k: int | None) -> tuple[Array, Array]:
-        rho = jnp.maximum(1 - rows.gap * (rows.h * jnp.exp(-rows.h * level))[..., None], 0)
+    def by_power(level: Array, then: Callable[..., tuple[Array, ...]], k: int | None) -> tuple[Array, ...]:
+        half = jnp.exp(-0.5 * rows.h * level)[..., None]  # as in `ratios`, which the value is computed by
+        rho = jnp.maximum(1 - rows.h[..., None] * (rows.gap * half * half), 0)
         return then(*_power(scale * jnp.exp(level - start)[..., None], rho, k, rows.h[..., None]))
 
-    def in_the_exponent(level: Array, then: Callable[..., tuple[Array, Array]]) -> tuple[Array, Array]:
+    def in_the_exponent(level: Array, then: Callable[..., tuple[Array, ...]]) -> tuple[Array, ...]:
         ratio, rho = ratios(level, rows.gap, rows.h, LAST)
         policy = jnp.exp(rows.log_prior + ratio)
         return then(policy, curvature(policy, rho))
 
-    powers: tuple[int | None, ...] = (None,)
-    if h.size == 1:
-        powers = (None, *_POWERS)
-        for i, k in enumerate(_POWERS):
-            which = jnp.where((which > 0) & (h.reshape(()) * k == 1), i + 2, which)
+    powers, which = (None, *_POWERS) if h.size == 1 else (None,), jnp.asarray(0, jnp.int32)
+    for i, k in enumerate(powers[1:]):
+        which = jnp.where(h.reshape(()) * k == 1, i + 1, which)
 
-    def evaluate(level: Array, then: Callable[..., tuple[Array, Array]]) -> tuple[Array, Array]:
+    which = jnp.where(jnp.all(plain), which, which + len(powers))
+
+    def evaluate(level: Array, then: Callable[..., tuple[Array, ...]]) -> tuple[Array, ...]:
+        def mixed(level: Array, k: int | None) -> tuple[Array, ...]:
+            slow, fast = in_the_exponent(level, then), by_power(level, then, k)
+            own = plain if slow[0].ndim == plain.ndim else plain[..., None]
+            return tuple(jnp.where(own, x, y) for x, y in zip(fast, slow))
+
         forms = [lambda level, k=k: by_power(level, then, k) for k in powers]
-        return lax.switch(which, [lambda level: in_the_exponent(level, then), *forms], level)
+        return lax.switch(which, [*forms, *(lambda level, k=k: mixed(level, k) for k in powers)], level)
 
     return evaluate
 
@@ -144,9 +157,10 @@ def _power(factor: Array, rho: Array, k: int | None, h: Array) -> tuple[Array, A
     if k == -2:
         policy = factor / (rho * rho)
         return policy, policy / rho
-    inside = rho > 0
-    weight = jnp.where(inside, factor * jnp.exp((1 / h - 1) * jnp.log(jnp.where(inside, rho, 1))), 0)
-    return weight * rho, weight
+    # (Not p as a product of rho and p/rho: that one may underflow where p does not.)
+    safe = jnp.where(rho > 0, rho, 1)
+    policy = jnp.where(rho > 0, factor * jnp.exp(jnp.log(safe) / h), 0)
+    return policy, policy / safe
 
 
 def _sums(x: Array, y: Array) -> tuple[Array, Array]:
@@ -183,7 +197,7 @@ def _search(rows: Rows, start: Array, high: Array, evaluate: Evaluate) -> State:
     return lax.while_loop(unfinished, lambda state: _advance(state, evaluate(state.level, _sums), rows), state)
 
 
-def _advance(state: State, sums: tuple[Array, Array], rows: Rows) -> State:
+def _advance(state: State, sums: tuple[Array, ...], rows: Rows) -> State:
     """One turn: settle the rows that are done, move the others. Settled ones stay where they were evaluated."""
     unit, h, level = float(jnp.finfo(rows.gap.dtype).eps), rows.h, state.level
     total, width = sums
