@@ -19,37 +19,37 @@ of `both`, in units of the logits. `error` is the largest deviation from the bas
 
 Typical printout (2 shared CPU cores):
 
-    commit eaf599a, device cpu, machine x86_64, jax 0.12.0.1
+    commit 2c287d5, device cpu, machine x86_64, jax 0.12.0.1
     [4096, 64], float32
                               forward  factor     both  factor  memory    error
-      kl argmax                  0.37    1.31     0.79    0.85     2.0    2e-07
-      kl argmax, prior           0.51    1.31     0.88    0.81     2.0    1e-07
-      kl conjugate               0.43    0.75     0.57    1.06     2.1    1e-06
-      kl conjugate, prior        0.57    1.11     0.64    1.06     4.3    1e-06
-      kl worst case              0.50    1.05     3.93    3.33     4.0    0e+00
-      alpha 1.5 argmax           6.71    0.14     8.26    0.17     5.1    1e-07
-      alpha 2 argmax             2.54    0.11     3.95    0.18     5.1    2e-08
-      alpha 1.7 argmax           5.25    0.20     9.37    0.32     5.1    5e-08
+      kl argmax                  0.43    1.13     0.75    0.89     2.0    2e-07
+      kl argmax, prior           0.55    1.38     1.21    0.85     2.0    1e-07
+      kl conjugate               0.39    1.02     0.45    1.00     2.1    1e-06
+      kl conjugate, prior        0.58    1.21     0.58    1.00     4.3    1e-06
+      kl worst case              0.45    1.15     0.86    0.96     4.0    0e+00
+      alpha 1.5 argmax           1.56    0.14     2.42    0.20     5.1    1e-07
+      alpha 2 argmax             1.81    0.17     2.52    0.23     5.1    2e-08
+      alpha 1.7 argmax           2.92    0.25     3.86    0.32     5.1    6e-08
     [512, 1024], float32
                               forward  factor     both  factor  memory    error
-      kl argmax                  0.78    1.20     1.47    1.09     3.0    2e-08
-      kl argmax, prior           0.85    1.19     1.64    1.07     3.0    6e-08
-      kl conjugate               0.64    1.08     0.73    0.95     2.0    1e-06
-      kl conjugate, prior        0.95    1.19     0.99    1.12     4.3    1e-06
-      kl worst case              0.64    1.03     1.46    0.92     2.0    0e+00
-      alpha 1.5 argmax           3.39    0.05     5.52    0.08     4.0    2e-08
-      alpha 2 argmax             4.49    0.07     6.59    0.10     4.0    2e-09
-      alpha 1.7 argmax           7.12    0.19     9.17    0.23     4.0    6e-09
+      kl argmax                  0.67    1.23     1.10    1.25     3.0    2e-08
+      kl argmax, prior           0.82    1.20     1.44    1.21     3.0    6e-08
+      kl conjugate               0.61    1.08     0.64    0.84     2.0    1e-06
+      kl conjugate, prior        0.79    1.36     0.92    1.26     4.3    1e-06
+      kl worst case              0.48    0.87     1.30    1.00     2.0    0e+00
+      alpha 1.5 argmax           2.63    0.08     3.84    0.11     4.0    2e-08
+      alpha 2 argmax             2.77    0.09     4.12    0.12     4.0    2e-09
+      alpha 1.7 argmax           8.24    0.21    10.43    0.25     4.0    5e-09
     [8, 128000], float32
                               forward  factor     both  factor  memory    error
-      kl argmax                  1.58    1.26     3.30    0.72     3.0    7e-10
-      kl argmax, prior           1.97    1.17     3.76    1.10     3.0    3e-09
-      kl conjugate               1.15    1.00     1.39    0.88     2.0    1e-06
-      kl conjugate, prior        1.83    1.36     1.94    1.26     4.3    1e-06
-      kl worst case              1.33    1.03     2.91    1.05     2.0    0e+00
-      alpha 1.5 argmax          10.65    0.03    20.78    0.06     4.0    1e-10
-      alpha 2 argmax            14.69    0.05    22.90    0.07     4.0    3e-11
-      alpha 1.7 argmax          26.49    0.17    36.67    0.23     4.0    8e-11
+      kl argmax                  1.45    1.35     2.23    0.97     3.0    7e-10
+      kl argmax, prior           1.33    1.38     2.20    1.06     3.0    3e-09
+      kl conjugate               1.04    0.79     0.96    0.75     2.0    1e-06
+      kl conjugate, prior        1.19    1.14     1.33    1.00     4.3    1e-06
+      kl worst case              1.43    1.21     1.94    0.79     2.0    0e+00
+      alpha 1.5 argmax           5.25    0.05     8.40    0.08     4.0    1e-10
+      alpha 2 argmax             8.09    0.04    12.23    0.08     4.0    3e-11
+      alpha 1.7 argmax          10.10    0.26    13.36    0.31     4.0    7e-11
 """
 
 import argparse
