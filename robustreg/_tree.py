@@ -259,13 +259,43 @@ def _by_rows(add: Callable[[Array, Array], Array], whole: Callable[[Array], Arra
 
 
 class Reducers(NamedTuple):
-    """How a kernel sums and takes maxima over actions, its leading axis."""
+    """How a kernel sums and takes maxima over actions, and which axis they are on: the leading or the last one.
+
+    A kernel that is written in these terms serves both layouts. Shapes in its docstrings are those with actions
+    leading, `[A, ...]`; with actions last they read `[..., A]`.
+    """
 
     total: Callable[[Array], Array]
     largest: Callable[[Array], Array]
+    axis: int = 0
+
+    def over(self, x: Array) -> Array:
+        """`[...]` with an axis of 1 for actions."""
+        return jnp.expand_dims(x, self.axis)
+
+    def plain_sum(self, x: Array) -> Array:
+        """Sum over actions, for tangents: has a transpose."""
+        return jnp.sum(x, axis=self.axis)
+
+    def without_actions(self, x: Array) -> tuple[int, ...]:
+        """Shape `[...]` of an array over actions."""
+        return x.shape[1:] if self.axis == 0 else x.shape[:-1]
 
 
 # Those of `solve`, of whose lanes there are many. XLA's partitioner knows a reduction by its operation too, and refuses
 # what it does not know where the actions are sharded over devices: what users call with arrays of their own takes ROWS.
 LANES = Reducers(total, largest)
 ROWS = Reducers(_by_rows(jnp.add, plain_sum), _by_rows(jnp.maximum, lambda x: jnp.max(x, axis=0)))
+# The user's own layout, actions on the contiguous last axis: plain reductions are what the compiler fuses there.
+LAST = Reducers(lambda x: jnp.sum(x, axis=-1), lambda x: jnp.max(x, axis=-1), -1)
+_REDUCERS = {"lanes": LANES, "rows": ROWS, "last": LAST}
+
+
+def reducers() -> Any:
+    """A static field that holds one of the three `Reducers`, `LANES` by default."""
+    return static(
+        write=lambda reduce: next(name for name, known in _REDUCERS.items() if known is reduce),
+        read=_REDUCERS.__getitem__,
+        default=LANES,
+        repr=False,
+    )

@@ -36,13 +36,13 @@ class Entropy(KL):
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         # As against the uniform distribution, which has the mass of a policy, and a constant.
-        logs = float(np.log(q.shape[0]))
-        value, policy = conjugates.kl_maximiser(q, self.beta, self._prior - logs, self._reduce)
+        logs = float(np.log(q.shape[self.reduce.axis]))
+        value, policy = conjugates.kl_maximiser(q, self.beta, self._prior - logs, self.reduce)
         return value + logs / self.beta, policy
 
     def _value(self, policy: Array) -> Array:
         # The counting measure has another mass than a policy: no extension to other measures applies.
-        return kl_divergence(policy, self._prior, self._reduce) / self.beta
+        return kl_divergence(policy, self._prior, self.reduce) / self.beta
 
     def _value_error(self, policy: Array) -> Array:
         return Regulariser._value_error(self, policy)
@@ -50,9 +50,9 @@ class Entropy(KL):
     def _noise(self, scales: Scales) -> Array:
         return scales.logs * scales.temperature
 
-    def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
+    def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
         counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior
-        return KL._rearrange(dataclasses.replace(self, log_prior=counting), place, dtype, n_actions)
+        return KL._rearrange(dataclasses.replace(self, log_prior=counting), place, dtype, n_actions, last)
 
 
 def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None, available: ArrayLike | None = None) -> Entropy:

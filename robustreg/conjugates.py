@@ -42,6 +42,7 @@ from robustreg.divergences import (
     eps,
     eps_slope,
     lam,
+    log_ratio,
     missing,
     weighted,
 )
@@ -71,24 +72,32 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers
     # (Two evaluations of a gap that round differently do no harm here.)
     masked = jnp.isneginf(log_prior)
     best = reduce.largest(jnp.where(masked, -jnp.inf, q))
-    gap = jnp.where(masked, 0, beta[None] * (best[None] - q))
+    gaps = lambda: jnp.where(masked, 0, reduce.over(beta) * (reduce.over(best) - q))  # noqa: E731
+    gap = gaps()
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
     exponent = log_prior - gap
-    top = reduce.largest(exponent)
-    weight = jnp.exp(exponent - top[None])
+    top = jnp.squeeze(log_prior, reduce.axis) if is_one_number(log_prior, reduce) else reduce.largest(exponent)
+    weight = jnp.exp(exponent - reduce.over(top))
     total = reduce.total(weight)
     plain = top + jnp.log(total)
 
     def careful() -> Array:
-        near = reduce.largest(gap) < _NEAR
-        return jnp.where(near, _near_level(gap, log_prior, reduce), plain)
+        # (Evaluated again in a row-major layout: handed over, the gaps would be written to memory in every call.)
+        apart = gaps() if reduce is _tree.LAST else gap
+        near = reduce.largest(apart) < _NEAR
+        return jnp.where(near, _near_level(apart, log_prior, reduce), plain)
 
     # Gaps below `_NEAR` have a level above `-_NEAR`. In a solve it matters where that is so in all states of a lane: a
     # state whose actions are worth the same always is.
     maybe = plain > -1.1 * _NEAR
     maybe = jnp.all(maybe, axis=0) if reduce is _tree.LANES and plain.ndim else maybe
     level = _loops.cond(jnp.any(maybe), careful, lambda: plain)
-    return best + level / beta, weight / total[None]
+    return best + level / beta, weight / reduce.over(total)
+
+
+def is_one_number(log_prior: Array, reduce: _tree.Reducers) -> bool:
+    """Whether one number stands for the prior of every action, as in a row-major layout without a prior."""
+    return reduce is _tree.LAST and log_prior.shape[reduce.axis] == 1
 
 
 def kl_noise(scales: Scales, beta: Array) -> Array:
@@ -114,7 +123,7 @@ def _near_level(gap: Array, log_prior: Array, reduce: _tree.Reducers) -> Array:
     return jnp.log1p(reduce.total(prior * small * series))
 
 
-def _gaps(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers) -> tuple[Array, Array]:
+def gaps(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers) -> tuple[Array, Array]:
     """`max q` over the actions that the prior allows, `[...]`, and `beta (max q - q)`, 0 on the others, `[A, ...]`.
 
     The smallest gap is exactly 0: what is left of it by rounding is subtracted from all, for `exp(-h l)` would magnify
@@ -122,9 +131,9 @@ def _gaps(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers) -> tu
     """
     masked = jnp.isneginf(log_prior)
     best = reduce.largest(jnp.where(masked, -jnp.inf, q))
-    gap = _tree.materialised(jnp.where(masked, 0, beta[None] * (best[None] - q)))
+    gap = _tree.materialised(jnp.where(masked, 0, reduce.over(beta) * (reduce.over(best) - q)))
     least = -reduce.largest(jnp.where(masked, -jnp.inf, -gap))
-    return best - least / beta, _tree.materialised(jnp.where(masked, 0, gap - least[None]))
+    return best - least / beta, _tree.materialised(jnp.where(masked, 0, gap - reduce.over(least)))
 
 
 def alpha_maximiser(
@@ -139,23 +148,52 @@ def alpha_maximiser(
 
     an upper bound on the conjugate whatever psi, which errs by the square of psi's error only.
     """
-    best, gap = _gaps(q, beta, log_prior, reduce)
+    best, gap = gaps(q, beta, log_prior, reduce)
     h = alpha - 1
     # A stored prior sums to 1 to rounding only: so does what is compared with it, and no more is lost.
     prior = lax.optimization_barrier(jnp.exp(log_prior))
-    mass = reduce.total(prior)
-    level, low, high = _root(gap, log_prior, h, mass, reduce)
-    ratio, rho = _ratios(level, gap, h)
+    rows = Rows(gap, log_prior, prior, reduce.total(prior), alpha, h)
+    level, low, high = _root(gap, log_prior, rows.h, rows.mass, reduce)
+    ratio, rho = ratios(level, gap, rows.h, reduce)
     raw = jnp.exp(log_prior + ratio)
+    return best - loss(raw, ratio, level, rows, reduce) / beta, _normalise(raw, rho, (low, high), rows, reduce)
+
+
+class Rows(NamedTuple):
+    """What the root is sought for.
+
+    Attributes:
+        gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.
+        log_prior, prior: `[A, ...]`.
+        mass: of the prior, `[...]`.
+        alpha, h: the order and `alpha - 1`, `[...]`.
+    """
+
+    gap: Array
+    log_prior: Array
+    prior: Array
+    mass: Array
+    alpha: Array
+    h: Array
+
+
+def loss(raw: Array, ratio: Array, level: Array, rows: Rows, reduce: _tree.Reducers) -> Array:
+    """`beta (max q - Omega*)` from the dual function at a level, `[...]`; `raw` is `p0 e^ratio` there, `[A, ...]`."""
+    gap, log_prior, prior, mass, alpha, h = rows
     short = reduce.total(missing(raw, prior, ratio))
     price = alpha_divergence_at(raw, log_prior, alpha, ratio, reduce)
-    loss = weighted(raw, gap, reduce.total) + price + short * eps(level, h)
+    total = weighted(raw, gap, reduce.total) + price + short * eps(level, h)
+    return unless_tiny(total, rows, reduce)
+
+
+def unless_tiny(total: Array, rows: Rows, reduce: _tree.Reducers) -> Array:
+    """A loss `total` of a prior of any mass, or that of two moments of the gaps where they are small, `[...]`."""
+    gap, _, prior, mass, _, h = rows
     # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
     mean = reduce.total(prior * gap) / mass
-    spread = reduce.total(prior * (gap - mean[None]) ** 2) / mass
+    spread = reduce.total(prior * (gap - reduce.over(mean)) ** 2) / mass
     tiny = reduce.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
-    loss = jnp.where(tiny, mean - 0.5 * spread, loss / mass)
-    return best - loss / beta, _normalise(raw, rho, (low, high), gap, log_prior, h, mass, reduce)
+    return jnp.where(tiny, mean - 0.5 * spread, total / mass)
 
 
 def _tiny(dtype: np.dtype) -> float:
@@ -176,18 +214,18 @@ def alpha_noise(scales: Scales, beta: Array, alpha: Array) -> Array:
     return _ALPHA_NOISE * (scales.logs + scales.log_prior + powers) * scales.cost + root
 
 
-def _ratios(level: Array, gap: Array, h: Array) -> tuple[Array, Array]:
+def ratios(level: Array, gap: Array, h: Array, reduce: _tree.Reducers = _tree.LANES) -> tuple[Array, Array]:
     """`log(p/p0)` and `rho` of every action for a log-ratio `level` of the best one.
 
     For h < 0 and small priors `e^{-h l}` overflows; there `log(p/p0)` has the limit `log(-h gap)/h`, free of `l`.
     """
     # The factor by halves: where gaps come close to the largest number, e^-hl is below the smallest.
-    half = jnp.exp(-0.5 * h * level)[None]
+    half = reduce.over(jnp.exp(-0.5 * h * level))
     scaled = jnp.where(gap == 0, 0, gap * half * half)
-    h = h[None]
+    h = reduce.over(h)
     x = -h * scaled
     rho = jnp.maximum(1 + x, 0)
-    near = level[None] + lam(-scaled, h)
+    near = reduce.over(level) + lam(-scaled, h)
     overflow = jnp.isposinf(x)
     far = jnp.log(jnp.where(overflow, -h * gap, 1)) / jnp.where(overflow, h, 1)
     return jnp.where(overflow, far, near), rho
@@ -229,65 +267,69 @@ def largest_weight(reward: Array, gap: Array, beta: Array, log_prior: Array, alp
     masked = jnp.isneginf(log_prior)
     best = jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)
     known = jnp.max(jnp.where(masked | (reward < best[None]), -jnp.inf, log_prior), axis=0)
-    ratio = _ratios(-known, beta[None] * gap, alpha - 1)[0]
+    ratio = ratios(-known, beta[None] * gap, alpha - 1)[0]
     return jnp.where(masked, 0, jnp.minimum(jnp.exp(log_prior + ratio), 1))
 
 
-def _normalise(
-    raw: Array,
-    rho: Array,
-    bracket: tuple[Array, Array],
-    gap: Array,
-    log_prior: Array,
-    h: Array,
-    mass: Array,
-    reduce: _tree.Reducers,
-) -> Array:
-    """The policy that sums to 1 next to a `raw` one of `_ratios` at the root, which does to the root's precision.
+def _normalise(raw: Array, rho: Array, bracket: tuple[Array, Array], rows: Rows, reduce: _tree.Reducers) -> Array:
+    """The policy that sums to 1 next to a `raw` one of `ratios` at the root, which does to the root's precision.
 
     Args:
         raw, rho: `[A, ...]`.
         bracket: the root's, `[...]` each.
-        gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.
-        log_prior: `[A, ...]`.
-        h: `alpha - 1`, `[...]`.
-        mass: of the prior, `[...]`.
+        rows: the problem.
+        reduce: sums over actions.
+    """
+    weight = curvature(raw, rho)
+    totals = reduce.total(raw), reduce.total(weight)
+    return normalised(raw, weight, totals, bracket, rows, resolution(raw.dtype), reduce)
+
+
+def normalised(
+    raw: Array,
+    weight: Array,
+    totals: tuple[Array, Array],
+    bracket: tuple[Array, Array],
+    rows: Rows,
+    resolved: float | Array,
+    reduce: _tree.Reducers,
+) -> Array:
+    """The same from the `weight = raw/rho` of `curvature` and the sums over actions of both, `totals`.
+
+    Rows whose sum misses the prior's by a logarithm of more than `resolved` get a mixture of the bracket's two sides.
     """
     # One Newton step in policy space. Plain renormalisation would move mass onto actions in proportion to p, whereas
     # the error of the root moves it in proportion to the curvature w = dp/d(psi): at alpha = 5 an action on the edge
     # of the support then leaves a value error of 3e-8.
-    curvature = _curvature(raw, rho)
-    total = reduce.total(raw)
-    policy = jnp.maximum(raw + ((mass - total) / reduce.total(curvature))[None] * curvature, 0)
-    policy = policy / reduce.total(policy)[None]
-    unresolved = ~(jnp.abs(jnp.log(total / mass)) <= _resolution(gap))[None]
+    total, width = totals
+    policy = jnp.maximum(raw + reduce.over((rows.mass - total) / width) * weight, 0)
+    policy = policy / reduce.over(reduce.total(policy))
+    unresolved = ~reduce.over(jnp.abs(jnp.log(total / rows.mass)) <= resolved)
 
     def bridge() -> Array:
-        return jnp.where(unresolved, _between(*bracket, gap, log_prior, h, mass, reduce), policy)
+        return jnp.where(unresolved, _between(*bracket, rows, reduce), policy)
 
     return _loops.cond(jnp.any(unresolved), bridge, lambda: policy)
 
 
-def _resolution(gap: Array) -> float:
+def resolution(dtype: np.dtype) -> float:
     """Largest logarithm of the sum at a root that counts as resolved."""
-    return float(jnp.finfo(gap.dtype).eps) ** 0.6
+    return float(jnp.finfo(dtype).eps) ** 0.6
 
 
-def _between(
-    low: Array, high: Array, gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Reducers
-) -> Array:
+def _between(low: Array, high: Array, rows: Rows, reduce: _tree.Reducers) -> Array:
     """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
 
     For alpha > 2 an action on the edge of the support can take on all its mass between two neighbouring levels.
     """
-    below, above = (jnp.exp(log_prior + _ratios(level, gap, h)[0]) for level in (low, high))
-    short, jump = mass - reduce.total(below), reduce.total(above - below)
+    below, above = (jnp.exp(rows.log_prior + ratios(x, rows.gap, rows.h, reduce)[0]) for x in (low, high))
+    short, jump = rows.mass - reduce.total(below), reduce.total(above - below)
     share = jnp.clip(short / jnp.where(jump > 0, jump, 1), 0, 1)
-    mixed = below + share[None] * (above - below)
-    return mixed / reduce.total(mixed)[None]
+    mixed = below + reduce.over(share) * (above - below)
+    return mixed / reduce.over(reduce.total(mixed))
 
 
-def _curvature(policy: Array, rho: Array) -> Array:
+def curvature(policy: Array, rho: Array) -> Array:
     """`w = p/rho`, proportional to `p0^{alpha-1} p^{2-alpha}`; 0 off the support."""
     inside = (rho > 0) & (policy > 0)
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
@@ -300,15 +342,15 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Red
     # All actions together keep the sum at or above that of the best ones alone, so l <= log(mass/their priors).
     top = reduce.largest(at_best)
     top = jnp.where(jnp.isneginf(top), 0, top)
-    best_prior = top + jnp.log(reduce.total(jnp.exp(at_best - top[None])))
-    high = jnp.broadcast_to(jnp.maximum(jnp.log(mass) - best_prior, 0), gap.shape[1:])
+    best_prior = top + jnp.log(reduce.total(jnp.exp(at_best - reduce.over(top))))
+    high = jnp.broadcast_to(jnp.maximum(jnp.log(mass) - best_prior, 0), reduce.without_actions(gap))
     low = jnp.zeros_like(high)
 
     def measure(level: Array) -> tuple[Array, Array]:
-        ratio, rho = _ratios(level, gap, h)
+        ratio, rho = ratios(level, gap, h, reduce)
         policy = jnp.exp(log_prior + ratio)
         total = reduce.total(policy)
-        return jnp.log(total / mass), reduce.total(_curvature(policy, rho)) / total
+        return jnp.log(total / mass), reduce.total(curvature(policy, rho)) / total
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         level, low, high, last, done, count = state
@@ -324,7 +366,7 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Red
         close = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
         exhausted = high - low <= 2 * unit * high
         # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
-        end = jnp.where(exhausted & (excess > _resolution(gap)), low, level)
+        end = jnp.where(exhausted & (excess > resolution(gap.dtype)), low, level)
         level = jnp.where(done, level, jnp.where(close | exhausted, end, new))
         done = done | close | exhausted
         return level, low, high, jnp.where(slow, jnp.inf, jnp.abs(excess)), done, count + 1
@@ -337,7 +379,7 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: _tree.Red
     start = jnp.where(h > 1, low, high)
     infinite = jnp.full_like(start, jnp.inf)
     # A NaN gap can never settle: leave it to come out as NaN instead of holding up the others.
-    hopeless = jnp.any(jnp.isnan(gap), axis=0)
+    hopeless = jnp.any(jnp.isnan(gap), axis=reduce.axis)
     state = (start, low, high, infinite, hopeless, jnp.asarray(0, jnp.int32))
     level, low, high, *_ = _loops.while_loop(unfinished, step, state, (gap, log_prior, mass))
     return level, low, high
@@ -364,16 +406,43 @@ def conjugate_tangent(
     dq, dbeta, dlog_prior, dalpha = change
     total = -divergence_tangent(policy, log_prior, alpha, None, dlog_prior, dalpha, reduce) / beta
     if dq is not None:
-        total = total + weighted(policy, dq, _tree.plain_sum)
+        total = total + weighted(policy, dq, reduce.plain_sum)
     if dbeta is not None:
         total = total + alpha_divergence(policy, log_prior, alpha, reduce) * dbeta / beta**2
     return total
 
 
-def policy_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array, change: Change) -> Array:
+def kl_tangents(
+    policy: Array, log_prior: Array, beta: Array, change: Change, reduce: _tree.Reducers
+) -> tuple[Array, Array]:
+    """Changes of `kl_maximiser`'s value, `[...]`, and of its `policy`, `[A, ...]`, where no weight differs from p.
+
+    With `z = beta dq + dlog p0 + L dbeta/beta` they are `<p, dq> + <p - p0, dlog p0>/beta + D dbeta/beta^2` and
+    `p (z - <p, z>)`: one pass over p and z, and its own transpose.
+    """
+    value = jnp.zeros((), policy.dtype)
+    z = jnp.zeros((), policy.dtype)
+    if change.q is not None:
+        dq = jnp.where(policy == 0, 0, change.q)
+        value, z = value + reduce.plain_sum(policy * dq), z + reduce.over(beta) * dq
+    if change.log_prior is not None:
+        moved = jnp.where(jnp.isneginf(log_prior), 0, change.log_prior)
+        value = value + reduce.plain_sum((policy - jnp.exp(log_prior)) * moved) / beta
+        z = z + jnp.where(policy == 0, 0, moved)
+    if change.beta is not None:
+        cost = alpha_divergence(policy, log_prior, jnp.ones_like(beta), reduce)
+        value = value + cost * change.beta / beta**2
+        ratio = log_ratio(policy, log_prior)
+        z = z + jnp.where(policy == 0, 0, ratio) * reduce.over(change.beta / beta)
+    return value, policy * (z - reduce.over(reduce.plain_sum(policy * z)))
+
+
+def policy_tangent(
+    policy: Array, log_prior: Array, alpha: Array, beta: Array, change: Change, reduce: _tree.Reducers = _tree.LANES
+) -> Array:
     """Change of the maximiser `policy`, `[A, ...]`."""
     dq, dbeta, dlog_prior, dalpha = change
-    h = (alpha - 1)[None]
+    h = reduce.over(alpha - 1)
     on = policy != 0  # a policy of NaN has a derivative of NaN
     logs = jnp.log(jnp.where(on, policy, 1))
     ratio = jnp.where(on, logs - jnp.where(on, log_prior, 0), 0)
@@ -382,15 +451,23 @@ def policy_tangent(policy: Array, log_prior: Array, alpha: Array, beta: Array, c
     w = jnp.where(on, jnp.exp(jnp.minimum(logs - h * ratio, cap)), 0)
     z = jnp.zeros_like(policy)
     if dq is not None:
-        z = z + beta[None] * jnp.where(on, dq, 0)
+        z = z + reduce.over(beta) * jnp.where(on, dq, 0)
     if dbeta is not None:
-        z = z + eps(ratio, h) * (dbeta / beta)[None]
+        z = z + eps(ratio, h) * reduce.over(dbeta / beta)
     if dalpha is not None:
-        z = z - eps_slope(ratio, h) * dalpha[None]
+        z = z - eps_slope(ratio, h) * reduce.over(dalpha)
     # A constant in z cancels. Taken relative to the action of largest weight, it does so before rounding.
-    heaviest = jnp.argmax(w, axis=0)[None] == jnp.arange(w.shape[0]).reshape((-1,) + (1,) * (w.ndim - 1))
-    z = z - jnp.sum(jnp.where(heaviest, z, 0), axis=0, keepdims=True)
+    z = z - reduce.over(_at_heaviest(w, z, reduce))
     t = w * z
     if dlog_prior is not None:
         t = t + policy * jnp.where(on, dlog_prior, 0)
-    return t - w * (jnp.sum(t, axis=0, keepdims=True) / jnp.sum(w, axis=0, keepdims=True))
+    return t - w * reduce.over(reduce.plain_sum(t) / reduce.plain_sum(w))
+
+
+def _at_heaviest(w: Array, z: Array, reduce: _tree.Reducers) -> Array:
+    """`z` of the action of largest weight, `[...]`: of the first of several in a solve, their mean in a layer."""
+    if reduce is _tree.LAST:  # (a search for an index is a slow reduction over a contiguous axis)
+        ties = w == reduce.over(reduce.largest(w))
+        return reduce.plain_sum(jnp.where(ties, z, 0)) / reduce.plain_sum(ties.astype(z.dtype))
+    heaviest = jnp.argmax(w, axis=0)[None] == jnp.arange(w.shape[0]).reshape((-1,) + (1,) * (w.ndim - 1))
+    return jnp.sum(jnp.where(heaviest, z, 0), axis=0)

@@ -1,6 +1,7 @@
-r"""KL and alpha-divergences, their conjugates and their gradients: pure functions, actions on the leading axis.
+r"""KL and alpha-divergences, their conjugates and their gradients: pure functions, actions on one axis.
 
-Arrays over actions are `[A, ...]`; `alpha`, `beta` and `h` have as many axes as `...` and broadcast against it.
+Arrays over actions are `[A, ...]`, or `[..., A]` where the reducers say so; `alpha`, `beta` and `h` have as many axes
+as `...` and broadcast against it.
 
 With a prior `p0` and `h = alpha - 1`, write `eps_h(x) = (e^{h x} - 1)/h` and its inverse `lam_h(x) = log(1 + h x)/h`
 (both the identity at `h = 0`), so that `log_alpha(u) = eps_h(log u)` and `log exp_alpha(x) = lam_h(x)`.
@@ -166,11 +167,26 @@ def alpha_divergence_at(
     upper = alpha >= 0.5
     # One of the two forms divides by a number near 0.
     order, scale = jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
-    heavy = jnp.where(upper[None], policy, prior)
-    divergence = weighted(heavy, eps(ratio, order[None]), reduce.total) + reduce.total(missing(policy, prior, ratio))
+    heavy = jnp.where(reduce.over(upper), policy, prior)
+    divergence = weighted(heavy, eps(ratio, reduce.over(order)), reduce.total) + reduce.total(
+        missing(policy, prior, ratio)
+    )
     divergence = divergence / scale
-    escaped = jnp.any((policy > 0) & jnp.isneginf(log_prior), axis=0)
+    escaped = jnp.any((policy > 0) & jnp.isneginf(log_prior), axis=reduce.axis)
     return jnp.where(escaped, jnp.inf, divergence)
+
+
+def divergence_terms(policy: Array, prior: Array, alpha: Array, ratio: Array) -> Array:
+    """What `alpha_divergence_at` is the sum of, action by action, where no mass is on masked actions.
+
+    Args:
+        policy, prior, ratio: `p`, `p0` and `log(p/p0)`, arrays over actions.
+        alpha: broadcastable to them.
+    """
+    upper = alpha >= 0.5
+    order, scale = jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
+    heavy = jnp.where(upper, policy, prior)
+    return (heavy * eps(jnp.where(heavy == 0, 0, ratio), order) + missing(policy, prior, ratio)) / scale
 
 
 def rounding(policy: Array, log_prior: Array, alpha: Array) -> Array:
@@ -230,13 +246,13 @@ def divergence_tangent(
     terms = []
     if dp is not None:
         h = alpha - 1
-        edge = jnp.where(h > 0, -1 / jnp.where(h > 0, h, 1), 0)[None]
-        slope = jnp.where(jnp.isneginf(ratio), edge, eps(jnp.where(jnp.isneginf(ratio), 0, ratio), h[None]))
-        terms.append(jnp.sum(slope * dp, axis=0))
+        edge = reduce.over(jnp.where(h > 0, -1 / jnp.where(h > 0, h, 1), 0))
+        slope = jnp.where(jnp.isneginf(ratio), edge, eps(jnp.where(jnp.isneginf(ratio), 0, ratio), reduce.over(h)))
+        terms.append(reduce.plain_sum(slope * dp))
     if dlog_prior is not None:
-        moved = eps(ratio, alpha[None])
+        moved = eps(ratio, reduce.over(alpha))
         moved = jnp.where(jnp.isfinite(moved), moved, 0)
-        terms.append(-jnp.sum(jnp.exp(log_prior) * moved * dlog_prior, axis=0))
+        terms.append(-reduce.plain_sum(jnp.exp(log_prior) * moved * dlog_prior))
     if dalpha is not None:
         at = lambda a: alpha_divergence_at(policy, log_prior, a, ratio, reduce)  # noqa: E731
         terms.append(jax.jvp(at, (alpha,), (dalpha,))[1])

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg import _fork, _host, _tree, axes, conjugates, divergences, parameters, worst_cases
+from robustreg import _fork, _host, _tree, axes, conjugates, divergences, layer, parameters, worst_cases
 
 
 class Regulariser:
@@ -43,6 +43,7 @@ class Regulariser:
     beta: Array
     log_prior: Array | None
     state_scale: Array | None
+    reduce = _tree.LANES  # how a bound regulariser sums over actions, and which axis they are on
     has_reference = True  # the cost is that of leaving a distribution, and 0 there
 
     def _value(self, policy: Array) -> Array:
@@ -50,6 +51,12 @@ class Regulariser:
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         raise TypeError(f"{type(self).__name__} does not define _maximiser")
+
+    def _conjugate(self, q: Array) -> Array:
+        return maximise(self, q)[0]
+
+    def _argmax(self, q: Array) -> Array:
+        return maximise(self, q)[1]
 
     def _worst_case(self, policy: Array) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case")
@@ -94,23 +101,19 @@ class Regulariser:
         assert self.log_prior is not None
         return self.log_prior
 
-    @property
-    def _reduce(self) -> _tree.Reducers:
-        """How a bound regulariser sums over actions: `rows` is set for arrays of the user's own."""
-        return _tree.ROWS if getattr(self, "rows", False) else _tree.LANES
-
     @staticmethod
     def _change(dq: Array | None, change: Any) -> conjugates.Change:
         """A direction in q and in the regulariser's own leaves."""
         order = _tree.given(change.alpha) if hasattr(change, "alpha") else None
         return conjugates.Change(dq, _tree.given(change.beta), _tree.given(change.log_prior), order)
 
-    def _rearrange(self, place: Any, dtype: Any, n_actions: int) -> Any:
+    def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
         """The same regulariser with every leaf put through `place(leaf, core_ndim)`; `state_scale` merged in beta."""
         log_prior = self.log_prior
         if log_prior is None:
-            log_prior = jnp.full((n_actions,), -np.log(n_actions), dtype)
-        if log_prior.shape[-1] != n_actions:
+            # (In a user's own array one number will do: an array of them would be folded at compile time.)
+            log_prior = jnp.full((1 if last else n_actions,), -np.log(n_actions), dtype)
+        elif log_prior.shape[-1] != n_actions:
             raise ValueError(f"the prior is over {log_prior.shape[-1]} actions, the values over {n_actions}")
         log_prior = log_prior[None] if log_prior.ndim == 1 else log_prior
         beta = place(self.beta.astype(dtype)[..., None], 1)
@@ -136,8 +139,11 @@ class Regulariser:
         """Lay it out for the kernels: leaves `[*core reversed, *B]`, cast to `dtype`."""
         return self._rearrange(lambda x, core: _tree.lanes_last(x, batch_ndim, core), dtype, n_actions)
 
-    def _public(self, x: ArrayLike, refuse: bool = False) -> tuple[Any, Array]:
-        """The regulariser and `x` with actions leading, aligned: see `axes.align`, to which `refuse` goes."""
+    def _public(self, x: ArrayLike, refuse: bool = False, reduce: _tree.Reducers = _tree.ROWS) -> tuple[Any, Array]:
+        """The regulariser and `x`, aligned, with actions where `reduce` has them.
+
+        See `axes.align`, to which `refuse` goes.
+        """
         _fork.refuse()
         x = jnp.asarray(x)
         x = x.astype(parameters.working(x.dtype))
@@ -147,19 +153,21 @@ class Regulariser:
         rank, at = len(leaves.batch), axes.align(leaves, x.shape, refuse)
 
         def place(leaf: Array, core: int) -> Array:
-            """`[*b, S]` or `[*b, S, A]` to `[(A,) ...]`, with an axis for each of `x` in `[A, ...]`."""
-            leaf = leaf if core == 1 else jnp.moveaxis(leaf, -1, 0)
-            actions, batch, states = leaf.shape[: core - 1], leaf.shape[core - 1 : -1], leaf.shape[-1:]
-            return leaf.reshape(actions + at.place(batch, rank, states))
+            """`[*b, S]` or `[*b, S, A]` with an axis for each of `x` that has no actions, and that of actions."""
+            core_at = leaf.ndim - core
+            batch, states, actions = leaf.shape[:core_at], leaf.shape[core_at : core_at + 1], leaf.shape[core_at + 1 :]
+            leaf = leaf.reshape(at.place(batch, rank, states) + actions)
+            return leaf if core == 1 else jnp.moveaxis(leaf, -1, reduce.axis)
 
-        bound = by_rows(self._rearrange(place, x.dtype, x.shape[-1]))
-        given, x = x.shape, jnp.moveaxis(x.reshape(at.shape), -1, 0)
+        last = reduce is _tree.LAST
+        bound = dataclasses.replace(self._rearrange(place, x.dtype, x.shape[-1], last), reduce=reduce)
+        given, x = x.shape, jnp.moveaxis(x.reshape(at.shape), -1, reduce.axis)
+        parts = bound.beta.shape, getattr(bound, "alpha", bound.beta).shape, reduce.without_actions(bound.log_prior)
         try:
-            order = getattr(bound, "alpha", bound.beta)
-            shape = jnp.broadcast_shapes(x.shape[1:], bound.beta.shape, order.shape, bound.log_prior.shape[1:])
+            shape = jnp.broadcast_shapes(reduce.without_actions(x), *parts)
         except ValueError:
             raise ValueError(axes.mismatch(leaves, given)) from None
-        return bound, jnp.broadcast_to(x, x.shape[:1] + shape)
+        return bound, jnp.broadcast_to(x, (*shape, given[-1]) if last else (given[-1], *shape))
 
     def value(self, policy: ArrayLike) -> Array:
         """Cost of a policy.
@@ -181,7 +189,7 @@ class Regulariser:
         Returns:
             `max_p <p, q> - Omega(p)`, `[*B, ...]`.
         """
-        return _act(self, q, "maximise")[0]
+        return _act(self, q, "_conjugate")
 
     def argmax(self, q: ArrayLike) -> Array:
         """Regularised greedy policy, the gradient of `conjugate`.
@@ -192,7 +200,7 @@ class Regulariser:
         Returns:
             the maximiser, `[*B, ..., A]`.
         """
-        return jnp.moveaxis(_act(self, q, "maximise")[1], 0, -1)
+        return _act(self, q, "_argmax")
 
     def worst_case(self, policy: ArrayLike | None = None, *, log_policy: ArrayLike | None = None) -> Array:
         """Perturbation that hurts a policy the most within the robust set; see `adversary.worst_case`."""
@@ -200,13 +208,14 @@ class Regulariser:
             raise ValueError("give a policy as probabilities or as log_policy, one of the two")
         if log_policy is None:
             assert policy is not None
-            return jnp.moveaxis(_act(self, policy, "_worst_case"), 0, -1)
-        return jnp.moveaxis(_act(self, log_policy, "_worst_case_of_logs"), 0, -1)
+            return _act(self, policy, "_worst_case")
+        return _act(self, log_policy, "_worst_case_of_logs")
 
 
 def by_rows(bound: Any) -> Any:
     """A bound regulariser for which every row of actions is a problem of its own, and lanes are not what matters."""
-    return dataclasses.replace(bound, rows=True) if hasattr(bound, "rows") else bound
+    own = any(field.name == "reduce" for field in dataclasses.fields(bound))
+    return dataclasses.replace(bound, reduce=_tree.ROWS) if own else bound
 
 
 def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
@@ -225,9 +234,9 @@ _ARGUMENTS = {"_value": "policy", "_worst_case": "policy", "_worst_case_of_logs"
 @functools.partial(jax.jit, static_argnames="method")
 def _acted(reg: Regulariser, x: ArrayLike, method: str) -> Any:
     given = jax.dtypes.canonicalize_dtype(jnp.asarray(x).dtype)
-    bound, x = reg._public(x, refuse=True)
-    out = maximise(bound, x) if method == "maximise" else getattr(bound, method)(x)
-    return jax.tree.map(lambda y: y.astype(given) if jnp.issubdtype(given, jnp.floating) else y, out)
+    bound, x = reg._public(x, refuse=True, reduce=_tree.LAST)
+    out = getattr(bound, method)(x)
+    return out.astype(given) if jnp.issubdtype(given, jnp.floating) else out
 
 
 @jax.custom_jvp
@@ -259,17 +268,18 @@ class _Divergence(Regulariser):
         return getattr(self, "alpha", jnp.ones_like(self.beta))
 
     def _value(self, policy: Array) -> Array:
-        return divergences.alpha_divergence(policy, self._prior, self._order, self._reduce) / self.beta
+        return divergences.alpha_divergence(policy, self._prior, self._order, self.reduce) / self.beta
 
     def _value_error(self, policy: Array) -> Array:
         return divergences.rounding(policy, self._prior, self._order) / self.beta
 
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
         change = self._change(dq, change)
-        return conjugates.conjugate_tangent(policy, self._prior, self._order, self.beta, change, self._reduce)
+        return conjugates.conjugate_tangent(policy, self._prior, self._order, self.beta, change, self.reduce)
 
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
-        return conjugates.policy_tangent(policy, self._prior, self._order, self.beta, self._change(dq, change))
+        change = self._change(dq, change)
+        return conjugates.policy_tangent(policy, self._prior, self._order, self.beta, change, self.reduce)
 
     def _policy_change(self, dq: Array) -> Array:
         return conjugates.policy_change(dq, self.beta, self._prior, self._order)
@@ -285,7 +295,7 @@ class KL(_Divergence):
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
-    rows: bool = _tree.static(default=False, repr=False)
+    reduce: _tree.Reducers = _tree.reducers()
 
     def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "KL":
         return KL(beta, log_prior)
@@ -294,13 +304,23 @@ class KL(_Divergence):
         return conjugates.kl_noise(scales, self.beta)
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return conjugates.kl_maximiser(q, self.beta, self._prior, self._reduce)
+        return conjugates.kl_maximiser(q, self.beta, self._prior, self.reduce)
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+        if self.reduce is not _tree.LAST:
+            return super()._conjugate_tangent(policy, q, dq, change)
+        return conjugates.kl_tangents(policy, self._prior, self.beta, self._change(dq, change), self.reduce)[0]
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        if self.reduce is not _tree.LAST:
+            return super()._policy_tangent(policy, dq, change)
+        return conjugates.kl_tangents(policy, self._prior, self.beta, self._change(dq, change), self.reduce)[1]
 
     def _worst_case(self, policy: Array) -> Array:
-        return worst_cases.over(worst_cases.from_policy(policy, self._prior), self.beta)
+        return worst_cases.over(worst_cases.from_policy(policy, self._prior), self.reduce.over(self.beta))
 
     def _worst_case_of_logs(self, log_policy: Array) -> Array:
-        return worst_cases.over(worst_cases.from_log_policy(log_policy, self._prior), self.beta)
+        return worst_cases.over(worst_cases.from_log_policy(log_policy, self._prior), self.reduce.over(self.beta))
 
 
 @_tree.dataclass
@@ -311,7 +331,7 @@ class Alpha(_Divergence):
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
-    rows: bool = _tree.static(default=False, repr=False)
+    reduce: _tree.Reducers = _tree.reducers()
 
     def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Alpha":
         return Alpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
@@ -320,14 +340,17 @@ class Alpha(_Divergence):
         return conjugates.alpha_noise(scales, self.beta, self.alpha)
 
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha, self._reduce)
+        if self.reduce is _tree.LAST:
+            return layer.alpha_maximiser(q, self.beta, self._prior, self.alpha)
+        return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha, self.reduce)
 
     def _worst_case(self, policy: Array) -> Array:
-        return worst_cases.over(worst_cases.from_policy(policy, self._prior, self.alpha, self._reduce), self.beta)
+        gradient = worst_cases.from_policy(policy, self._prior, self.alpha, self.reduce)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
 
     def _worst_case_of_logs(self, log_policy: Array) -> Array:
-        gradient = worst_cases.from_log_policy(log_policy, self._prior, self.alpha, self._reduce)
-        return worst_cases.over(gradient, self.beta)
+        gradient = worst_cases.from_log_policy(log_policy, self._prior, self.alpha, self.reduce)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
 
 
 def kl(

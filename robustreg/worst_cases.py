@@ -46,7 +46,8 @@ def from_log_policy(
     log_policy = jnp.where(absent, -jnp.inf, log_policy)
     if alpha is None:
         return jnp.where(absent, 0, _log_tilt(log_policy, log_prior))
-    return _together(_tilt(log_policy, log_prior, alpha - 1), _offset(log_policy, log_prior, alpha, reduce), absent)
+    offset = reduce.over(_offset(log_policy, log_prior, alpha, reduce))
+    return _together(_tilt(log_policy, log_prior, reduce.over(alpha - 1)), offset, absent)
 
 
 def from_policy(
@@ -57,22 +58,22 @@ def from_policy(
     if alpha is None:
         total = jnp.where(absent, 0, _log_tilt_of(policy, log_prior))
     else:
-        tilt = _tilt_of(policy, log_prior, alpha - 1)
-        total = _together(tilt, _offset_of(policy, log_prior, alpha, reduce), absent)
+        tilt = _tilt_of(policy, log_prior, reduce.over(alpha - 1))
+        total = _together(tilt, reduce.over(_offset_of(policy, log_prior, alpha, reduce)), absent)
     return jnp.where(jnp.isnan(policy), jnp.nan, total)
 
 
 def _together(tilt: Array, offset: Array, absent: Array) -> Array:
     # At alpha <= 0 an omitted action makes D infinite, and (1 - alpha) D - inf undefined: the -inf of the omitted
     # action itself is kept, every other entry is +inf.
-    total = jnp.where(jnp.isneginf(tilt), tilt, tilt + offset[None])
+    total = jnp.where(jnp.isneginf(tilt), tilt, tilt + offset)
     return jnp.where(absent, 0, total)
 
 
 @jax.custom_jvp
 def over(x: Array, beta: Array) -> Array:
-    """`x/beta`, whose derivative in beta is lost where x is infinite, for who asks for it."""
-    return x / beta[None]
+    """`x/beta`, whose derivative in beta is lost where x is infinite, for who asks for it. They broadcast."""
+    return x / beta
 
 
 @over.defjvp
@@ -80,7 +81,7 @@ def _over_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tu
     (x, beta), (dx, dbeta) = primals, tangents
     lost = jnp.isinf(x)
     rate = over(jnp.where(lost, 1, x), beta)
-    return over(x, beta), dx / beta[None] - rate * _tree.gate(jnp.broadcast_to((dbeta / beta)[None], x.shape), lost)
+    return over(x, beta), dx / beta - rate * _tree.gate(jnp.broadcast_to(dbeta / beta, x.shape), lost)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -114,8 +115,8 @@ def _order_slope(ratio: Array, h: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def _tilt(log_policy: Array, log_prior: Array, h: Array) -> Array:
-    """`eps_h(L)`, `[A, ...]`."""
-    return eps(_ratio(log_policy, log_prior), h[None])
+    """`eps_h(L)`, `[A, ...]`, of an `h` that broadcasts against it."""
+    return eps(_ratio(log_policy, log_prior), h)
 
 
 def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -124,7 +125,7 @@ def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Ar
     ratio = _ratio(log_policy, log_prior)
     masked = jnp.isneginf(log_prior)
     total = _by_order(ratio, h, dh, out)
-    slope, lost = _slope(ratio, h[None])
+    slope, lost = _slope(ratio, h)
     moved = [t if sign > 0 else -t for t, sign in ((dlog, 1), (dprior, -1)) if t is not None]
     for t in moved:
         t = jnp.where(masked, 0, jnp.broadcast_to(t, out.shape))
@@ -145,8 +146,8 @@ def _log_tilt(log_policy: Array, log_prior: Array) -> Array:
 def _by_order(ratio: Array, h: Array, dh: Array | None, out: Array) -> Array:
     if dh is None:
         return jnp.zeros_like(out)
-    rate, lost = _order_slope(ratio, h[None])
-    return rate * _tree.gate(jnp.broadcast_to(dh[None], out.shape), lost)
+    rate, lost = _order_slope(ratio, h)
+    return rate * _tree.gate(jnp.broadcast_to(dh, out.shape), lost)
 
 
 def _times_eps(weight: Array, log_prior: Array, ratio: Array, h: Array, alpha: Array) -> Array:
@@ -163,10 +164,11 @@ def _times_eps(weight: Array, log_prior: Array, ratio: Array, h: Array, alpha: A
 def _divergence(policy: Array, log_prior: Array, alpha: Array, ratio: Array, reduce: _tree.Reducers) -> Array:
     """`D_alpha`, `[...]`, from the form that is regular at its alpha; see `divergences`."""
     h, upper = alpha - 1, alpha >= 0.5
-    weight = jnp.where(upper[None], policy, jnp.exp(log_prior))
-    terms = _times_eps(weight, log_prior, ratio, jnp.where(upper, h, alpha)[None], alpha[None])
+    weight = jnp.where(reduce.over(upper), policy, jnp.exp(log_prior))
+    order = reduce.over(jnp.where(upper, h, alpha))
+    terms = _times_eps(weight, log_prior, ratio, order, reduce.over(alpha))
     divergence = reduce.total(terms) / jnp.where(upper, alpha, h)
-    escaped = jnp.any(jnp.isposinf(ratio), axis=0)
+    escaped = jnp.any(jnp.isposinf(ratio), axis=reduce.axis)
     return jnp.where(escaped, jnp.inf, divergence)
 
 
@@ -185,23 +187,25 @@ def _offset_jvp(reduce: _tree.Reducers, primals: tuple[Array, ...], tangents: tu
     (log_policy, log_prior, alpha), (dlog, dprior, dalpha) = primals, (_tree.given(t) for t in tangents)
     out = _offset(*primals, reduce)
     policy, ratio = jnp.exp(log_policy), _ratio(log_policy, log_prior)
-    h, order = (alpha - 1)[None], alpha[None]
+    h, order = reduce.over(alpha - 1), reduce.over(alpha)
     total = _by_order_of(policy, log_prior, alpha, ratio, dalpha, reduce)
     if dlog is not None:
-        total = total - h[0] * _against(_times_eps(policy, log_prior, ratio, h, order), dlog)
+        total = total - (alpha - 1) * _against(_times_eps(policy, log_prior, ratio, h, order), dlog, reduce)
     if dprior is not None:
-        total = total + h[0] * _against(_times_eps(jnp.exp(log_prior), log_prior, ratio, order, order), dprior)
+        rate = _times_eps(jnp.exp(log_prior), log_prior, ratio, order, order)
+        total = total + (alpha - 1) * _against(rate, dprior, reduce)
     return out, _tree.gate(jnp.broadcast_to(total, out.shape), jnp.isinf(out))
 
 
 _offset.defjvp(_offset_jvp, symbolic_zeros=True)
 
 
-def _against(rate: Array, change: Array, silent: Array | None = None) -> Array:
+def _against(rate: Array, change: Array, reduce: _tree.Reducers, silent: Array | None = None) -> Array:
     """`sum_a rate change`, lost where a rate is infinite, unless what it is for is `silent` about it."""
     infinite = jnp.isinf(rate)
     lost = infinite if silent is None else infinite & ~silent
-    return jnp.sum(jnp.where(infinite, 1, rate) * _tree.gate(jnp.broadcast_to(change, rate.shape), lost), axis=0)
+    moved = _tree.gate(jnp.broadcast_to(change, rate.shape), lost)
+    return reduce.plain_sum(jnp.where(infinite, 1, rate) * moved)
 
 
 def _by_order_of(
@@ -209,7 +213,7 @@ def _by_order_of(
 ) -> Array:
     """Change of `psi` with alpha, `[...]`, where it is finite."""
     if dalpha is None:
-        return jnp.zeros(policy.shape[1:], policy.dtype)
+        return jnp.zeros(reduce.without_actions(policy), policy.dtype)
     fixed = lambda a: _divergence(policy, log_prior, a, ratio, reduce)  # noqa: E731
     value, change = jax.jvp(fixed, (alpha,), (dalpha,))
     return (1 - alpha) * change - jnp.where(jnp.isinf(value), 0, value) * dalpha
@@ -252,7 +256,7 @@ _power.defjvp(_power_jvp, symbolic_zeros=True)
 @jax.custom_jvp
 def _tilt_of(policy: Array, log_prior: Array, h: Array) -> Array:
     """`eps_h(log(p/p0))`, `[A, ...]`, with derivatives in p: `p^(h-1) p0^-h`, infinite at `p = 0` for h < 1."""
-    return eps(log_ratio(policy, log_prior), h[None])
+    return eps(log_ratio(policy, log_prior), h)
 
 
 def _tilt_of_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -261,13 +265,13 @@ def _tilt_of_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple
     ratio = log_ratio(policy, log_prior)
     masked = jnp.isneginf(log_prior)
     total = _by_order(ratio, h, dh, out)
-    order = jnp.broadcast_to(h[None], out.shape)
+    order = jnp.broadcast_to(h, out.shape)
     if dp is not None:
         rate = _power(policy, log_prior, order - 1, order)
         lost = jnp.isinf(rate) | ((policy == 0) & ~masked & (order < 1)) | ((policy > 0) & masked)
         total = total + jnp.where(lost, 1, rate) * _tree.gate(dp, lost)
     if dprior is not None:
-        slope, lost = _slope(ratio, h[None])
+        slope, lost = _slope(ratio, h)
         dprior = jnp.where(masked, 0, jnp.broadcast_to(dprior, out.shape))
         total = total - slope * _tree.gate(dprior, lost & ~masked)
     return out, total
@@ -312,11 +316,12 @@ def _offset_of_jvp(
     out = _offset_of(*primals, reduce)
     total = _by_order_of(policy, log_prior, alpha, log_ratio(policy, log_prior), dalpha, reduce)
     # At alpha = 1 nothing of D is left, however steep it is.
-    h, none = alpha - 1, (alpha == 1)[None]
+    h, none = alpha - 1, reduce.over(alpha == 1)
     if dp is not None:
-        total = total - h * _against(_tilt_of(policy, log_prior, h), dp, none)
+        total = total - h * _against(_tilt_of(policy, log_prior, reduce.over(h)), dp, reduce, none)
     if dprior is not None:
-        total = total + h * _against(jnp.exp(log_prior) * _tilt_of(policy, log_prior, alpha), dprior, none)
+        rate = jnp.exp(log_prior) * _tilt_of(policy, log_prior, reduce.over(alpha))
+        total = total + h * _against(rate, dprior, reduce, none)
     return out, _tree.gate(jnp.broadcast_to(total, out.shape), jnp.isinf(out))
 
 

@@ -94,9 +94,10 @@ def test_a_program_of_an_mdp_is_exported_and_read_again():
         ("c", "go", "a", 1.0, 0),
     ]
     m = rr.from_table(rows, 0.9)
-    program = export.export(jax.jit(lambda m, beta: rr.solve(m, rr.kl(beta))))(m, BETAS)
+    reg = rr.kl(BETAS)
+    program = export.export(jax.jit(rr.solve))(m, reg)
     again = export.deserialize(program.serialize())
-    found, direct = again.call(m, BETAS), rr.solve(m, rr.kl(BETAS))
+    found, direct = again.call(m, reg), rr.solve(m, reg)
     assert isinstance(found, rr.Solution)
     np.testing.assert_allclose(found.value, direct.value, rtol=1e-12)
     grid = rr.problems.slippery_grid(3, 0.9)

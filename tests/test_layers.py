@@ -16,6 +16,7 @@ LAYERS = (
     ("containers", "table_forms"),
     ("divergences", "patterns", "axes", "parameters", "elimination"),
     ("conjugates", "worst_cases"),
+    ("layer",),
     ("regularisers", "transitions"),
     ("successors", "gauge", "masks", "ranges"),
     ("function_checks", "rewards"),

@@ -1,0 +1,243 @@
+"""How close do the one-step methods come to what a deep-learning library has built in?
+
+    python benchmarks/layer.py [--shapes 4096x64,512x1024,8x128000] [--dtype float32|bfloat16] [--repeats 9]
+                               [--json FILE]
+
+Logits `[rows, A]`, normal with standard deviation 3, beta .5. Beside each method is what one would write instead:
+
+* KL's `argmax` and `conjugate`: `jax.nn.softmax` and `jax.nn.logsumexp`; with a prior and a beta of each row, of
+  `log_prior + beta * x`;
+* KL's worst case of the logarithms of its policy: `jax.nn.log_softmax`;
+* alpha 2 and 1.5: sparsemax and entmax by sorting [Martins and Astudillo 2016; Peters et al. 2019], whole rows, in JAX;
+* alpha 1.7: 50 steps of bisection, as general entmax is computed.
+
+(`--shapes 1024x32000` takes minutes, most of them to sort.)
+
+`forward` is one call, `both` a call and its vector-Jacobian product, in milliseconds: medians of warm, interleaved
+calls. The factors are times of the baseline: below 1 is faster than it. `memory` is the scratch space and the results
+of `both`, in units of the logits. `error` is the largest deviation from the baseline's forward result.
+
+Typical printout (2 shared CPU cores):
+
+    commit 2c287d5, device cpu, machine x86_64, jax 0.12.0.1
+    [4096, 64], float32
+                              forward  factor     both  factor  memory    error
+      kl argmax                  0.43    1.13     0.75    0.89     2.0    2e-07
+      kl argmax, prior           0.55    1.38     1.21    0.85     2.0    1e-07
+      kl conjugate               0.39    1.02     0.45    1.00     2.1    1e-06
+      kl conjugate, prior        0.58    1.21     0.58    1.00     4.3    1e-06
+      kl worst case              0.45    1.15     0.86    0.96     4.0    0e+00
+      alpha 1.5 argmax           1.56    0.14     2.42    0.20     5.1    1e-07
+      alpha 2 argmax             1.81    0.17     2.52    0.23     5.1    2e-08
+      alpha 1.7 argmax           2.92    0.25     3.86    0.32     5.1    6e-08
+    [512, 1024], float32
+                              forward  factor     both  factor  memory    error
+      kl argmax                  0.67    1.23     1.10    1.25     3.0    2e-08
+      kl argmax, prior           0.82    1.20     1.44    1.21     3.0    6e-08
+      kl conjugate               0.61    1.08     0.64    0.84     2.0    1e-06
+      kl conjugate, prior        0.79    1.36     0.92    1.26     4.3    1e-06
+      kl worst case              0.48    0.87     1.30    1.00     2.0    0e+00
+      alpha 1.5 argmax           2.63    0.08     3.84    0.11     4.0    2e-08
+      alpha 2 argmax             2.77    0.09     4.12    0.12     4.0    2e-09
+      alpha 1.7 argmax           8.24    0.21    10.43    0.25     4.0    5e-09
+    [8, 128000], float32
+                              forward  factor     both  factor  memory    error
+      kl argmax                  1.45    1.35     2.23    0.97     3.0    7e-10
+      kl argmax, prior           1.33    1.38     2.20    1.06     3.0    3e-09
+      kl conjugate               1.04    0.79     0.96    0.75     2.0    1e-06
+      kl conjugate, prior        1.19    1.14     1.33    1.00     4.3    1e-06
+      kl worst case              1.43    1.21     1.94    0.79     2.0    0e+00
+      alpha 1.5 argmax           5.25    0.05     8.40    0.08     4.0    1e-10
+      alpha 2 argmax             8.09    0.04    12.23    0.08     4.0    3e-11
+      alpha 1.7 argmax          10.10    0.26    13.36    0.31     4.0    7e-11
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if __package__:
+    from benchmarks.solvers import commit, timed
+else:
+    from solvers import commit, timed
+
+BETA = 0.5
+SHAPES = "4096x64,512x1024,8x128000"
+
+
+def with_gradient(policy: Callable[[Any], Any], weight: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A policy whose derivative is `w (g - <w, g>/W)`, as entmax has it."""
+    wrapped = jax.custom_vjp(policy)
+
+    def backward(p: Any, g: Any) -> tuple[Any]:
+        w = weight(p)
+        return (w * (g - jnp.sum(w * g, -1, keepdims=True) / jnp.sum(w, -1, keepdims=True)),)
+
+    wrapped.defvjp(lambda x: (policy(x),) * 2, backward)
+    return wrapped
+
+
+def sparsemax(x: Any) -> Any:
+    """Projection onto the simplex by sorting."""
+    ordered = -jnp.sort(-x, axis=-1)
+    count = jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype)
+    excess = jnp.cumsum(ordered, axis=-1) - 1
+    size = jnp.sum(count * ordered > excess, axis=-1, keepdims=True, dtype=jnp.int32)
+    return jnp.maximum(x - jnp.take_along_axis(excess, size - 1, -1) / size.astype(x.dtype), 0)
+
+
+def entmax15(x: Any) -> Any:
+    """Entmax of order 1.5 by sorting."""
+    x = (x - jnp.max(x, axis=-1, keepdims=True)) / 2
+    ordered = -jnp.sort(-x, axis=-1)
+    count = jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype)
+    mean, square = jnp.cumsum(ordered, axis=-1) / count, jnp.cumsum(ordered**2, axis=-1) / count
+    tau = mean - jnp.sqrt(jnp.maximum((1 - count * (square - mean**2)) / count, 0))
+    size = jnp.sum(tau <= ordered, axis=-1, keepdims=True, dtype=jnp.int32)
+    return jnp.maximum(x - jnp.take_along_axis(tau, size - 1, -1), 0) ** 2
+
+
+def bisected(alpha: float, steps: int = 50) -> Callable[[Any], Any]:
+    """Entmax of any order by bisection."""
+
+    def power(y: Any, k: float) -> Any:
+        return jnp.where(y > 0, jnp.exp(k * jnp.log(jnp.where(y > 0, y, 1))), 0)
+
+    def policy(x: Any) -> Any:
+        x = (alpha - 1) * x
+        top = jnp.max(x, axis=-1, keepdims=True)
+
+        def halve(_: int, state: Any) -> Any:
+            low, width = state
+            middle = low + width / 2
+            enough = jnp.sum(power(x - middle, 1 / (alpha - 1)), axis=-1, keepdims=True) >= 1
+            return jnp.where(enough, middle, low), width / 2
+
+        width = jnp.full_like(top, 1 - x.shape[-1] ** (1 - alpha))
+        p = power(x - jax.lax.fori_loop(0, steps, halve, (top - 1, width))[0], 1 / (alpha - 1))
+        return p / jnp.sum(p, axis=-1, keepdims=True)
+
+    return with_gradient(policy, lambda p: power(p, 2 - alpha))
+
+
+def entmax(alpha: float) -> Callable[[Any], Any]:
+    """The baseline of an order, on `beta x` against the uniform prior."""
+    forms = {
+        1.5: with_gradient(entmax15, jnp.sqrt),
+        2.0: with_gradient(sparsemax, lambda p: (p > 0).astype(p.dtype)),
+    }
+    form = forms.get(alpha) or bisected(alpha)
+    return lambda x: form(x.shape[-1] ** (1 - alpha) * BETA * x)
+
+
+def pairs(rows: int, actions: int, dtype: Any) -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
+    """What is compared: the library's function of the logits and the baseline, by name."""
+    import robustreg as rr
+
+    logits = jax.random.normal(jax.random.key(1), (rows, actions), jnp.float32)
+    log_prior, beta = jax.nn.log_softmax(logits), jnp.full(rows, BETA, jnp.float32)
+    kl = rr.kl(np.float32(BETA))
+    own = rr.kl(np.float32(1), log_prior=log_prior, state_scale=beta)
+    shifted = lambda x: log_prior + beta[:, None] * x.astype(jnp.float32)  # noqa: E731
+    found = {
+        "kl argmax": (kl.argmax, lambda x: jax.nn.softmax(BETA * x)),
+        "kl argmax, prior": (own.argmax, lambda x: jax.nn.softmax(shifted(x)).astype(x.dtype)),
+        "kl conjugate": (kl.conjugate, lambda x: (jax.nn.logsumexp(BETA * x, -1) - np.log(actions)) / BETA),
+        "kl conjugate, prior": (own.conjugate, lambda x: (jax.nn.logsumexp(shifted(x), -1) / beta).astype(x.dtype)),
+        "kl worst case": (
+            lambda x: rr.worst_case(kl, log_policy=jax.nn.log_softmax(BETA * x)),
+            lambda x: (jax.nn.log_softmax(BETA * x) + np.log(actions)) / BETA,
+        ),
+    }
+    for alpha in (1.5, 2.0, 1.7):
+        reg = rr.alpha(np.float32(alpha), np.float32(BETA))
+        found[f"alpha {alpha:g} argmax"] = (reg.argmax, entmax(alpha))
+    return found
+
+
+def both(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """A function with its vector-Jacobian product."""
+
+    def run(x: Any, g: Any) -> Any:
+        y, pull = jax.vjp(function, x)
+        return y, pull(g.astype(y.dtype))[0]
+
+    return run
+
+
+def compare(shape: tuple[int, int], dtype: Any, repeats: int) -> list[dict[str, Any]]:
+    """Rows of one shape: one per method."""
+    x = (3 * jax.random.normal(jax.random.key(0), shape, jnp.float32)).astype(dtype)
+    rows = []
+    for name, pair in pairs(*shape, dtype).items():
+        results = [jax.eval_shape(function, x) for function in pair]
+        g = jax.random.normal(jax.random.key(2), results[0].shape, jnp.float32).astype(dtype)
+        forward = [jax.jit(function).lower(x).compile() for function in pair]
+        whole = [jax.jit(both(function)).lower(x, g).compile() for function in pair]
+        answers = [np.asarray(program(x), np.float64) for program in forward]
+        times: list[list[float]] = [[] for _ in range(4)]
+        for _ in range(repeats + 1):
+            for i, program in enumerate((*forward, *whole)):
+                arguments = (x,) if i < 2 else (x, g)
+                times[i].append(timed(lambda program=program, arguments=arguments: program(*arguments)))
+        median = [1e3 * float(np.median(t[1:])) for t in times]
+        memory: Any = whole[0].memory_analysis()
+        rows.append(
+            {
+                "shape": list(shape),
+                "dtype": str(jnp.dtype(dtype)),
+                "what": name,
+                "forward_ms": median[0],
+                "forward_of_baseline": median[0] / median[1],
+                "both_ms": median[2],
+                "both_of_baseline": median[2] / median[3],
+                "memory": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / x.nbytes,
+                "error": float(np.abs(answers[0] - answers[1]).max()),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table of one shape."""
+    print(f"{rows[0]['shape']}, {rows[0]['dtype']}")
+    print(f"  {'':<22}{'forward':>9}{'factor':>8}{'both':>9}{'factor':>8}{'memory':>8}{'error':>9}")
+    for row in rows:
+        print(
+            f"  {row['what']:<22}{row['forward_ms']:>9.2f}{row['forward_of_baseline']:>8.2f}{row['both_ms']:>9.2f}"
+            f"{row['both_of_baseline']:>8.2f}{row['memory']:>8.1f}{row['error']:>9.0e}"
+        )
+
+
+def main() -> None:
+    """Run every shape, print the tables, and write JSON lines if asked to."""
+    parser = argparse.ArgumentParser(description="cost of the one-step methods beside softmax and entmax")
+    parser.add_argument("--shapes", default=SHAPES, help="rows x actions, comma-separated")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", help="append JSON lines to this file")
+    arguments = parser.parse_args()
+    about = {
+        "commit": commit(),
+        "device": str(jax.devices()[0].device_kind),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    for text in arguments.shapes.split(","):
+        rows, actions = map(int, text.split("x"))
+        found = compare((rows, actions), jnp.dtype(arguments.dtype), arguments.repeats)
+        show(found)
+        if arguments.json:
+            with open(arguments.json, "a") as file:
+                file.writelines(json.dumps(about | row) + "\n" for row in found)
+
+
+if __name__ == "__main__":
+    main()
