@@ -132,6 +132,8 @@ def _flatten(obj: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
             fields[field.name] = {"names": value.to_json()}
             continue
         name = f"{prefix}.{field.name}".lstrip(".")
+        if static and value is not None and field.metadata["write"]:
+            value = field.metadata["write"](value)
         fields[field.name] = {"static": value} if static else _flatten(value, name, arrays)
     return {"class": type(obj).__name__, "fields": fields}
 
@@ -143,11 +145,16 @@ def _rebuild(tree: Any, archive: Arrays) -> Any:
         return jnp.asarray(archive.read(tree["array"]))
     if "names" in tree:
         return Names.from_json(tree["names"])
-    if "static" in tree:
-        value = tree["static"]
-        return tuple(value) if isinstance(value, list) else value
-    fields = {name: _rebuild(part, archive) for name, part in tree["fields"].items()}
-    return _CLASSES[tree["class"]](**fields)
+    kind: Any = _CLASSES[tree["class"]]
+    fields = {}
+    for field in dataclasses.fields(kind):
+        part = tree["fields"].get(field.name)
+        if part and "static" in part:
+            value, read = part["static"], field.metadata["read"]
+            fields[field.name] = read(value) if read and value is not None else value
+        elif field.name in tree["fields"]:
+            fields[field.name] = _rebuild(part, archive)
+    return kind(**fields)
 
 
 def _jsonable(value: Any) -> Any:
