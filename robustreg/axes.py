@@ -6,7 +6,7 @@ solution has `[lanes, S, A]` in which the regulariser's axes are the *last* of t
 in as well where the other reading does not fit. What can be read in two ways is refused, with both.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -51,7 +51,8 @@ class Leaves(NamedTuple):
         }
         own = {name: shape for name, shape in own.items() if shape}
         try:
-            return jnp.broadcast_shapes(*own.values())
+            shape: Any = jnp.broadcast_shapes(*own.values())
+            return shape
         except ValueError:
             raise ValueError(self._mismatch(own)) from None
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 from jax.typing import ArrayLike
 
 from robustreg import _host, _tree
@@ -375,6 +375,6 @@ def _without_traced(function: Any, *like: Any) -> Any:
     def explicit(*arguments: Any) -> Array:
         consts = dict(enumerate(closed.consts)) | dict(zip(where, arguments[len(like) :]))
         leaves = jax.tree.leaves(arguments[: len(like)])
-        return jax.core.eval_jaxpr(closed.jaxpr, [consts[i] for i in sorted(consts)], *leaves)[0]
+        return eval_jaxpr(closed.jaxpr, [consts[i] for i in sorted(consts)], *leaves)[0]
 
     return explicit, tuple(closed.consts[i] for i in where)
