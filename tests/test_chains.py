@@ -208,7 +208,7 @@ def test_a_value_that_the_loop_knows_to_three_digits_is_eliminated_for(seed):
     leak = 2.0 ** -(np.arange(count) % 20 + 1)[:, None, None]
     P = (1 - leak) * deterministic((here + 1) % n) + leak * deterministic(np.zeros_like(here))
     reward = np.round(rng.normal(size=(count, n, 1)) * 64) / 64
-    m = rr.mdp(*(x.astype(np.float32) for x in (P[:, :, None], reward)), 0.99, layout="sas")
+    m = rr.mdp(P[:, :, None].astype(np.float32), reward.astype(np.float32), 0.99, layout="sas")
     value = np.asarray(rr.evaluate(m, np.ones((count, n, 1), np.float32)))
     truth = np.linalg.solve(np.eye(n) - 0.99 * P, reward)[..., 0]
     assert (np.abs(value - truth).max(-1) <= 2e-3 * np.abs(truth).max(-1)).all()
