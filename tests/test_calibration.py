@@ -89,7 +89,7 @@ def test_kl_state_scale_and_reductions():
     # Two programs: a root near 0 is as `-2 mean/variance`, and a mean close to 0 is known to rounding of its summands.
     root = np.isfinite(plain) & (plain > 0)
     np.testing.assert_array_equal(radius[~root], plain[~root])
-    condition = (np.where(ALLOWED, np.abs(x), 0).max(-1) / np.abs((PRIOR * x).sum(-1)))[root]
+    condition = np.where(ALLOWED, np.abs(x), 0).max(-1)[root] / np.abs((PRIOR * x).sum(-1)[root])
     assert (np.abs(7 * radius[root] / plain[root] - 1) <= 1e-12 + np.finfo(float).eps * condition).all()
     two = np.stack([[-1.0, 3.0], [0.5, -2.0]])
     uniform = np.asarray(rr.critical_beta(rr.kl(np.array([1.0, 2.0])), np.stack([two, 2 * two])))
