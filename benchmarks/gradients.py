@@ -45,7 +45,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import platform
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -55,9 +54,9 @@ import jax.numpy as jnp
 import numpy as np
 
 if __package__:
-    from benchmarks.solvers import TOL, commit, timed
+    from benchmarks.solvers import TOL, run_on, timed
 else:
-    from solvers import TOL, commit, timed
+    from solvers import TOL, run_on, timed
 
 
 def sweep(mdp: Any) -> Callable[..., jax.Array]:
@@ -215,9 +214,7 @@ def main() -> None:
         ("slippery grid", problems.slippery_grid(32, 0.99, dtype=dtype), 3.0),
         ("large Garnet", problems.garnet(100_000, 4, 3, 0.99, seed=0, dtype=dtype), 10.0),
     ]
-    device = str(jax.devices()[0].device_kind)
-    about = {"commit": commit(), "device": device, "machine": platform.machine(), "jax": jax.__version__}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    about = run_on()
     for name, mdp, beta in cases:
         rows = compare(name, mdp, beta, arguments.repeats)
         show(rows)

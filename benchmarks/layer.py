@@ -54,7 +54,6 @@ Typical printout (2 shared CPU cores):
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +62,9 @@ import jax.numpy as jnp
 import numpy as np
 
 if __package__:
-    from benchmarks.solvers import commit, timed
+    from benchmarks.solvers import run_on, timed
 else:
-    from solvers import commit, timed
+    from solvers import run_on, timed
 
 BETA = 0.5
 SHAPES = "4096x64,512x1024,8x128000"
@@ -223,13 +222,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", help="append JSON lines to this file")
     arguments = parser.parse_args()
-    about = {
-        "commit": commit(),
-        "device": str(jax.devices()[0].device_kind),
-        "machine": platform.machine(),
-        "jax": jax.__version__,
-    }
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    about = run_on()
     for text in arguments.shapes.split(","):
         rows, actions = map(int, text.split("x"))
         found = compare((rows, actions), jnp.dtype(arguments.dtype), arguments.repeats)

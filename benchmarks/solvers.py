@@ -95,6 +95,14 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def run_on(**more: Any) -> dict[str, Any]:
+    """Where and of what a run is, with what `more` there is to say of it; printed, and for every line of JSON."""
+    device = str(jax.devices()[0].device_kind)
+    about = {"commit": commit(), "device": device, "machine": platform.machine(), "jax": jax.__version__} | more
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    return about
+
+
 def commit() -> str:
     """Short hash of the checkout, or "unknown" outside one."""
     try:
@@ -186,14 +194,7 @@ def main() -> None:
     cases = [("Garnet", problems.garnet(500, 8, 8, 0.99, seed=0, dtype=dtype), 10.0)]
     for discount, beta in ((0.99, 3.0), (0.999, 0.1), (0.999, 1.0)):
         cases.append(("slippery grid", problems.slippery_grid(32, discount, dtype=dtype), beta))
-    about = {
-        "commit": commit(),
-        "device": str(jax.devices()[0].device_kind),
-        "machine": platform.machine(),
-        "jax": jax.__version__,
-        "robustreg": importlib.metadata.version("robustreg"),
-    }
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    about = run_on(robustreg=importlib.metadata.version("robustreg"))
     for name, mdp, beta in cases:
         rows = compare(name, mdp, beta, arguments.repeats)
         show(rows)

@@ -84,7 +84,6 @@ column):
 
 import argparse
 import json
-import platform
 import resource
 from collections.abc import Callable
 from typing import Any
@@ -95,10 +94,10 @@ import numpy as np
 
 if __package__:
     from benchmarks.gradients import optional
-    from benchmarks.solvers import commit, timed
+    from benchmarks.solvers import run_on, timed
 else:
     from gradients import optional
-    from solvers import commit, timed
+    from solvers import run_on, timed
 
 SECTIONS = ("against", "mixed", "cells", "states")
 Soft = Callable[[jax.Array, jax.Array], jax.Array]
@@ -322,9 +321,7 @@ def main() -> None:
         parser.error(f"no section {unknown[0]!r}; there are: {', '.join(SECTIONS)}")
     jax.config.update("jax_enable_x64", options.dtype == "float64")
     dtype = np.dtype(options.dtype)
-    about = {"commit": commit(), "device": str(jax.devices()[0].device_kind), "machine": platform.machine()}
-    about |= {"jax": jax.__version__, "dtype": options.dtype}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    about = run_on(dtype=options.dtype)
     print(HEAD)
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "against": lambda: against(dtype, options.lanes, options.repeats),

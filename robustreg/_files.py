@@ -78,12 +78,13 @@ def _remove(partial: Path) -> None:
 def of_the_dead(partial: Path) -> bool:
     """Whether a partial file was left by a process of this host that is no more."""
     host, _, pid = partial.name.removesuffix(".partial").rpartition(".")
-    if not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():
+    # (Elsewhere signal 0 is no question, it interrupts.)
+    if os.name != "posix" or not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():
         return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
     except OSError:  # somebody else's
-        return False
+        pass
     return False

@@ -56,8 +56,7 @@ def number(name: str, value: Any) -> Any:
         array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} is a ragged nested sequence; pass an array with one length per axis") from error
-    numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
-    if not numeric:
+    if not _is_real(array.dtype):
         raise TypeError(f"{name} has dtype {array.dtype}; pass an array of real numbers")
     return array.astype(np.float64)
 
@@ -101,11 +100,10 @@ def operand(name: str, x: Any, dtype: Any) -> Any:
 
     Numbers stay with NumPy: to put one on a device takes 50 us, which is what a small solve takes as well.
     """
-    if isinstance(x, int | float) and abs(x) < 2**63:
+    numbers = isinstance(x, np.generic | np.ndarray) and _is_real(x.dtype)
+    if numbers or (isinstance(x, int | float) and abs(x) < 2**63):
         return np.asarray(x, dtype)
-    return (
-        np.asarray(x, dtype) if isinstance(x, np.generic | np.ndarray) and _is_real(x.dtype) else array(name, x, dtype)
-    )
+    return array(name, x, dtype)
 
 
 def array(name: str, value: Any, dtype: Any = None) -> jax.Array:

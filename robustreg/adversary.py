@@ -312,7 +312,7 @@ def _evaluation(problem: bellman.Lanes) -> Solver:
     return solvers.Newton(
         forcing=100 * float(jnp.finfo(problem.dtype).eps),
         inner_steps=linear.KRYLOV_STEPS,
-        patience=linear.patience(problem.n_states),
+        patience=linear.idle_steps(problem.n_states),
         max_steps=6 if few else 200,
     )
 

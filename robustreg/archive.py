@@ -24,7 +24,6 @@ from robustreg.certificates import Certificate
 from robustreg.game import Game
 from robustreg.guarantees import Guarantee
 from robustreg.mdp import MDP
-from robustreg.names import Names
 from robustreg.regularisers import KL, Alpha
 from robustreg.solution import Solution
 from robustreg.successors import Successors
@@ -128,9 +127,6 @@ def _flatten(obj: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
     for field in dataclasses.fields(obj):
         value = getattr(obj, field.name)
         static = field.metadata.get("static", False)
-        if isinstance(value, Names):
-            fields[field.name] = {"names": value.to_json()}
-            continue
         name = f"{prefix}.{field.name}".lstrip(".")
         if static and value is not None and field.metadata["write"]:
             value = field.metadata["write"](value)
@@ -143,14 +139,13 @@ def _rebuild(tree: Any, archive: Arrays) -> Any:
         return None
     if "array" in tree:
         return jnp.asarray(archive.read(tree["array"]))
-    if "names" in tree:
-        return Names.from_json(tree["names"])
     kind: Any = _CLASSES[tree["class"]]
     fields = {}
     for field in dataclasses.fields(kind):
         part = tree["fields"].get(field.name)
-        if part and "static" in part:
-            value, read = part["static"], field.metadata["read"]
+        if field.metadata.get("static", False) and part:
+            # (Once names had a tag of their own.)
+            value, read = part.get("static", part.get("names")), field.metadata["read"]
             fields[field.name] = read(value) if read and value is not None else value
         elif field.name in tree["fields"]:
             fields[field.name] = _rebuild(part, archive)

@@ -185,15 +185,11 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(factory)
     def build(**arguments: Any) -> Any:
-        arrays: dict[str, np.ndarray] = {}
-        for name, value in arguments.items():
-            try:
-                arrays[name] = np.asarray(value)
-            except ValueError:
-                arrays[name] = np.array("ragged")
-            if arrays[name].dtype.kind not in "iuf" or _has_bool(value):
-                raise ValueError(f"{name} is {_brief(value)}; expected a number or a list of numbers")
-        return factory(**{name: array.astype(float) for name, array in arrays.items()})
+        arrays = {name: _numbers(value) for name, value in arguments.items()}
+        for name, array in arrays.items():
+            if array is None:
+                raise ValueError(f"{name} is {_brief(arguments[name])}; expected a number or a list of numbers")
+        return factory(**arrays)
 
     return build
 
@@ -278,13 +274,9 @@ def load_sweep(path: str | Path) -> SweepJob:
 def values(x: Any, where: str) -> np.ndarray:
     """Grid values: a list, or a range."""
     if isinstance(x, list):
-        try:
-            array = np.asarray(x)
-        except ValueError:
-            array = np.array("ragged")
-        if array.dtype.kind not in "iuf" or _has_bool(x):
+        if (array := _numbers(x)) is None:
             raise ConfigError(f"{where} is {_brief(x)}; expected numbers, equally many in every row")
-        return array.astype(float)
+        return array
     if not isinstance(x, dict):
         raise ConfigError(f"{where} is {x!r}; expected a list, or a table with from, to, count and spacing")
     refuse_unknown(x, ("from", "to", "count", "spacing"), where)
@@ -296,6 +288,15 @@ def values(x: Any, where: str) -> np.ndarray:
         kinds = f'spacing "log" (from and to positive) or "linear", and a count from 1 to {_MOST:,}'
         raise ConfigError(f"{where} needs {kinds}")
     return np.geomspace(low, high, count) if spacing == "log" else np.linspace(low, high, count)
+
+
+def _numbers(x: Any) -> np.ndarray | None:
+    """A number or a list of numbers, equally many in every row, as floats; None for anything else."""
+    try:
+        array = np.asarray(x)
+    except ValueError:  # rows of unequal length
+        return None
+    return None if array.dtype.kind not in "iuf" or _has_bool(x) else array.astype(float)
 
 
 def _has_bool(x: Any) -> bool:

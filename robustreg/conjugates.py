@@ -72,8 +72,11 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers
     # (Two evaluations of a gap that round differently do no harm here.)
     masked = jnp.isneginf(log_prior)
     best = reduce.largest(jnp.where(masked, -jnp.inf, q))
-    gaps = lambda: jnp.where(masked, 0, reduce.over(beta) * (reduce.over(best) - q))  # noqa: E731
-    gap = gaps()
+
+    def apart() -> Array:
+        return jnp.where(masked, 0, reduce.over(beta) * (reduce.over(best) - q))
+
+    gap = apart()
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
     exponent = log_prior - gap
     top = jnp.squeeze(log_prior, reduce.axis) if is_one_number(log_prior, reduce) else reduce.largest(exponent)
@@ -83,9 +86,9 @@ def kl_maximiser(q: Array, beta: Array, log_prior: Array, reduce: _tree.Reducers
 
     def careful() -> Array:
         # (Evaluated again in a row-major layout: handed over, the gaps would be written to memory in every call.)
-        apart = gaps() if reduce is _tree.LAST else gap
-        near = reduce.largest(apart) < _NEAR
-        return jnp.where(near, _near_level(apart, log_prior, reduce), plain)
+        again = apart() if reduce is _tree.LAST else gap
+        near = reduce.largest(again) < _NEAR
+        return jnp.where(near, _near_level(again, log_prior, reduce), plain)
 
     # Gaps below `_NEAR` have a level above `-_NEAR`. In a solve it matters where that is so in all states of a lane: a
     # state whose actions are worth the same always is.
@@ -412,29 +415,19 @@ def conjugate_tangent(
     return total
 
 
-def kl_tangents(
-    policy: Array, log_prior: Array, beta: Array, change: Change, reduce: _tree.Reducers
-) -> tuple[Array, Array]:
-    """Changes of `kl_maximiser`'s value, `[...]`, and of its `policy`, `[A, ...]`, where no weight differs from p.
+def kl_policy_tangent(policy: Array, log_prior: Array, beta: Array, change: Change, reduce: _tree.Reducers) -> Array:
+    """Change of `kl_maximiser`'s `policy`, `[A, ...]`, where no weight differs from p.
 
-    With `z = beta dq + dlog p0 + L dbeta/beta` they are `<p, dq> + <p - p0, dlog p0>/beta + D dbeta/beta^2` and
-    `p (z - <p, z>)`: one pass over p and z, and its own transpose.
+    With `z = beta dq + dlog p0 + L dbeta/beta` it is `p (z - <p, z>)`: one pass over p and z, and its own transpose.
     """
-    value = jnp.zeros((), policy.dtype)
     z = jnp.zeros((), policy.dtype)
     if change.q is not None:
-        dq = jnp.where(policy == 0, 0, change.q)
-        value, z = value + reduce.plain_sum(policy * dq), z + reduce.over(beta) * dq
+        z = z + reduce.over(beta) * jnp.where(policy == 0, 0, change.q)
     if change.log_prior is not None:
-        moved = jnp.where(jnp.isneginf(log_prior), 0, change.log_prior)
-        value = value + reduce.plain_sum((policy - jnp.exp(log_prior)) * moved) / beta
-        z = z + jnp.where(policy == 0, 0, moved)
+        z = z + jnp.where((policy == 0) | jnp.isneginf(log_prior), 0, change.log_prior)
     if change.beta is not None:
-        cost = alpha_divergence(policy, log_prior, jnp.ones_like(beta), reduce)
-        value = value + cost * change.beta / beta**2
-        ratio = log_ratio(policy, log_prior)
-        z = z + jnp.where(policy == 0, 0, ratio) * reduce.over(change.beta / beta)
-    return value, policy * (z - reduce.over(reduce.plain_sum(policy * z)))
+        z = z + jnp.where(policy == 0, 0, log_ratio(policy, log_prior)) * reduce.over(change.beta / beta)
+    return policy * (z - reduce.over(reduce.plain_sum(policy * z)))
 
 
 def policy_tangent(

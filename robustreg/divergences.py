@@ -164,9 +164,7 @@ def alpha_divergence_at(
 ) -> Array:
     """The same with `log(p/p0)` from a caller who knows it better than the logarithm of `p` does (underflow)."""
     prior = jnp.exp(log_prior)
-    upper = alpha >= 0.5
-    # One of the two forms divides by a number near 0.
-    order, scale = jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
+    upper, order, scale = _regular_form(alpha)
     heavy = jnp.where(reduce.over(upper), policy, prior)
     divergence = weighted(heavy, eps(ratio, reduce.over(order)), reduce.total) + reduce.total(
         missing(policy, prior, ratio)
@@ -176,6 +174,13 @@ def alpha_divergence_at(
     return jnp.where(escaped, jnp.inf, divergence)
 
 
+def _regular_form(alpha: Array) -> tuple[Array, Array, Array]:
+    """Which of the two forms of `D_alpha` does not divide by a number near 0: whether the one weighted by p, and its
+    order and divisor."""
+    upper = alpha >= 0.5
+    return upper, jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
+
+
 def divergence_terms(policy: Array, prior: Array, alpha: Array, ratio: Array) -> Array:
     """What `alpha_divergence_at` is the sum of, action by action, where no mass is on masked actions.
 
@@ -183,8 +188,7 @@ def divergence_terms(policy: Array, prior: Array, alpha: Array, ratio: Array) ->
         policy, prior, ratio: `p`, `p0` and `log(p/p0)`, arrays over actions.
         alpha: broadcastable to them.
     """
-    upper = alpha >= 0.5
-    order, scale = jnp.where(upper, alpha - 1, alpha), jnp.where(upper, alpha, alpha - 1)
+    upper, order, scale = _regular_form(alpha)
     heavy = jnp.where(upper, policy, prior)
     return (heavy * eps(jnp.where(heavy == 0, 0, ratio), order) + missing(policy, prior, ratio)) / scale
 

@@ -35,7 +35,7 @@ DENSE, _SWEEPS = 2048, 400_000
 _ROWS, _FEW = 8, 16
 
 
-def patience(n_states: int) -> int:
+def idle_steps(n_states: int) -> int:
     """Krylov steps without progress after which elimination, where it stands by, is the better way to go on."""
     return max(32, n_states // 8) if n_states <= DENSE else KRYLOV_STEPS
 
@@ -311,7 +311,7 @@ def _refined(
         x, r, active, count = state
         reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
         reduction = jnp.where(active, reduction, 1)
-        step = bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, patience(b.shape[0]), not chain.ends)
+        step = bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, idle_steps(b.shape[0]), not chain.ends)
         new, new_r = x + step, b - ((x + step) - apply(x + step))
         new, new_r = balance(new, new_r)
         better = active & (size(new_r) < size(r))

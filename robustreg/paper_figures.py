@@ -21,6 +21,7 @@ from robustreg.drawing import (
     dress,
     inhabited,
     new_figure,
+    shown_number,
 )
 from robustreg.paper import Numbers
 
@@ -53,9 +54,8 @@ def decision(numbers: Numbers, title: str = "") -> Any:
             axes.set_ylim(seen.min() - 0.08 * np.ptp(seen) * (seen.min() < 0), seen.max() + 0.3 * np.ptp(seen))
         row[1].set_ylim(0.0, 1.05)
         level = float(numbers["value"][k])
-        row[3].axhline(
-            level, color=AMBER, linewidth=2.2, linestyle="--", label=f"indifferent at {level:.3g}".replace("-", "−")
-        )
+        label = f"indifferent at {shown_number(level, '.3g')}"
+        row[3].axhline(level, color=AMBER, linewidth=2.2, linestyle="--", label=label)
         row[3].legend(frameon=False, loc="upper center")
         row[0].set_ylabel(f"{strength}\n\nreward units")
     for axes, head in zip(panels[0], heads):
@@ -107,7 +107,7 @@ def _set(axes: Any, numbers: Numbers, j: int, k: int) -> list[Any]:
     handles.append(axes.plot([], [], color=INK, ls="", marker=r"$\rightarrow$", ms=14, label="policy π")[0])
     axes.set(aspect="equal", xlim=centre[0] + window * np.array([-1, 1]), ylim=centre[1] + window * np.array([-1, 1]))
     p = numbers["policy"][j, k]
-    text = f"π = ({p[0]:.2f}, {p[1]:.2f})\nV = {value:.2f}".replace("-", "−")
+    text = f"π = ({p[0]:.2f}, {p[1]:.2f})\nV = {shown_number(value, '.2f')}"
     box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
     axes.text(0.03, 0.03, text, transform=axes.transAxes, size=9, va="bottom", bbox=box, zorder=6)
     axes.axhline(centre[1], color="#bbbbbb", linewidth=0.6, zorder=0)
@@ -192,20 +192,10 @@ def consistency(numbers: Numbers, title: str = "") -> Any:
     left.plot(index[used], worth[used], "o", color=BLUE, ms=4, label="Q − Δ of actions in use")
     if not used.all():
         shut = ~used & np.isfinite(unforced)
-        left.plot(
-            index[~used],
-            worth[~used],
-            "x",
-            color=VERMILION,
-            ms=5,
-            label="Q − Δ + λ of actions never used",
-        )
+        left.plot(index[~used], worth[~used], "x", color=VERMILION, ms=5, label="Q − Δ + λ of actions never used")
         left.plot(index[shut], unforced[shut], "v", mfc="none", mec=GREY, ms=4, label="the same without λ")
-    left.set(
-        xlabel="states, by value   (λ: multiplier of π ≥ 0)",
-        ylabel="reward units",
-        title="in every state: indifference",
-    )
+    left.set(xlabel="states, by value   (λ: multiplier of π ≥ 0)", ylabel="reward units")
+    left.set_title("in every state: indifference")
     left.legend(frameon=False, loc="upper left")
     for n, (perturbed, nominal) in enumerate(zip(numbers["perturbed"], numbers["nominal"])):
         colour = SERIES[n % 2][0]
@@ -247,9 +237,7 @@ def price(numbers: Numbers, title: str = "") -> Any:
     left.plot([], [], "--", color=INK, lw=1.6, label="nominal: undisturbed")
     left.set(xscale="log", xlabel=BETA, ylabel="return (reward units)", title="what the policy earns")
     right.set(xscale="log", yscale="log", xlabel=BETA, ylabel="optimum − nominal (reward units)")
-    right.set_title(
-        "price of robustness" if complete else "price of robustness (a line ends where it is 0 to rounding)"
-    )
+    right.set_title("price of robustness" + ("" if complete else " (a line ends where it is 0 to rounding)"))
     for axes, where in ((left, "lower right"), (right, "lower left")):
         axes.legend(frameon=False, loc=where)
         axes.grid(color="#dddddd", linewidth=0.6)

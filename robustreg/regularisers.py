@@ -306,15 +306,10 @@ class KL(_Divergence):
     def _maximiser(self, q: Array) -> tuple[Array, Array]:
         return conjugates.kl_maximiser(q, self.beta, self._prior, self.reduce)
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
-        if self.reduce is not _tree.LAST:
-            return super()._conjugate_tangent(policy, q, dq, change)
-        return conjugates.kl_tangents(policy, self._prior, self.beta, self._change(dq, change), self.reduce)[0]
-
     def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         if self.reduce is not _tree.LAST:
             return super()._policy_tangent(policy, dq, change)
-        return conjugates.kl_tangents(policy, self._prior, self.beta, self._change(dq, change), self.reduce)[1]
+        return conjugates.kl_policy_tangent(policy, self._prior, self.beta, self._change(dq, change), self.reduce)
 
     def _worst_case(self, policy: Array) -> Array:
         return worst_cases.over(worst_cases.from_policy(policy, self._prior), self.reduce.over(self.beta))

@@ -117,9 +117,8 @@ def price(table: Table, *, title: str = "") -> Any:
 def step_map(table: Table, *, title: str = "") -> Any:
     """Steps of every cell over beta and alpha (a panel per discount), or over beta and discount if alpha is one.
 
-    A cell starts from its neighbours' values along beta, so that most take few. Columns that
-    stand out had none: a path begins there. Over other axes
-    of the grid the map shows the median, and a cross where any of its cells failed.
+    A cell starts from its neighbours' values along beta, so that most take few. Columns that stand out had none: a path
+    begins there. Over other axes of the grid the map shows the median, and a cross where any of its cells failed.
     """
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import MaxNLocator

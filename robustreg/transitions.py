@@ -294,21 +294,20 @@ class MatrixFree(Transitions):
         """
         own = () if self.parameters is None else (self.parameters,)
         sizes = (self.n_states,), (self.n_states, self.n_actions)
-        functions = [
-            None if function is None else _without_traced(function, jax.ShapeDtypeStruct(size, dtype), *own)
+        held: list[tuple[Any, tuple[Array, ...]]] = [
+            (None, ()) if function is None else _explicit(function, jax.ShapeDtypeStruct(size, dtype), *own)
             for function, size in zip((self.function, self.transpose), sizes)
         ]
-        if not any(isinstance(found, tuple) for found in functions):
+        if not any(traced for _, traced in held):
             return self
-        held = [found if isinstance(found, tuple) else (found, ()) for found in functions]
-
-        def handed_on(i: int) -> Any:
-            function = held[i][0]
-            return function and (lambda x, parameters: function(x, *parameters[0], *parameters[1][i]))
-
-        new = object.__new__(MatrixFree)
-        new._set(handed_on(0), handed_on(1), self.n_states, self.n_actions, (own, tuple(consts for _, consts in held)))
-        return new
+        (expect, first), (push, second) = held
+        static = (
+            lambda v, parameters: expect(v, *parameters[0], *parameters[1]),
+            push and (lambda mu, parameters: push(mu, *parameters[0], *parameters[2])),
+            self.n_states,
+            self.n_actions,
+        )
+        return self.tree_unflatten(static, ((own, first, second),))
 
     def _silenced(self, lost: Array) -> "MatrixFree":
         def put(x: Any) -> Any:
@@ -362,19 +361,20 @@ class MatrixFree(Transitions):
 _plain: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
-def _without_traced(function: Any, *like: Any) -> Any:
-    """The function itself if it closes over no traced array; else one that takes them as well, and those arrays."""
+def _explicit(function: Any, *like: Any) -> tuple[Any, tuple[Array, ...]]:
+    """A function that takes what `function` does, and after it the traced arrays that this closes over; and those."""
     if function in _plain:
-        return function
+        return function, ()
     closed = jax.make_jaxpr(function)(*like)
     where = [i for i, x in enumerate(closed.consts) if isinstance(x, Tracer)]
     if not where:
         _plain[function] = True
-        return function
+        return function, ()
 
     def explicit(*arguments: Any) -> Array:
-        consts = dict(enumerate(closed.consts)) | dict(zip(where, arguments[len(like) :]))
-        leaves = jax.tree.leaves(arguments[: len(like)])
-        return eval_jaxpr(closed.jaxpr, [consts[i] for i in sorted(consts)], *leaves)[0]
+        consts = list(closed.consts)
+        for i, x in zip(where, arguments[len(like) :]):
+            consts[i] = x
+        return eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(arguments[: len(like)]))[0]
 
     return explicit, tuple(closed.consts[i] for i in where)
