@@ -1,9 +1,11 @@
 """Progress of a long run: a bar in a terminal, plain lines elsewhere, or a caller's function."""
 
+import contextlib
 import math
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -65,3 +67,21 @@ def _shown(start: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
             print(text, file=sys.stderr, flush=True)
 
     return line
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Tell who waits at a terminal, every few seconds, that a program is being compiled."""
+    begin, over = time.perf_counter(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(3.0):
+            seconds = time.perf_counter() - begin
+            print(f"compiling and solving, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+    if sys.stderr.isatty():
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -10,12 +10,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import platform
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +29,7 @@ from robustreg import (
     adversary,
     archive,
     claims,
+    command_line,
     config,
     drawing,
     figures,
@@ -39,13 +38,11 @@ from robustreg import (
     sweep_figures,
 )
 from robustreg._files import together
+from robustreg._progress import waiting
 from robustreg.store import HeldError, join
 from robustreg.sweep import prepare
 
 PACKAGES = ("robustreg", "jax", "jaxlib", "numpy", "optax", "chex", "gymnasium", "matplotlib", "scipy")
-DEVICES = ("cpu", "gpu", "tpu")
-PRECISIONS = ("float32", "float64")
-_LOST_HELP = "silence after which a process is lost, which ends the others (default: 100)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is None:
         _interrupts.watch()
-    options = _parser().parse_args(arguments)
+    options = command_line.parser(_COMMANDS, _version("robustreg")).parse_args(arguments)
     try:
         code = options.command(options)
         sys.stdout.flush()
@@ -81,67 +78,6 @@ def _failed(code: int, message: str) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="robustreg",
-        description="Policy-regularised Markov decision processes: solve, certify, show the adversary.",
-    )
-    parser.add_argument("--version", action="version", version=f"robustreg {_version('robustreg')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    solve = commands.add_parser("solve", help="solve a configuration: print a table, write results")
-    solve.add_argument("config", metavar="CONFIG", type=_path, help="a TOML file; configs/ holds examples")
-    solve.add_argument("--out", metavar="DIR", type=_path, help="write result.npz and pictures here")
-    solve.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
-    solve.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
-    solve.set_defaults(command=_solve)
-    sweep = commands.add_parser("sweep", help="solve a configuration at every cell of its [sweep] grid")
-    sweep.add_argument("config", metavar="CONFIG", type=_path, help="a TOML file with a [sweep] table")
-    sweep.add_argument("--out", metavar="DIR", type=_path, required=True, help="stream results here, then table.csv")
-    sweep.add_argument("--resume", action="store_true", help="go on with what DIR already holds")
-    sweep.add_argument("--shard", metavar="I/N", type=_part, help="only part I (from 0) of N")
-    sweep.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
-    sweep.add_argument("--device", choices=DEVICES, help="where to run (JAX's default)")
-    several = sweep.add_argument_group("several processes", "start the same command in each, on one host or many")
-    several.add_argument("--distributed", action="store_true", help="share the work; DIR must be the same for all")
-    several.add_argument(
-        "--coordinator", metavar="HOST:PORT", type=_address, help="of process 0 (JAX finds it on clusters)"
-    )
-    several.add_argument("--num-processes", metavar="N", type=_count, help="how many (JAX finds it on clusters)")
-    several.add_argument("--process-id", metavar="I", type=_number, help="which, from 0 (JAX finds it on clusters)")
-    several.add_argument("--lost-after", metavar="SECONDS", type=_seconds, default=100.0, help=_LOST_HELP)
-    sweep.set_defaults(command=_sweep)
-    merge = commands.add_parser("merge", help="join the parts of a sweep that ran with --shard")
-    merge.add_argument("config", metavar="CONFIG", type=_path, help="the configuration of the sweep")
-    merge.add_argument("parts", metavar="DIR", type=_path, nargs="+", help="folders of the parts")
-    merge.add_argument("--out", metavar="DIR", type=_path, required=True, help="folder of the whole")
-    merge.add_argument("--precision", choices=PRECISIONS, default="float64", help="as the parts were made with")
-    merge.set_defaults(command=_merge)
-    figure = commands.add_parser("figure", help="draw a figure of the paper from its configuration")
-    figure.add_argument(
-        "config", metavar="CONFIG", type=_path, help="a TOML file with a [figure] table; configs/paper/ holds them"
-    )
-    figure.add_argument(
-        "--out", metavar="DIR", type=_path, default=Path("."), help="write NAME.png, .pdf and .npz here"
-    )
-    figure.add_argument(
-        "--small", action="store_true", help="with the replacements of its [small] tables: a quick look"
-    )
-    figure.add_argument("--precision", choices=PRECISIONS, default="float64", help="default: float64")
-    figure.set_defaults(command=_figure)
-    certify = commands.add_parser("certify", help="check what a policy is guaranteed, under a deployed reward too")
-    certify.add_argument(
-        "source", metavar="CONFIG|RESULT", type=_path, help="a TOML file, or the result.npz of `robustreg solve`"
-    )
-    certify.add_argument("--policy", metavar="FILE", type=_path, help="another policy: an .npz with an array `policy`")
-    certify.add_argument("--deployed", metavar="FILE", type=_path, help="the reward it meets: an .npz with a `reward`")
-    certify.add_argument("--out", metavar="DIR", type=_path, help="write certificate.npz here")
-    certify.add_argument("--precision", choices=PRECISIONS, help="default: that of RESULT, float64 for CONFIG")
-    certify.set_defaults(command=_certify)
-    info = commands.add_parser("info", help="print versions, devices and precisions")
-    info.set_defaults(command=_info)
-    return parser
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A solved configuration and the seconds that it took."""
@@ -157,7 +93,7 @@ def _solve(options: argparse.Namespace) -> int:
     # The one place that sets JAX's precision: a program decides it for itself, a library does not.
     jax.config.update("jax_enable_x64", options.precision == "float64")
     with _folder(options.out), jax.default_device(_device(options.device)):
-        with _named(options.config), _nothing_written(options.out), _patience():
+        with _named(options.config), _nothing_written(options.out), waiting():
             run = _run(config.load(options.config))
             rows = _rows(run)
         print(_table(rows))
@@ -176,70 +112,6 @@ def _nothing_written(out: Path | None) -> contextlib.AbstractContextManager[None
     """Say at Ctrl-C that nothing is lost."""
     kept = "" if out is None else f"nothing was written to {out}; "
     return _interrupts.saying(lambda: f"{kept}run the same command again")
-
-
-@contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    """Tell who waits at a terminal, every few seconds, that a program is being compiled."""
-    begin, over = time.perf_counter(), threading.Event()
-
-    def tell() -> None:
-        while not over.wait(3.0):
-            seconds = time.perf_counter() - begin
-            print(f"compiling and solving, {seconds:.0f} s", file=sys.stderr, flush=True)
-
-    if sys.stderr.isatty():
-        threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-def _path(text: str) -> Path:
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no path")
-    return Path(text)
-
-
-def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HOST:PORT, such as 10.0.0.1:1234")
-    return text
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if (count := _number(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return count
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds")
-    return seconds
-
-
-def _part(text: str) -> tuple[int, int]:
-    """`I/N` as two numbers."""
-    try:
-        i, n = (int(x) for x in text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 0/4") from None
-    if not 0 <= i < n:
-        raise argparse.ArgumentTypeError(f"{text}: the part runs from 0 to {n - 1}")
-    return i, n
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -360,7 +232,7 @@ def _figure(options: argparse.Namespace) -> int:
 
 def _certify(options: argparse.Namespace) -> int:
     """Print what holds; the exit code is the verdict."""
-    with _folder(options.out), _named(options.source), _nothing_written(options.out), _patience():
+    with _folder(options.out), _named(options.source), _nothing_written(options.out), waiting():
         precision = options.precision or claims.precision_of(options.source)
         jax.config.update("jax_enable_x64", precision == "float64")
         claim = claims.examine(claims.load(options.source, options.policy, options.deployed))
@@ -470,16 +342,13 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     path, problem = out / "result.npz", run.job.problem
     about = {"config": run.job.table, "dtype": rows["precision"], "versions": versions(), "table": dict(rows)}
     archive.save(path, run.solution, about)
-    if not _drawable():
+    if not _drawable() or not np.isfinite(run.solution.value).all():  # nothing to draw; the status says why
         return [path]
-    if not np.isfinite(run.solution.value).all():
-        return [path]  # nothing to draw; the status says why
     numbers = _strength(run.job.regulariser)
     kind = numbers.pop("regulariser")
     title = f"{problem.title}, {kind}({', '.join(f'{name}={value}' for name, value in numbers.items())})"
-    prior = getattr(run.job.regulariser, "prior", None)
-    shape = (problem.mdp.n_states, problem.mdp.n_actions)
-    excluded = None if prior is None else np.broadcast_to(np.asarray(prior) == 0, shape)
+    logs, shape = run.job.regulariser.log_prior, (problem.mdp.n_states, problem.mdp.n_actions)
+    excluded = None if logs is None else np.broadcast_to(np.isneginf(logs), shape)
     return [path, *figures.write(out, problem.mdp, run.solution, title, problem.marks, problem.actions, excluded)]
 
 
@@ -506,6 +375,9 @@ def _version(name: str) -> str:
 
 def _info(options: argparse.Namespace) -> int:
     devices = ", ".join(f"{device.platform}:{device.id} ({device.device_kind})" for device in jax.devices())
-    machine = {"platform": platform.platform(), "devices": devices, "precisions": ", ".join(PRECISIONS)}
+    machine = {"platform": platform.platform(), "devices": devices, "precisions": ", ".join(command_line.PRECISIONS)}
     print(_table(versions() | machine))
     return 0
+
+
+_COMMANDS = {"solve": _solve, "sweep": _sweep, "merge": _merge, "figure": _figure, "certify": _certify, "info": _info}

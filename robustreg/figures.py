@@ -254,7 +254,7 @@ def decision_bars(
         names = list(actions) or [str(a) for a in range(worth.size)]
         label_some(axes.xaxis, names, max(1, 30 // (max(map(len, names)) + 1)))
         axes.axhline(0.0, color=INK, linewidth=0.8)
-        axes.set(title=name, xlabel="action", ylabel=unit)
+        axes.set(title=name, xlabel="action", ylabel=unit, xlim=(-0.6, worth.size - 0.4))
         axes.spines[["top", "right"]].set_visible(False)
     left = (worth - taken)[np.isfinite(taken)]
     seen = np.array([0.0, *worth, *left])

@@ -247,3 +247,15 @@ def test_who_closes_the_pipe_has_seen_enough(tmp_path):
         done = subprocess.run(line, shell=True, capture_output=True, text=True)
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert done.returncode == 1 and "cannot write standard output: No space left on device" in done.stderr
+
+
+def test_pictures_know_the_actions_that_the_prior_forbids(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    seen = []
+    monkeypatch.setattr(cli.figures, "write", lambda *arguments: seen.append(arguments[-1]) or [])
+    problem = "kind = 'bandit'\nreward = [1.0, 2.0, 3.0]"
+    for prior in ("", "prior = [0.5, 0.5, 0.0]"):
+        path = written(tmp_path, problem, f"kind = 'kl'\nbeta = 1.0\n{prior}")
+        assert run(capsys, "solve", path, "--out", tmp_path / "out")[0] == 0
+    assert seen[0] is None
+    np.testing.assert_array_equal(seen[1], [[False, False, True]])

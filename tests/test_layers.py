@@ -10,7 +10,7 @@ import robustreg
 ROOT = Path(robustreg.__file__).parent
 LAYERS = (
     ("_discrete", "_loops", "_fork"),
-    ("_tree", "_host", "_files", "_npz", "_progress", "_settings", "_ffi"),
+    ("_tree", "_host", "_files", "_npz", "_progress", "_settings", "_ffi", "command_line"),
     ("store", "_nvrtc", "names", "_interrupts"),
     ("resident_kernel",),
     ("containers", "table_forms"),
