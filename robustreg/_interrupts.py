@@ -64,9 +64,12 @@ def _speak() -> None:
     for words in tuple(_words):
         with contextlib.suppress(Exception):
             said.append(words())
-    # Not through sys.stderr: the main thread may have been stopped while it held its lock.
+    # Not through sys.stderr: the main thread may have been stopped while it held its lock. The other threads still run,
+    # and what they report from here on (progress, a partial file that is gone) would bury the last words.
     begin = "\n" if sys.stderr.isatty() else ""  # after a bar of progress
-    os.write(2, f"{begin}robustreg: interrupted{''.join(f'; {text}' for text in said if text)}\n".encode())
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.write(stderr, f"{begin}robustreg: interrupted{''.join(f'; {text}' for text in said if text)}\n".encode())
     _files.remove_partials()
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -56,17 +56,21 @@ def _shown(start: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
 
             return advance
     last = -math.inf
-    print(f"{start['cells']}/{start['total']} cells, compiling", file=sys.stderr, flush=True)
+    _say(f"{start['cells']}/{start['total']} cells, compiling")
 
     def line(state: dict[str, Any]) -> None:
         nonlocal last
         if state["cells"] >= state["total"] or time.monotonic() - last > 10:
             last = time.monotonic()
             failed = f", {state['failed']} failed" if state["failed"] else ""
-            text = f"{state['cells']}/{state['total']} cells, {state['rate']:.0f}/s, {state['eta']:.0f} s left{failed}"
-            print(text, file=sys.stderr, flush=True)
+            _say(f"{state['cells']}/{state['total']} cells, {state['rate']:.0f}/s, {state['eta']:.0f} s left{failed}")
 
     return line
+
+
+def _say(line: str) -> None:
+    """Write a line to standard error at once: `print` writes its end apart, and another thread may come between."""
+    print(line + "\n", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -77,7 +81,7 @@ def waiting() -> Iterator[None]:
     def tell() -> None:
         while not over.wait(3.0):
             seconds = time.perf_counter() - begin
-            print(f"compiling and solving, {seconds:.0f} s", file=sys.stderr, flush=True)
+            _say(f"compiling and solving, {seconds:.0f} s")
 
     if sys.stderr.isatty():
         threading.Thread(target=tell, daemon=True).start()
