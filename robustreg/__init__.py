@@ -10,13 +10,14 @@
 """
 
 from robustreg import adversary, baselines, problems
-from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
+from robustreg.adversary import slack, worst_case
 from robustreg.archive import load, save
-from robustreg.baselines import Entropy, entropy
 from robustreg.budgets import Box, StatesOnly
 from robustreg.calibration import calibrate, critical_beta
 from robustreg.cassandra_files import from_cassandra
 from robustreg.certificates import Certificate, certify
+from robustreg.entropies import Entropy, entropy
+from robustreg.evaluation import evaluate, nominal_optimum, occupancy
 from robustreg.game import Game, solve_game
 from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.interop import from_gymnasium

@@ -19,8 +19,8 @@ import numpy as np
 from robustreg import _host
 from robustreg._files import write_whole
 from robustreg._npz import ArchiveError, Arrays, opened
-from robustreg.baselines import Entropy
 from robustreg.certificates import Certificate
+from robustreg.entropies import Entropy
 from robustreg.game import Game
 from robustreg.guarantees import Guarantee
 from robustreg.mdp import MDP

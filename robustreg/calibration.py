@@ -29,7 +29,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg import _host, gauge
-from robustreg.adversary import occupancy
+from robustreg.evaluation import occupancy
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 

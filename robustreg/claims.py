@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _host, adversary, archive, config
+from robustreg import _host, adversary, archive, config, evaluation
 from robustreg._files import write_whole
 from robustreg._npz import opened
 from robustreg.calibration import critical_beta
@@ -152,8 +152,8 @@ def _own(subject: Subject) -> Found:
     m, reg, policy = subject.job.problem.mdp, subject.job.regulariser, subject.policy
     assert policy is not None
     dr = adversary.worst_case(reg, policy)
-    value = adversary.evaluate(m, policy, reg=reg)
-    attacked = adversary.evaluate(m, policy, reward=m.reward - dr)
+    value = evaluation.evaluate(m, policy, reg=reg)
+    attacked = evaluation.evaluate(m, policy, reward=m.reward - dr)
     proof = certify(m, reg, Solution(**{**vars(subject.solution), "value": value, "policy": policy}))
     lower, upper, best = _start(m, proof.lower), _start(m, attacked), _start(m, subject.solution.value)
     rows = {
@@ -177,7 +177,7 @@ def _deployed(subject: Subject) -> tuple[dict[str, str], dict[str, Any], bool, b
     policy = subject.solution.policy if subject.policy is None else subject.policy
     met = guarantee(m, reg, policy, reward)
     change = m.reward - reward
-    visits = jnp.sum(adversary.occupancy(m, policy), axis=-1)
+    visits = jnp.sum(evaluation.occupancy(m, policy), axis=-1)
     limit, each = critical_beta(reg, change, weights=visits), critical_beta(reg, change)
     promised = bool(met.covered)
     unit = 64 * float(jnp.finfo(m.dtype).eps)

@@ -26,12 +26,12 @@ import numpy as np
 import robustreg as rr
 from robustreg import (
     _interrupts,
-    adversary,
     archive,
     claims,
     command_line,
     config,
     drawing,
+    evaluation,
     figures,
     paper_config,
     processes,
@@ -310,7 +310,7 @@ def _rows(run: Run) -> dict[str, str]:
         **_strength(run.job.regulariser),
         "objective": f"{float(solution.objective):.9g}",
         "nominal return": f"{nominal:.9g}",
-        "price of robustness": f"{_start(m, adversary.nominal_optimum(m, run.job.regulariser)) - nominal:.4g}",
+        "price of robustness": f"{_start(m, evaluation.nominal_optimum(m, run.job.regulariser)) - nominal:.4g}",
         "certified gap": f"{np.max(run.certificate.gap):.2e}",
         "indifference residual": f"{np.max(run.certificate.indifference):.2e}",
         "iterations": f"{int(solution.steps)}",

@@ -46,8 +46,9 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from robustreg import baselines, interop, problem_files, problems, regularisers, solvers
-from robustreg.mdp import MDP
+from robustreg import entropies, problem_kinds, regularisers, solvers
+from robustreg.problem import Problem
+from robustreg.problem_kinds import PROBLEMS
 
 
 class ConfigError(ValueError):
@@ -56,23 +57,6 @@ class ConfigError(ValueError):
 
 # Values of one axis of a grid: a thousand times as many as anybody has asked for, and still no burden in memory.
 _MOST = 10_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """An MDP and what a picture of it needs to know.
-
-    Attributes:
-        mdp: the problem.
-        title: what to call it in tables and figures.
-        marks: groups of remarkable cells of a grid by name ("goal", "hole", "water", ...), state numbers.
-        actions: names of the actions, empty where they have none.
-    """
-
-    mdp: MDP
-    title: str
-    marks: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    actions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,90 +80,6 @@ class SweepJob:
     options: Mapping[str, Any]
 
 
-def _gymnasium(id: str, discount: float, kwargs: Mapping[str, Any] | None = None) -> Problem:
-    """A tabular Gymnasium environment: `gymnasium.make(id, **kwargs)`."""
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise ValueError('needs Gymnasium: pip install "robustreg[gym]"') from error
-    try:
-        environment: Any = gymnasium.make(id, **(kwargs or {})).unwrapped
-    except Exception as error:  # an environment given wrong arguments raises whatever it likes
-        raise ValueError(f"gymnasium.make refused: {type(error).__name__}: {error}") from error
-    m = interop.from_gymnasium(environment, discount=discount)
-    options = ", ".join(f"{key} {value}" for key, value in (kwargs or {}).items())
-    title = f"{id} ({options})" if options else id
-    return Problem(m, title, _marks(environment), _ACTIONS.get(id.split("-")[0], ()))
-
-
-# Gymnasium documents what its actions do, but no environment says it in a form that a program can read.
-_ACTIONS = {
-    "Taxi": ("south", "north", "east", "west", "pick up", "drop off"),
-    "FrozenLake": ("← left", "↓ down", "→ right", "↑ up"),
-    "CliffWalking": ("↑ up", "→ right", "↓ down", "← left"),
-}
-_MOVES = ("↑ up", "→ right", "↓ down", "← left")  # of `problems.MOVES`
-_LETTERS = {"S": "start", "H": "hole", "G": "goal"}
-
-
-def _marks(environment: Any) -> dict[str, tuple[int, ...]]:
-    """The remarkable cells of those toy-text environments whose states are cells in row-major order."""
-    drawn, cliff = getattr(environment, "desc", None), getattr(environment, "_cliff", None)
-    if drawn is not None and np.size(drawn) == environment.observation_space.n:  # FrozenLake, but not Taxi
-        letters = np.asarray(drawn).astype(str)
-        found = {name: np.flatnonzero(letters == letter) for letter, name in _LETTERS.items()}
-    elif cliff is not None:  # CliffWalking starts and ends in the corners of its last row
-        corners = cliff.size - cliff.shape[1], cliff.size - 1
-        found = {"start": corners[:1], "cliff": np.flatnonzero(cliff), "goal": corners[1:]}
-    else:
-        found = {}
-    return {name: tuple(int(s) for s in states) for name, states in found.items() if len(states)}
-
-
-def _named(m: MDP, path: str) -> Problem:
-    """A problem that came from a file, with its own names."""
-    return Problem(m, Path(path).stem, actions=() if m.names is None else tuple(map(str, m.names.actions)))
-
-
-def _from_file(read: Callable[..., MDP]) -> Callable[..., Problem]:
-    """The constructor of a problem that `read(path, ...)` reads."""
-
-    @functools.wraps(read)
-    def build(**arguments: Any) -> Problem:
-        return _named(read(**arguments), arguments["path"])
-
-    return build
-
-
-@functools.wraps(problems.grid_world)
-def _grid_world(cells: Any, **arguments: Any) -> Problem:
-    return Problem(problems.grid_world(cells, **arguments), "grid world", problems.grid_marks(cells), _MOVES)
-
-
-@functools.wraps(problems.slippery_grid)
-def _slippery_grid(**arguments: Any) -> Problem:
-    m = problems.slippery_grid(**arguments)
-    drawing = inspect.signature(problems.slippery_cells).parameters
-    cells = problems.slippery_cells(**{key: value for key, value in arguments.items() if key in drawing})
-    return Problem(m, "slippery grid", problems.grid_marks(cells), _MOVES)
-
-
-PROBLEMS: dict[str, Callable[..., Any]] = {
-    "gymnasium": _gymnasium,
-    "bandit": problems.bandit,
-    "grid_world": _grid_world,
-    "slippery_grid": _slippery_grid,
-    "chain": problems.chain,
-    "ring": problems.ring,
-    "garnet": problems.garnet,
-    "garnets": problems.garnets,
-    "file": _from_file(problem_files.saved),
-    "table": _from_file(problem_files.table),
-    "prism": _from_file(problem_files.prism),
-    "cassandra": _from_file(problem_files.cassandra),
-}
-
-
 def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
     """A factory of arrays, given the numbers and lists of TOML."""
 
@@ -197,7 +97,7 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
 REGULARISERS: dict[str, Callable[..., Any]] = {
     "kl": _numeric(regularisers.kl),
     "alpha": _numeric(regularisers.alpha),
-    "entropy": _numeric(baselines.entropy),
+    "entropy": _numeric(entropies.entropy),
 }
 
 
@@ -236,7 +136,7 @@ def read(path: str | Path) -> dict[str, Any]:
     refuse_huge(table, str(path))
     problem = table.get("problem")
     if isinstance(problem, dict) and isinstance(problem.get("path"), str):
-        problem["path"] = problem_files.from_its_folder(problem["path"], Path(path))
+        problem["path"] = problem_kinds.from_its_folder(problem["path"], Path(path))
     return table
 
 

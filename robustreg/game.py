@@ -48,8 +48,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from robustreg import _host, _loops, _tree, bellman, play, solvers
-from robustreg.adversary import Fixed, Unregularised, unlimited
 from robustreg.budgets import Adversary, Whole, is_masked
+from robustreg.evaluation import Fixed, Unregularised, unlimited
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import SolveError, Status, concrete

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg import _host, _tree, bellman
-from robustreg.adversary import evaluate, occupancy
+from robustreg.evaluation import evaluate, occupancy
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser, by_rows, maximise
 

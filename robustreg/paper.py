@@ -24,11 +24,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from robustreg import _host, regularisers
-from robustreg.adversary import nominal_optimum, slack, worst_case
+from robustreg.adversary import slack, worst_case
 from robustreg.baselines import norm_attack, random_attack
-from robustreg.config import Problem
+from robustreg.evaluation import nominal_optimum
 from robustreg.guarantees import guarantee
 from robustreg.mdp import MDP
+from robustreg.problem import Problem
 from robustreg.regularisers import Regulariser
 from robustreg.robust_sets import RobustSet
 from robustreg.solution import SolveError, Status

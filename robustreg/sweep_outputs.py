@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from robustreg import adversary
+from robustreg import evaluation
 from robustreg.mdp import MDP
 from robustreg.regularisers import Regulariser
 from robustreg.solution import Solution
@@ -36,7 +36,7 @@ class Cell:
     @functools.cached_property
     def visits(self) -> jax.Array:
         """The policy's discounted visits `[*b, S, A]`: every return of it is an inner product with them."""
-        return adversary.occupancy(self.mdp, self.solution.policy)
+        return evaluation.occupancy(self.mdp, self.solution.policy)
 
     def earned(self, reward: jax.Array) -> jax.Array:
         """The policy's return by a reward `[*b, S, A]`."""
@@ -53,7 +53,7 @@ class Cell:
     @functools.cached_property
     def nominal(self) -> jax.Array:
         """The policy's value by the reward of the problem, `[*b, S]`."""
-        return adversary.evaluate_from(self.mdp, self.solution.policy, self.guess, self.tol)
+        return evaluation.evaluate_from(self.mdp, self.solution.policy, self.guess, self.tol)
 
     def worst_case_return(self) -> jax.Array:
         """The policy's return by the reward less its worst perturbation, `[*b]`."""
@@ -96,7 +96,7 @@ OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")
 
 def best_return(mdp: MDP, reg: Regulariser) -> jax.Array:
     """Value of the start under the best policy that the prior allows, `[*b]`."""
-    return from_start(mdp, adversary.nominal_optimum(mdp, reg))
+    return from_start(mdp, evaluation.nominal_optimum(mdp, reg))
 
 
 def from_start(mdp: MDP, value: jax.Array) -> jax.Array:
