@@ -39,7 +39,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import robustreg as rr  # noqa: E402  # the checkout's own
 from benchmarks.hand import Problem, careful_hand, inside, vmapped_hand  # noqa: E402
-from robustreg import bellman, resident, resident_kernel  # noqa: E402
+from robustreg.solvers import bellman, resident, resident_kernel
 
 Row = dict[str, Any]
 SMALL = False
@@ -152,7 +152,7 @@ def grids() -> list[Row]:
 def kernel() -> list[Row]:
     """The kernel alone: products and backups of a lane, and the arithmetic that they are.
 
-    Also with other constants than those that `robustreg.resident` was given after such a run: states of a thread, plain
+    Also with other constants than those that `solvers.resident` was given after such a run: states of a thread, plain
     sweeps by the root of the number of states, and registers of a thread.
     """
     chosen, rows = (resident_kernel.OWN, resident.SWEEPS, resident_kernel.EACH), []

@@ -206,13 +206,13 @@ def main() -> None:
     parser.add_argument("--json", help="append JSON lines to this file")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    from robustreg import problems
+    from robustreg.problems import generators
 
     dtype = np.dtype(arguments.dtype)
     cases = [
-        ("Garnet", problems.garnet(500, 8, 8, 0.99, seed=0, dtype=dtype), 10.0),
-        ("slippery grid", problems.slippery_grid(32, 0.99, dtype=dtype), 3.0),
-        ("large Garnet", problems.garnet(100_000, 4, 3, 0.99, seed=0, dtype=dtype), 10.0),
+        ("Garnet", generators.garnet(500, 8, 8, 0.99, seed=0, dtype=dtype), 10.0),
+        ("slippery grid", generators.slippery_grid(32, 0.99, dtype=dtype), 3.0),
+        ("large Garnet", generators.garnet(100_000, 4, 3, 0.99, seed=0, dtype=dtype), 10.0),
     ]
     about = run_on()
     for name, mdp, beta in cases:

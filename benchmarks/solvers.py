@@ -188,12 +188,12 @@ def main() -> None:
     parser.add_argument("--json", help="append JSON lines to this file")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
-    from robustreg import problems
+    from robustreg.problems import generators
 
     dtype = np.dtype(arguments.dtype)
-    cases = [("Garnet", problems.garnet(500, 8, 8, 0.99, seed=0, dtype=dtype), 10.0)]
+    cases = [("Garnet", generators.garnet(500, 8, 8, 0.99, seed=0, dtype=dtype), 10.0)]
     for discount, beta in ((0.99, 3.0), (0.999, 0.1), (0.999, 1.0)):
-        cases.append(("slippery grid", problems.slippery_grid(32, discount, dtype=dtype), beta))
+        cases.append(("slippery grid", generators.slippery_grid(32, discount, dtype=dtype), beta))
     about = run_on(robustreg=importlib.metadata.version("robustreg"))
     for name, mdp, beta in cases:
         rows = compare(name, mdp, beta, arguments.repeats)

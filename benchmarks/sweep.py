@@ -217,17 +217,17 @@ HEAD += f"{'peer loop':>10}{'peak MB':>9}"
 
 def against(dtype: Any, lanes: list[int], repeats: int) -> list[dict[str, Any]]:
     """Sweeps of K cells against the same by hand, and a loop of a library."""
-    from robustreg import problems
+    from robustreg.problems import generators
 
     def grid(g: float) -> Any:
-        return problems.slippery_grid(32, g, dtype=dtype)
+        return generators.slippery_grid(32, g, dtype=dtype)
 
     cases = [
         ("slippery grid .9", grid(0.9), (0.1, 300), 1e-4, 1),
         ("slippery grid .99", grid(0.99), (0.1, 300), 1e-3, 1),
         ("slippery grid .999", grid(0.999), (0.1, 300), 3e-2, 1),
-        ("Garnet .99", problems.garnet(500, 8, 8, 0.99, dtype=dtype), (1, 100), 1e-3, 1),
-        ("256 Garnets .99", problems.garnets(256, dtype=dtype), (1, 100), 1e-3, 256),
+        ("Garnet .99", generators.garnet(500, 8, 8, 0.99, dtype=dtype), (1, 100), 1e-3, 1),
+        ("256 Garnets .99", generators.garnets(256, dtype=dtype), (1, 100), 1e-3, 256),
     ]
     found = []
     for name, m, (low, high), tol, size in cases:
@@ -252,9 +252,9 @@ def against(dtype: Any, lanes: list[int], repeats: int) -> list[dict[str, Any]]:
 
 def mixed(dtype: Any, repeats: int) -> list[dict[str, Any]]:
     """Three discounts in one sweep against the three apart."""
-    from robustreg import problems
+    from robustreg.problems import generators
 
-    m, betas, tol = problems.slippery_grid(32, 0.99, dtype=dtype), np.geomspace(0.1, 300, 256), 3e-2
+    m, betas, tol = generators.slippery_grid(32, 0.99, dtype=dtype), np.geomspace(0.1, 300, 256), 3e-2
     discounts = (0.9, 0.99, 0.999)
     apart = {f"{g}": sweep(m, betas, tol, discount=[g]) for g in discounts}
     found = row("mixed discounts", 768, {"sweep": sweep(m, betas, tol, discount=list(discounts))} | apart, repeats)
@@ -265,9 +265,9 @@ def mixed(dtype: Any, repeats: int) -> list[dict[str, Any]]:
 
 def cells(dtype: Any, counts: list[int]) -> list[dict[str, Any]]:
     """Cost of a cell and peak memory by number of cells: a thousand betas by as many discounts in [.985, .99]."""
-    from robustreg import problems
+    from robustreg.problems import generators
 
-    m = problems.slippery_grid(32, 0.99, dtype=dtype)
+    m = generators.slippery_grid(32, 0.99, dtype=dtype)
     found = []
     for count in counts:
         betas, discounts = np.geomspace(0.1, 300, 1000), np.linspace(0.985, 0.99, -(-count // 1000))

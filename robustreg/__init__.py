@@ -6,39 +6,40 @@
     reg = rr.kl(beta=5.0)                         # or rr.alpha(alpha=2.0, beta=5.0)
     sol = rr.solve(mdp, reg, tol=1e-8)            # value, policy, worst-case perturbation, bounds, status
 
-`robustreg.bellman` states the mathematics in a page.
+`robustreg.solvers.bellman` states the mathematics in a page.
 """
 
-from robustreg import adversary, baselines, problems
-from robustreg.adversary import slack, worst_case
+from robustreg import adversary, problems
+from robustreg._core.names import Names
+from robustreg.adversary import attacks as baselines
+from robustreg.adversary.calibration import calibrate, critical_beta
+from robustreg.adversary.certificates import Certificate, certify
+from robustreg.adversary.guarantees import Guarantee, aggregated_slack, guarantee
+from robustreg.adversary.perturbations import slack, worst_case
+from robustreg.adversary.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
 from robustreg.archive import load, save
-from robustreg.budgets import Box, StatesOnly
-from robustreg.calibration import calibrate, critical_beta
-from robustreg.cassandra_files import from_cassandra
-from robustreg.certificates import Certificate, certify
-from robustreg.entropies import Entropy, entropy
-from robustreg.evaluation import evaluate, nominal_optimum, occupancy
-from robustreg.game import Game, solve_game
-from robustreg.guarantees import Guarantee, aggregated_slack, guarantee
-from robustreg.interop import from_gymnasium
-from robustreg.masks import restricted
-from robustreg.mdp import MDP, mdp
-from robustreg.names import Names
-from robustreg.pooled import Features, SharedBudget
-from robustreg.prism_files import from_prism
-from robustreg.regularisers import KL, Alpha, Regulariser, alpha, kl
-from robustreg.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
-from robustreg.sharding import shard
-from robustreg.solution import Solution, SolveError, Status
-from robustreg.solve import solve
-from robustreg.solvers import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
-from robustreg.stacking import stack
-from robustreg.store import SweepError
-from robustreg.successors import Successors
-from robustreg.sweep import sweep
-from robustreg.table import Table
-from robustreg.table_input import from_table
-from robustreg.transitions import Dense, MatrixFree, Transitions
+from robustreg.game.coupled_sets import Features, SharedBudget
+from robustreg.game.minimax import Game, solve_game
+from robustreg.game.sets import Box, StatesOnly
+from robustreg.problems.cassandra import from_cassandra
+from robustreg.problems.gymnasium import from_gymnasium
+from robustreg.problems.mdps import MDP, mdp
+from robustreg.problems.prism import from_prism
+from robustreg.problems.sharding import shard
+from robustreg.problems.stacking import stack
+from robustreg.problems.successors import Successors
+from robustreg.problems.tables import from_table
+from robustreg.problems.transitions import Dense, MatrixFree, Transitions
+from robustreg.regularisers.entropies import Entropy, entropy
+from robustreg.regularisers.families import KL, Alpha, Regulariser, alpha, kl
+from robustreg.regularisers.masks import restricted
+from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.loop import solve
+from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
+from robustreg.solvers.solution import Solution, SolveError, Status
+from robustreg.sweeps.runner import sweep
+from robustreg.sweeps.store import SweepError
+from robustreg.sweeps.table import Table
 
 __version__ = "0.1.0"
 

@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _host
-from robustreg._files import write_whole
-from robustreg._npz import ArchiveError, Arrays, opened
-from robustreg.certificates import Certificate
-from robustreg.entropies import Entropy
-from robustreg.game import Game
-from robustreg.guarantees import Guarantee
-from robustreg.mdp import MDP
-from robustreg.regularisers import KL, Alpha
-from robustreg.solution import Solution
-from robustreg.successors import Successors
-from robustreg.transitions import Dense, MatrixFree
+from robustreg._core import checks
+from robustreg._core.files import write_whole
+from robustreg._core.npz import ArchiveError, Arrays, opened
+from robustreg.adversary.certificates import Certificate
+from robustreg.adversary.guarantees import Guarantee
+from robustreg.game.minimax import Game
+from robustreg.problems.mdps import MDP
+from robustreg.problems.successors import Successors
+from robustreg.problems.transitions import Dense, MatrixFree
+from robustreg.regularisers.entropies import Entropy
+from robustreg.regularisers.families import KL, Alpha
+from robustreg.solvers.solution import Solution
 
 _KINDS = (MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
@@ -56,7 +56,7 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
     arrays: dict[str, np.ndarray] = {}
     ours = {"format_version": 1, "object": _flatten(obj, "", arrays)}
     versions = {"jax": jax.__version__, "numpy": np.__version__}
-    default = {"versions": versions, "dtype": str(_host.working_dtype(obj))}
+    default = {"versions": versions, "dtype": str(checks.working_dtype(obj))}
     text = json.dumps({**default, **(header or {}), "robustreg": ours}, default=_jsonable)
     content: Any = {"header": np.array(text), **arrays}  # names of arrays, not options of savez
     write_whole(path, lambda file: np.savez(file, **content))
@@ -119,7 +119,7 @@ def _flatten(obj: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
     if obj is None:
         return None
     if isinstance(obj, (jax.Array, np.ndarray, np.generic)):
-        if _host.is_traced(obj):
+        if checks.is_traced(obj):
             raise TypeError("save needs values, so it cannot run inside jit, vmap or grad; call it on the result")
         arrays[prefix] = np.asarray(obj)
         return {"array": prefix}

@@ -10,7 +10,7 @@ SOURCE, DRIVER = (Path(__file__).with_name(name) for name in ("emulate.cpp", "dr
 
 
 class Emulated:
-    """A carrier of kernels, to be put in the place of `robustreg.resident_kernel.carrier`'s.
+    """A carrier of kernels, to be put in the place of `robustreg.solvers.resident_kernel.carrier`'s.
 
     Args:
         folder: where compiled kernels are kept.

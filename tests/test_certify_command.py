@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from test_cli import run, table, written
 
-from robustreg import archive, cli
+from robustreg import archive
+from robustreg.cli import commands
 
 REWARD, BETA = np.array([1.1, 0.8, 0.7, 0.5, 0.2, -0.3]), 3.0
 VALUE = np.log(np.mean(np.exp(BETA * REWARD))) / BETA
@@ -20,7 +21,7 @@ def bandit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def solved(bandit):
     """Its result, as `robustreg solve` writes it."""
-    assert cli.main(["solve", str(bandit), "--out", str(bandit.parent)]) == 0
+    assert commands.main(["solve", str(bandit), "--out", str(bandit.parent)]) == 0
     return bandit.parent / "result.npz"
 
 
@@ -123,7 +124,7 @@ def test_a_policy_and_a_reward_over_time(capsys, tmp_path):
     """A deployed reward may be outside the set in a state and inside on average over visits."""
     config = written(tmp_path, CHAIN, 'kind = "kl"\nbeta = 2.0\nprior = [0.5, 0.5]')
     policy = packed(tmp_path / "mine.npz", policy=np.tile([0.3, 0.7], (4, 1)))
-    m = cli.config.load(config).problem.mdp
+    m = commands.config.load(config).problem.mdp
     dr = np.full((4, 2), -0.2)
     dr[1] = 0.05
     deployed = packed(tmp_path / "deployed.npz", reward=np.array(m.reward) - dr)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import bellman, elimination, linear
-from robustreg.evaluation import _nothing
+from robustreg.solvers import bellman, elimination, linear
+from robustreg.solvers.evaluation import _nothing
 
 DISCOUNTS = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6)
 # Relative errors that a solution may have; the first discounts apart, which float32 holds to fewer digits.

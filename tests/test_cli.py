@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import archive, cli, config
+from robustreg import archive
+from robustreg.cli import commands, config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LAKE = CONFIGS / "frozen_lake.toml"
@@ -28,7 +29,7 @@ def table(text):
 
 def run(capsys, *arguments):
     """Exit code, printed table, and errors of one command."""
-    code = cli.main([str(argument) for argument in arguments])
+    code = commands.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -175,7 +176,7 @@ def test_bad_command_lines_are_exit_code_2(capsys, tmp_path):
         ["dance"],
     ):
         with pytest.raises(SystemExit) as caught:
-            cli.main(arguments)
+            commands.main(arguments)
         assert caught.value.code == 2
 
 
@@ -220,14 +221,14 @@ def test_info(capsys):
 
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["--version"])
+        commands.main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("robustreg")
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cli, "_run", lambda _: pytest.fail("worked in vain"))
+    monkeypatch.setattr(commands, "_run", lambda _: pytest.fail("worked in vain"))
     for command in ("solve", "certify", "sweep"):
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
             code, _, err = run(capsys, command, CONFIGS / "bandit.toml", "--out", out)
@@ -252,7 +253,7 @@ def test_who_closes_the_pipe_has_seen_enough(tmp_path):
 def test_pictures_know_the_actions_that_the_prior_forbids(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     seen = []
-    monkeypatch.setattr(cli.figures, "write", lambda *arguments: seen.append(arguments[-1]) or [])
+    monkeypatch.setattr(commands.solution_figures, "write", lambda *arguments: seen.append(arguments[-1]) or [])
     problem = "kind = 'bandit'\nreward = [1.0, 2.0, 3.0]"
     for prior in ("", "prior = [0.5, 0.5, 0.0]"):
         path = written(tmp_path, problem, f"kind = 'kl'\nbeta = 1.0\n{prior}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import config
+from robustreg.cli import config
 
 EVERY = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 SWEEPS = [path for path in EVERY if "[sweep]" in path.read_text(encoding="utf-8")]

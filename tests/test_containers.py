@@ -216,7 +216,7 @@ def test_as_many_states_as_actions():
 
 
 def test_plain_arrays_are_left_alone():
-    from robustreg import containers
+    from robustreg._core import containers
 
     for x in (EXPECTED, jnp.ones(2), 0.5, [0.5, 1], None, "text"):
         assert containers.plain("x", x) is x

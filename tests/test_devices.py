@@ -26,15 +26,15 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import robustreg as rr
-from robustreg import linear
+from robustreg.solvers import linear
 
 # Many compilations: the run on the oldest releases leaves this file out.
 pytestmark = pytest.mark.slow
 
 CHAIN, BETAS = rr.problems.chain(discount=0.9), np.geomspace(0.1, 30, 1600)
 OUTPUTS = ("objective", "gap", "steps", "status", "value", "policy", "perturbation")
-SOLVE: Any = import_module("robustreg.solve")
-engine: Any = import_module("robustreg.sweep")
+SOLVE: Any = import_module("robustreg.solvers.loop")
+engine: Any = import_module("robustreg.sweeps.runner")
 
 
 def dense(m):
@@ -328,7 +328,7 @@ def test_more_with_four_devices(name, slow):
 
 def test_lanes_of_an_accelerator_follow_the_memory_of_that_very_device():
     """A tenth of its memory holds a dozen arrays of action values; what a device does not tell is taken for 8 GiB."""
-    plan: Any = import_module("robustreg.plan")
+    plan: Any = import_module("robustreg.sweeps.plan")
     kernel = rr.Successors(jnp.zeros((1000, 10, 1), jnp.int32), jnp.ones((1000, 10, 1)))
     m = rr.mdp(kernel, np.zeros((1000, 10)), 0.9)
 

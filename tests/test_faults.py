@@ -17,7 +17,9 @@ import pytest
 from test_cli import run
 
 import robustreg as rr
-from robustreg import _files, archive, cli
+from robustreg import archive
+from robustreg._core import files
+from robustreg.cli import commands
 
 CHAIN = '[problem]\nkind = "chain"\ndiscount = 0.9\n[regulariser]\nkind = "kl"\nbeta = 1.0\n'
 SWEEP = CHAIN + "[sweep]\nbeta = { from = 0.1, to = 30.0, count = 40, spacing = 'log' }\nchunk = 1\n"
@@ -84,9 +86,9 @@ def test_an_interrupted_sweep_says_what_is_kept_and_is_resumed(tmp_path, capsys)
 def test_a_caller_of_main_keeps_its_own_interrupts(tmp_path, monkeypatch):
     """With arguments of its own the command is part of another program, which decides what SIGINT does."""
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "_run", lambda job: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(commands, "_run", lambda job: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        cli.main(["solve", str(config(tmp_path)), "--out", str(tmp_path / "out")])
+        commands.main(["solve", str(config(tmp_path)), "--out", str(tmp_path / "out")])
     assert signal.getsignal(signal.SIGINT) is before and not (tmp_path / "out").exists()
 
 
@@ -137,13 +139,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, capsys, command):
 
 def test_files_appear_together_or_not_at_all(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(RuntimeError), _files.together():
-        _files.write_whole(tmp_path / "a", lambda file: file.write(b"new"))
+    with pytest.raises(RuntimeError), files.together():
+        files.write_whole(tmp_path / "a", lambda file: file.write(b"new"))
         raise RuntimeError
     assert contents(tmp_path) == {"a": b"old"}
-    with _files.together():
+    with files.together():
         for name in "ab":
-            _files.write_whole(tmp_path / name, lambda file: file.write(b"new"))
+            files.write_whole(tmp_path / name, lambda file: file.write(b"new"))
             assert (tmp_path / "a").read_text() == "old" and not (tmp_path / "b").exists()
     assert contents(tmp_path) == {"a": b"new", "b": b"new"}
 
@@ -162,7 +164,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, capsys, name):
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("result")
-    assert cli.main(["solve", str(config(folder)), "--out", str(folder)]) == 0
+    assert commands.main(["solve", str(config(folder)), "--out", str(folder)]) == 0
     return folder / "result.npz"
 
 

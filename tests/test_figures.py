@@ -11,7 +11,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 import robustreg as rr
-from robustreg import drawing, figures
+from robustreg.figures import solution_figures, style
 
 CELLS = ("S.~.", "..#.", "...G")
 GRID = (3, 4)
@@ -41,7 +41,7 @@ def drawn(axes):
 @pytest.mark.parametrize("slip", [0.0, 0.1, 0.25])
 def test_directions_of_a_grid_world(slip):
     m = rr.problems.grid_world(CELLS, slip=slip)
-    names, steps = figures.directions(m)
+    names, steps = solution_figures.directions(m)
     assert list(names) == ACTIONS
     np.testing.assert_array_equal(steps, np.array(rr.problems.MOVES)[:, ::-1])
 
@@ -49,22 +49,22 @@ def test_directions_of_a_grid_world(slip):
 @pytest.mark.parametrize("options", [{"map_name": "8x8"}, {"map_name": "4x4", "is_slippery": False}])
 def test_directions_of_frozen_lake(options):
     m = rr.from_gymnasium(gymnasium.make("FrozenLake-v1", **options))
-    assert list(figures.directions(m)[0]) == ["← left", "↓ down", "→ right", "↑ up"]
+    assert list(solution_figures.directions(m)[0]) == ["← left", "↓ down", "→ right", "↑ up"]
 
 
 @pytest.mark.parametrize("slippery", [True, False])
 def test_directions_where_a_fall_leads_far_away(slippery):
     m = rr.from_gymnasium(gymnasium.make("CliffWalking-v1", is_slippery=slippery))
-    assert list(figures.directions(m)[0]) == ACTIONS
+    assert list(solution_figures.directions(m)[0]) == ACTIONS
 
 
 def test_directions_need_a_grid():
     with pytest.raises(ValueError, match="not cells of a grid"):
-        figures.directions(rr.problems.chain())
+        solution_figures.directions(rr.problems.chain())
 
 
 def test_value_map(solved):
-    figure = figures.value_map(solved.value, GRID, title="a world", marks=MARKS)
+    figure = solution_figures.value_map(solved.value, GRID, title="a world", marks=MARKS)
     axes = figure.axes[0]
     expected = np.array(solved.value).reshape(GRID)
     filled = list(MARKS["wall"] + MARKS["goal"])
@@ -107,7 +107,7 @@ def check_layout(figure):
 def test_texts_of_maps_are_apart_and_numbers_differ(shape, scale):
     """Whatever the shape and the size of rewards; numbers are written where they fit, and tell cells apart."""
     value = scale * np.linspace(0.1, 1.0, shape[0] * shape[1])
-    figure = figures.value_map(value, shape, title="a problem")
+    figure = solution_figures.value_map(value, shape, title="a problem")
     check_layout(figure)
     numbers = texts(figure.axes[0])
     assert len(set(numbers)) == len(numbers) == (value.size if value.size < 200 and max(shape) < 50 else 0)
@@ -123,23 +123,23 @@ def test_texts_of_perturbations_and_policies_are_apart(shape):
     size = shape[0] * shape[1]
     marks = {"start": (0,), "goal": (size - 1,), "water": (size // 2,)}
     taken = np.linspace(-1, 1, 4 * size).reshape(size, 4)
-    check_layout(figures.perturbation_maps(taken, shape, title="a problem", marks=marks, actions=ACTIONS))
+    check_layout(solution_figures.perturbation_maps(taken, shape, title="a problem", marks=marks, actions=ACTIONS))
     steps = np.array(rr.problems.MOVES)[:, ::-1]
-    check_layout(figures.policy_map(np.full((size, 4), 0.25), steps, shape, title="a problem", marks=marks))
+    check_layout(solution_figures.policy_map(np.full((size, 4), 0.25), steps, shape, title="a problem", marks=marks))
 
 
 def test_numbers_that_differ_by_little_or_not_at_all():
     value = 1000 + 1e-3 * np.arange(12)
-    assert texts(figures.value_map(value, GRID).axes[0])[:2] == ["1000.0000", "1000.0010"]
-    assert set(texts(figures.value_map(np.zeros(12), GRID).axes[0])) == {"0.00"}
-    assert set(texts(figures.value_map(np.full(12, -1e-12), GRID).axes[0])) == {"−1.00"}
-    assert drawing.shown_number(-0.001, ".2f") == "0.00" and drawing.shown_number(-1.5) == "−1.5"
+    assert texts(solution_figures.value_map(value, GRID).axes[0])[:2] == ["1000.0000", "1000.0010"]
+    assert set(texts(solution_figures.value_map(np.zeros(12), GRID).axes[0])) == {"0.00"}
+    assert set(texts(solution_figures.value_map(np.full(12, -1e-12), GRID).axes[0])) == {"−1.00"}
+    assert style.shown_number(-0.001, ".2f") == "0.00" and style.shown_number(-1.5) == "−1.5"
 
 
 def test_what_is_likely_has_the_larger_arrow(world):
     """The area of an arrow goes with p^1.5, so that 0.15 beside 0.4 is not lost."""
-    _, steps = figures.directions(world)
-    axes = figures.policy_map(np.tile([0.15, 0.4, 0.4, 0.05], (12, 1)), steps, GRID).axes[0]
+    _, steps = solution_figures.directions(world)
+    axes = solution_figures.policy_map(np.tile([0.15, 0.4, 0.4, 0.05], (12, 1)), steps, GRID).axes[0]
     spans = [np.ptp(c.get_paths()[0].vertices, axis=0) for c in axes.collections]
     areas = [np.prod(span) for span in spans]
     np.testing.assert_allclose(areas[0] / areas[1], (0.15 / 0.4) ** 1.5, rtol=1e-9)
@@ -149,18 +149,18 @@ def test_actions_that_nobody_may_take_are_grey(tmp_path):
     """Not white, which says that nothing is taken: those that the MDP has not, and those that the prior excludes."""
     taken = np.full((12, 4), 0.1)
     taken[3, 1] = np.nan
-    figure = figures.perturbation_maps(taken, GRID, actions=ACTIONS)
+    figure = solution_figures.perturbation_maps(taken, GRID, actions=ACTIONS)
     assert np.isnan(drawn(figure.axes[1])).sum() == 1 and "nobody may take" in figure._supxlabel.get_text()
     prior = np.full((6, 2), 0.5)
     prior[2] = [1.0, 0.0]
     m = rr.problems.chain()
     sol = rr.solve(m, rr.kl(1.0, prior=prior))
     seen = []
-    original = figures.heat_map
-    figures.write(tmp_path, m, sol, excluded=prior == 0)
+    original = solution_figures.heat_map
+    solution_figures.write(tmp_path, m, sol, excluded=prior == 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "heat_map", lambda *x, **y: seen.append(x[2]) or original(*x, **y))
-        figures.write(tmp_path, m, sol, excluded=prior == 0)
+        patch.setattr(solution_figures, "heat_map", lambda *x, **y: seen.append(x[2]) or original(*x, **y))
+        solution_figures.write(tmp_path, m, sol, excluded=prior == 0)
     assert np.isnan(seen[0]).nonzero() == ([2], [1])
 
 
@@ -168,11 +168,11 @@ def test_actions_that_nobody_may_take_are_grey(tmp_path):
 def test_labels_of_many_actions_are_apart(count):
     policy = np.full((20, count), 1 / count)
     taken = np.linspace(-1, 1, 20 * count).reshape(20, count)
-    figure = figures.heat_map(np.arange(20.0), policy, taken, title="$x_{$ in a name")
+    figure = solution_figures.heat_map(np.arange(20.0), policy, taken, title="$x_{$ in a name")
     check_layout(figure)
     assert figure.axes[1].images[0].norm.vmax == 1 / count  # or all would be white
     assert all(float(x).is_integer() for x in figure.axes[2].get_xticks())
-    figure = figures.decision_bars(
+    figure = solution_figures.decision_bars(
         taken[0], policy[0], taken[0], title="$x_{$", actions=[f"go ${i}" for i in range(count)]
     )
     check_layout(figure)
@@ -181,8 +181,8 @@ def test_labels_of_many_actions_are_apart(count):
 
 
 def test_policy_arrows_are_as_long_as_probable(solved, world):
-    _, steps = figures.directions(world)
-    axes = figures.policy_map(solved.policy, steps, GRID, marks=MARKS).axes[0]
+    _, steps = solution_figures.directions(world)
+    axes = solution_figures.policy_map(solved.policy, steps, GRID, marks=MARKS).axes[0]
     policy = np.array(solved.policy)
     acting = [s for s in range(12) if s not in MARKS["wall"] + MARKS["goal"]]
     assert len(axes.collections) == 4
@@ -195,7 +195,7 @@ def test_policy_arrows_are_as_long_as_probable(solved, world):
 
 
 def test_perturbation_maps_share_one_balanced_scale(solved):
-    figure = figures.perturbation_maps(solved.perturbation, GRID, marks=MARKS, actions=ACTIONS)
+    figure = solution_figures.perturbation_maps(solved.perturbation, GRID, marks=MARKS, actions=ACTIONS)
     panels = figure.axes[:4]
     norms = {id(axes.images[0].norm) for axes in panels}
     assert len(norms) == 1
@@ -212,7 +212,7 @@ def test_perturbation_maps_share_one_balanced_scale(solved):
 def test_a_few_large_perturbations_get_a_logarithmic_scale():
     taken = np.full((12, 4), 0.1)
     taken[3, 1] = -50.0
-    figure = figures.perturbation_maps(taken, GRID)
+    figure = solution_figures.perturbation_maps(taken, GRID)
     assert isinstance(figure.axes[0].images[0].norm, SymLogNorm)
     assert "log scale" in figure.axes[4].get_ylabel()
     ticks = figure.axes[4].get_yticks()
@@ -220,14 +220,14 @@ def test_a_few_large_perturbations_get_a_logarithmic_scale():
 
 
 def test_perturbations_of_nothing():
-    norm = figures.perturbation_maps(np.zeros((12, 5)), GRID).axes[0].images[0].norm
+    norm = solution_figures.perturbation_maps(np.zeros((12, 5)), GRID).axes[0].images[0].norm
     assert norm.vmax == 1.0
 
 
 def test_decision_bars():
     m = rr.problems.bandit()
     sol = rr.solve(m, rr.kl(3.0))
-    axes = figures.decision_bars(sol.q, sol.policy, sol.perturbation, title="bandit").axes
+    axes = solution_figures.decision_bars(sol.q, sol.policy, sol.perturbation, title="bandit").axes
     heights = [[bar.get_height() for bar in panel.patches] for panel in axes]
     np.testing.assert_allclose(heights[0], m.reward[0], rtol=1e-14)
     np.testing.assert_array_equal(heights[1], sol.policy[0])
@@ -239,7 +239,7 @@ def test_decision_bars():
 def test_heat_map_groups_states_by_their_likeliest_action():
     m = rr.problems.garnet(30, 3, 4)
     sol = rr.solve(m, rr.alpha(2.0, 1.0))
-    top, middle, bottom, *_ = figures.heat_map(sol.value, sol.policy, sol.perturbation, actions="abc").axes
+    top, middle, bottom, *_ = solution_figures.heat_map(sol.value, sol.policy, sol.perturbation, actions="abc").axes
     likeliest = np.array(sol.policy).argmax(-1)
     order = sorted(range(30), key=lambda s: (likeliest[s], sol.value[s]))
     np.testing.assert_array_equal(top.lines[0].get_ydata(), np.array(sol.value)[order])
@@ -259,7 +259,7 @@ def test_heat_map_groups_states_by_their_likeliest_action():
 )
 def test_write_picks_what_suits_the_problem(problem, names, tmp_path):
     m = problem()
-    paths = figures.write(tmp_path, m, rr.solve(m, rr.kl(1.0)))
+    paths = solution_figures.write(tmp_path, m, rr.solve(m, rr.kl(1.0)))
     assert {path.stem for path in paths} == names
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
@@ -267,15 +267,15 @@ def test_write_picks_what_suits_the_problem(problem, names, tmp_path):
 
 def test_a_wrong_size_is_refused():
     with pytest.raises(ValueError, match="3 x 4 grid has one number per cell"):
-        figures.value_map(np.zeros(11), GRID)
+        solution_figures.value_map(np.zeros(11), GRID)
 
 
 def test_matplotlib_is_optional(monkeypatch, solved):
-    assert drawing.available()
+    assert style.available()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not drawing.available()
+    assert not style.available()
     with pytest.raises(ModuleNotFoundError, match=r"robustreg\[figures\]"):
-        figures.value_map(solved.value, GRID)
+        solution_figures.value_map(solved.value, GRID)
 
 
 def test_drawing_leaves_no_global_state(world, solved, tmp_path):
@@ -287,5 +287,5 @@ figures.value_map(np.zeros(12), {GRID}).savefig({str(tmp_path / "a.png")!r})
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-    figure = figures.value_map(solved.value, dataclasses.replace(world, grid=GRID).grid)
+    figure = solution_figures.value_map(solved.value, dataclasses.replace(world, grid=GRID).grid)
     assert isinstance(figure, Figure)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg import _tree
+from robustreg._core import pytrees
 
 X = jnp.array([1.0, 2.0, 3.0])
 LOST = jnp.array([False, True, False])
@@ -17,7 +17,7 @@ def square(x, lost):
     return x**2
 
 
-square.defjvp(lambda primals, tangents: (square(*primals), _tree.gate(2 * primals[0] * tangents[0], primals[1])))
+square.defjvp(lambda primals, tangents: (square(*primals), pytrees.gate(2 * primals[0] * tangents[0], primals[1])))
 
 
 def weighted(x, weight, lost=LOST):

@@ -12,7 +12,7 @@ import pytest
 from cases import ACTIONS, garnet, random_reward
 
 import robustreg as rr
-from robustreg import linear
+from robustreg.solvers import linear
 
 pytestmark = pytest.mark.slow
 

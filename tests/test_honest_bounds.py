@@ -79,7 +79,7 @@ def test_episodes_that_end_count_by_their_length():
 
 def test_an_episode_that_may_go_on_for_ever_counts_for_ever():
     """If any action that the prior allows avoids the end, the bound is 1/(1-g); if the prior forbids it, it is not."""
-    from robustreg import bellman
+    from robustreg.solvers import bellman
 
     P, ends = np.zeros((2, 2, 2)), np.array([[0.0, 0.0], [1.0, 0.0]])
     P[0, :, 1], P[1, 1, 0] = 1, 1
@@ -97,7 +97,7 @@ def test_an_episode_that_may_go_on_for_ever_counts_for_ever():
 
 def test_the_horizon_is_a_supersolution():
     """Against the exact longest expected time, by policy iteration on random problems that end."""
-    from robustreg import bellman
+    from robustreg.solvers import bellman
 
     rng = np.random.default_rng(0)
     for seed in range(6):

@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
 import robustreg as rr
-from robustreg import _fork
+from robustreg._core import forks
 
 RNG = np.random.default_rng(0)
 P = RNG.dirichlet(np.ones(6), (6, 2))
@@ -158,8 +158,8 @@ def test_masks_pass_where_infinities_are_looked_for():
 def test_a_forked_process_is_told_so_instead_of_waiting_for_ever(monkeypatch):
     """What a child of this process would meet. (A real one may wait in JAX itself, before anything of ours runs.)"""
     m, reg = rr.problems.bandit([1.0, 2.0]), rr.kl(1.0)
-    monkeypatch.setattr(_fork, "_forked", False)
-    _fork._in_child()
+    monkeypatch.setattr(forks, "_forked", False)
+    forks._in_child()
     for call in (
         lambda: rr.solve(m, reg),
         lambda: rr.kl(2.0),

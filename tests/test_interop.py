@@ -11,7 +11,8 @@ import pytest
 from scipy import sparse
 
 import robustreg
-from robustreg import archive, interop
+from robustreg import archive
+from robustreg.problems.gymnasium import from_scipy
 
 # For the type checker: tests hand NumPy arrays to classes that declare JAX arrays, and read any transitions.
 rr: Any = robustreg
@@ -126,7 +127,7 @@ def test_observation_space_must_agree():
 def test_scipy_formats(form, dtype):
     P = np.eye(4)[[[1, 2], [0, 3], [3, 3], [0, 0]]] * 0.75 + np.eye(4)[[[0, 0], [0, 1], [3, 2], [0, 1]]] * 0.25
     matrices = [getattr(sparse, form)(P[:, a].astype(dtype)) for a in range(2)]
-    kernel = interop.from_scipy(matrices)
+    kernel = from_scipy(matrices)
     assert kernel.dtype == dtype and kernel.indices.shape == (4, 2, 2)
     v = jnp.arange(4, dtype=dtype)
     np.testing.assert_array_equal(kernel.expect(v), (P @ np.arange(4)).astype(dtype))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from robustreg import _ffi, _nvrtc, resident_kernel
+from robustreg.solvers import ffi, nvrtc, resident_kernel
 
 SIZES = resident_kernel.Sizes(256, 4, 5, 5, True, False, 7.0, False, False, False, False, 200, 0.1)
 VARIANTS = {
@@ -28,10 +28,10 @@ VARIANTS = {
 def test_source_compiles(variant, architecture):
     """For Ampere, Hopper and Blackwell, without a card."""
     try:
-        _nvrtc.library()
+        nvrtc.library()
     except OSError as missing:
         pytest.skip(str(missing))
-    cubin = _nvrtc.compile_cubin(VARIANTS[variant].source(), architecture)
+    cubin = nvrtc.compile_cubin(VARIANTS[variant].source(), architecture)
     assert cubin[:4] == b"\x7fELF"
 
 
@@ -40,23 +40,23 @@ def test_the_launch(tmp_path, monkeypatch):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed: there is no driver to play")
     try:
-        _nvrtc.library()
+        nvrtc.library()
     except OSError as missing:
         pytest.skip(str(missing))
     sizes = SIZES._replace(states=20)
     driver = emulated.Emulated(tmp_path).driver(sizes)
-    monkeypatch.setattr(_nvrtc, "_driver", lambda: driver)
-    kernel = _nvrtc.Kernel(sizes.source(), "solve", sizes.threads)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    kernel = nvrtc.Kernel(sizes.source(), "solve", sizes.threads)
     arguments, value = resident_kernel.trial(sizes)
     found = [np.zeros((2, 20), np.float32), *(np.zeros(2, t) for t in (*[np.float32] * 3, *[np.int32] * 3))]
     buffers = [x.ctypes.data for x in (*arguments, *found)]
     for _ in range(2):
-        kernel(_ffi.Call(buffers, 2, lambda: 0x5678))
+        kernel(ffi.Call(buffers, 2, lambda: 0x5678))
     assert (driver.times_loaded(), driver.still_pushed()) == (1, 0)
     np.testing.assert_array_equal(found[5], 0)
     assert (np.abs(found[0].astype(float) + found[1][:, None] - value) <= found[2][:, None]).all()
     with pytest.raises(RuntimeError, match="refused"):
-        kernel(_ffi.Call(buffers, 2, lambda: 0x1111))
+        kernel(ffi.Call(buffers, 2, lambda: 0x1111))
     assert driver.still_pushed() == 0
 
 
@@ -78,7 +78,7 @@ int main() {
 
 
 def test_structures_are_those_of_the_header(tmp_path):
-    """Offsets in the header that jaxlib ships, against those of `robustreg._ffi`."""
+    """Offsets in the header that jaxlib ships, against those of `robustreg.solvers.ffi`."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     include = Path(jax.ffi.include_dir())
@@ -86,17 +86,17 @@ def test_structures_are_those_of_the_header(tmp_path):
     program = tmp_path / "offsets"
     subprocess.run(["g++", "-w", f"-I{include}", str(program) + ".cpp", "-o", str(program)], check=True)
     found = [int(x) for x in subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()]
-    api, pointer = _ffi.Api, ctypes.sizeof(ctypes.c_void_p)
-    functions = [api.functions.offset + pointer * i for i in (_ffi.ERROR_CREATE, _ffi.STREAM_GET)]
+    api, pointer = ffi.Api, ctypes.sizeof(ctypes.c_void_p)
+    functions = [api.functions.offset + pointer * i for i in (ffi.ERROR_CREATE, ffi.STREAM_GET)]
     own = [api.api_version.offset, api.internal_api.offset, *functions]
     names = (
-        (_ffi.Buffer, "dtype data rank dims"),
-        (_ffi.Args, "size types args size args"),
-        (_ffi.CallFrame, "api ctx stage args rets"),
-        (_ffi.Metadata, "api_version"),
-        (_ffi.Extension, "metadata"),
-        (_ffi._ErrorCreate, "message errc"),
-        (_ffi._StreamGet, "ctx stream"),
+        (ffi.Buffer, "dtype data rank dims"),
+        (ffi.Args, "size types args size args"),
+        (ffi.CallFrame, "api ctx stage args rets"),
+        (ffi.Metadata, "api_version"),
+        (ffi.Extension, "metadata"),
+        (ffi._ErrorCreate, "message errc"),
+        (ffi._StreamGet, "ctx stream"),
     )
     own += [getattr(structure, field).offset for structure, fields in names for field in fields.split()]
     assert own == found

@@ -18,7 +18,8 @@ import oracle
 import pytest
 
 import robustreg as rr
-from robustreg import _tree, regularisers
+from robustreg._core import pytrees
+from robustreg.regularisers import families
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -91,7 +92,7 @@ def test_layouts_agree(alpha):
 
     def solver(reg, q):
         bound = reg.bind(0, q.dtype, q.shape[-1])
-        value, policy = regularisers.maximise(bound, q.T)
+        value, policy = families.maximise(bound, q.T)
         return value, policy.T, bound._value(policy), bound._worst_case(policy).T
 
     def layer(reg, q):
@@ -103,8 +104,8 @@ def test_layouts_agree(alpha):
             keep = np.isfinite(np.asarray(y))
             np.testing.assert_array_equal(np.isfinite(np.asarray(x)), keep)
             np.testing.assert_allclose(np.asarray(x)[keep], np.asarray(y)[keep], rtol=1e-10, atol=1e-11)
-    bound, x = reg._public(jnp.asarray(q), reduce=_tree.LAST)
-    assert x.shape == q.shape and bound.log_prior.shape == q.shape and bound.reduce is _tree.LAST
+    bound, x = reg._public(jnp.asarray(q), reduce=pytrees.LAST)
+    assert x.shape == q.shape and bound.log_prior.shape == q.shape and bound.reduce is pytrees.LAST
 
 
 def test_kl_derivatives_are_softmax_s():
@@ -219,7 +220,7 @@ def test_an_order_of_each_row():
 
 def test_few_turns_settle_every_row():
     """Rounding does not keep a row from settling: a handful of turns for alpha <= 2, whatever A."""
-    from robustreg import layer
+    from robustreg.regularisers import layer
 
     turns = []
     search = layer._search
@@ -234,7 +235,7 @@ def test_few_turns_settle_every_row():
         for order in (0.5, 1.2, 1.5, 1.7, 2.0):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(layer, "_search", counted)
-                bound, x = rr.alpha(np.float32(order), np.float32(0.5))._public(q, reduce=_tree.LAST)
+                bound, x = rr.alpha(np.float32(order), np.float32(0.5))._public(q, reduce=pytrees.LAST)
                 bound._maximiser(x)
             assert int(turns[-1]) <= 8, (rows, actions, order)
 

@@ -9,25 +9,27 @@ import pytest
 from cases import garnet_case, replace
 
 import robustreg as rr
-from robustreg import _tree, bellman, budgets, groups
+from robustreg._core import pytrees
+from robustreg.game import sets
+from robustreg.solvers import bellman, lane_groups
 
 AWKWARD = np.array([[1.0, -2.0, 3.0], [np.inf, 1.0, 2.0], [np.nan, 1.0, 2.0], [-np.inf, -np.inf, -np.inf]]).T
 
 
 def test_reductions_are_the_plain_ones():
     """Also with infinities and NaN."""
-    np.testing.assert_array_equal(np.asarray(_tree.total(jnp.asarray(AWKWARD))), AWKWARD.sum(0))
-    np.testing.assert_array_equal(np.asarray(_tree.largest(jnp.asarray(AWKWARD))), AWKWARD.max(0))
+    np.testing.assert_array_equal(np.asarray(pytrees.total(jnp.asarray(AWKWARD))), AWKWARD.sum(0))
+    np.testing.assert_array_equal(np.asarray(pytrees.largest(jnp.asarray(AWKWARD))), AWKWARD.max(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 3)))
     for axis in (0, 1):
-        np.testing.assert_allclose(np.asarray(_tree.total(x, axis)), np.asarray(x).sum(axis), rtol=1e-14)
+        np.testing.assert_allclose(np.asarray(pytrees.total(x, axis)), np.asarray(x).sum(axis), rtol=1e-14)
 
     def cubes(sum_up):
         return lambda y: jnp.sum(sum_up(y * x) ** 3)
 
     for derivative in (jax.grad, jax.hessian):
-        expected = derivative(cubes(_tree.plain_sum))(x)
-        np.testing.assert_allclose(np.asarray(derivative(cubes(_tree.total))(x)), np.asarray(expected), rtol=1e-12)
+        expected = derivative(cubes(pytrees.plain_sum))(x)
+        np.testing.assert_allclose(np.asarray(derivative(cubes(pytrees.total))(x)), np.asarray(expected), rtol=1e-12)
 
 
 def test_no_product_is_handed_to_a_library_of_reductions():
@@ -56,7 +58,7 @@ def test_groups_change_nothing(kind, monkeypatch):
     reg = rr.alpha(alpha=np.array([[0.5], [2.0]]), beta=betas, prior=case.prior)
     reg = dataclasses.replace(reg, beta=reg.beta.at[3].set(jnp.nan))
     whole = rr.solve(m, reg, tol=1e-9)
-    monkeypatch.setattr(groups, "width", lambda problem: 2)
+    monkeypatch.setattr(lane_groups, "width", lambda problem: 2)
     jax.clear_caches()
     grouped = rr.solve(m, reg, tol=1e-9)
     jax.clear_caches()
@@ -72,7 +74,7 @@ def test_no_class_is_taken_for_another():
     beta = jnp.ones(2)
     alike = [rr.KL(beta), rr.Entropy(beta)]
     alike += [rr.HalfSpace(alike[0], beta), rr.Orthant(alike[0], beta), rr.RobustSet(alike[0]), rr.Dense(beta)]
-    alike += [rr.UnnormalisedSet(alike[0]), rr.Box(beta), rr.StatesOnly(), budgets.Whole()]
+    alike += [rr.UnnormalisedSet(alike[0]), rr.Box(beta), rr.StatesOnly(), sets.Whole()]
     for i, one in enumerate(alike):
         for other in alike[:i]:
             assert jax.tree.structure(one) != jax.tree.structure(other), (one, other)

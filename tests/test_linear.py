@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import linear
+from robustreg.solvers import linear
 
 SUMS = {"cpu": linear._sums, "accelerator": linear._sums_of_blocks}
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import cli, config, paper, paper_config, paper_figures
+from robustreg.cli import commands, config, figure_config
+from robustreg.figures import paper_figures, paper_numbers
 
 # Many compilations: the run on the oldest releases leaves this file out.
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def drawn(tmp_path_factory):
 
     def numbers(name):
         if name not in made:
-            assert cli.main(["figure", str(FOLDER / f"{name}.toml"), "--small", "--out", str(out)]) == 0
+            assert commands.main(["figure", str(FOLDER / f"{name}.toml"), "--small", "--out", str(out)]) == 0
             assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and (out / f"{name}.pdf").stat().st_size > 5_000
             with np.load(out / f"{name}.npz", allow_pickle=False) as file:
                 made[name] = dict(file)
@@ -72,7 +73,7 @@ def best_value(kernel, reward, discount):
 
 
 def test_every_kind_of_figure_is_shipped():
-    assert set(KINDS.values()) == set(paper_config.KINDS)
+    assert set(KINDS.values()) == set(figure_config.KINDS)
 
 
 @pytest.mark.parametrize("name", of_kind("decision"))
@@ -184,7 +185,7 @@ def test_paths_are_consistent_whatever_their_actions(drawn):
 def test_paths_are_consistent_where_moves_slip():
     """The surprise of each step is paid: it has mean 0 and closes the sum."""
     world = config.problem_of({"kind": "grid_world", "cells": ["S~.", "..G"], "slip": 0.2, "goal": 5.0}, "test")
-    n = paper.consistency(world, beta=2.0, alpha=2.0, trajectories=6, steps=8, seed=3)
+    n = paper_numbers.consistency(world, beta=2.0, alpha=2.0, trajectories=6, steps=8, seed=3)
     np.testing.assert_allclose(n["perturbed"], n["value"][n["states"][:, :1]] + np.zeros(9), rtol=0, atol=1e-8)
     moves = np.abs(np.diff(np.array(divmod(n["states"], 3)), axis=-1)).sum(0)
     assert moves.max() == 1
@@ -255,7 +256,7 @@ def refusal(tmp_path, text):
     path = tmp_path / "figure.toml"
     path.write_text(text)
     with pytest.raises(config.ConfigError) as caught:
-        paper_config.load(path, small=True)
+        figure_config.load(path, small=True)
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -333,14 +334,14 @@ def test_every_price_that_is_more_than_rounding_is_drawn():
 
 
 def test_a_bad_figure_is_exit_code_2(tmp_path, capsys):
-    assert cli.main(["figure", str(tmp_path / "absent.toml"), "--out", str(tmp_path)]) == 2
+    assert commands.main(["figure", str(tmp_path / "absent.toml"), "--out", str(tmp_path)]) == 2
     assert "absent.toml" in capsys.readouterr().err
 
 
 def test_the_example_of_the_documentation_works(tmp_path):
-    text = (paper_config.__doc__ or "").split("```toml\n")[1].split("```")[0]
+    text = (figure_config.__doc__ or "").split("```toml\n")[1].split("```")[0]
     (tmp_path / "example.toml").write_text(text)
-    picture = paper_config.load(tmp_path / "example.toml", small=True)
+    picture = figure_config.load(tmp_path / "example.toml", small=True)
     assert (picture.name, picture.title) == ("example", "What robustness costs")
     assert picture.numbers["guaranteed"].shape == (2, 5)
 
@@ -365,7 +366,7 @@ def test_a_figure_is_its_numbers(drawn, tmp_path):
 
 def test_without_matplotlib_the_numbers_are_still_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert cli.main(["figure", str(FOLDER / "decision_kl.toml"), "--out", str(tmp_path)]) == 0
+    assert commands.main(["figure", str(FOLDER / "decision_kl.toml"), "--out", str(tmp_path)]) == 0
     assert "robustreg[figures]" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["decision_kl.npz"]
 

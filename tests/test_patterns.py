@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import bellman, patterns
+from robustreg.problems import sparsity
+from robustreg.solvers import bellman
 
 
 def star(n=64):
@@ -85,7 +86,7 @@ def patterns_width(name):
 
 @pytest.mark.parametrize("name", LISTS)
 def test_every_entry_is_in_one_place(name):
-    pattern = patterns.find(jnp.asarray(LISTS[name]))
+    pattern = sparsity.find(jnp.asarray(LISTS[name]))
     assert pattern is not None
     listed = np.concatenate([np.asarray(pattern.sources).ravel(), np.asarray(pattern.rest)])
     listed = listed[listed >= 0]
@@ -106,19 +107,19 @@ def test_every_entry_is_in_one_place(name):
 
 def test_found_once_and_kept_as_long_as_the_array():
     indices = jnp.asarray(LISTS["grid"] + 0)
-    first = patterns.find(indices)
-    assert patterns.find(indices) is first and id(indices) in patterns._found
+    first = sparsity.find(indices)
+    assert sparsity.find(indices) is first and id(indices) in sparsity._found
     key = id(indices)
     del indices, first
     gc.collect()
-    assert key not in patterns._found
+    assert key not in sparsity._found
 
 
 def test_not_sought_where_it_is_not_worth_it():
     for kernel in (CHAIN, SPARSE):  # small; large enough, but every successor another state
-        assert patterns.find(vars(kernel)["indices"]) is None
-    assert patterns.find(LISTS["grid"]) is None  # somebody may write into a NumPy array
-    assert jax.jit(lambda i: i.sum() if patterns.find(i) is None else 0)(jnp.asarray(LISTS["grid"])) > 0
+        assert sparsity.find(vars(kernel)["indices"]) is None
+    assert sparsity.find(LISTS["grid"]) is None  # somebody may write into a NumPy array
+    assert jax.jit(lambda i: i.sum() if sparsity.find(i) is None else 0)(jnp.asarray(LISTS["grid"])) > 0
 
 
 def test_found_inside_a_trace_it_outlives_it():
@@ -126,7 +127,7 @@ def test_found_inside_a_trace_it_outlives_it():
     m = dataclasses.replace(GRID, transitions=rr.Successors(indices, KERNEL.probabilities))
     reg = rr.kl(2.0)
     inside = jax.jit(lambda r: rr.solve(dataclasses.replace(m, reward=r), reg, tol=1e-9).value)(m.reward)
-    assert id(indices) in patterns._found
+    assert id(indices) in sparsity._found
     np.testing.assert_allclose(np.asarray(rr.solve(m, reg, tol=1e-9).value), np.asarray(inside), atol=2e-9)
 
 
@@ -151,7 +152,7 @@ def test_derivatives_are_those_without(name, monkeypatch):
         return jax.jvp(jax.grad(objective, (0, 1)), point, way)
 
     found = jax.tree.leaves(jax.jit(both)(point, way))
-    monkeypatch.setattr(patterns, "find", lambda indices: None)
+    monkeypatch.setattr(sparsity, "find", lambda indices: None)
     expected = jax.tree.leaves(jax.jit(lambda *at: both(*at))(point, way))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-7 * float(jnp.max(jnp.abs(y))))
@@ -164,7 +165,7 @@ def test_exports_for_accelerators():
     def objective(reward):
         return rr.solve(dataclasses.replace(GRID, reward=reward), rr.kl(3.0), tol=1e-6).objective
 
-    assert patterns.find(KERNEL.indices) is not None
+    assert sparsity.find(KERNEL.indices) is not None
     for f in (objective, jax.grad(objective)):
         exported = jax.export.export(jax.jit(f), platforms=("cuda", "rocm", "tpu"))(GRID.reward)
         assert set(exported.platforms) == {"cuda", "rocm", "tpu"}

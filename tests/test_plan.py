@@ -11,8 +11,8 @@ import pytest
 
 import robustreg as rr
 
-plan: Any = import_module("robustreg.plan")
-engine: Any = import_module("robustreg.sweep")
+plan: Any = import_module("robustreg.sweeps.plan")
+engine: Any = import_module("robustreg.sweeps.runner")
 M = rr.problems.chain(discount=0.9)
 GARNETS = rr.problems.garnets(7, n_states=6, n_actions=3, branching=3, discount=0.9)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import _host, _settings
+from robustreg._core import checks, settings
 
 pytestmark = pytest.mark.slow
 
@@ -174,18 +174,18 @@ def test_mixed_leaves_agree_on_one_dtype(dtype, leaf):
 def test_all_leaves_below_float32_compute_in_float32():
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, WIDE)
     assert low.dtype == np.float32
-    assert _host.working_dtype([jnp.ones(2, jnp.bfloat16), jnp.ones(2, np.float16)]) == np.float32
+    assert checks.working_dtype([jnp.ones(2, jnp.bfloat16), jnp.ones(2, np.float16)]) == np.float32
 
 
 def test_canonical_casts_floating_arrays_only():
     tree: Any = {"a": jnp.ones(2), "n": jnp.arange(2), "b": jnp.ones(2, bool), "h": jnp.ones(2, jnp.bfloat16), "s": 1.0}
-    assert _host.canonical(tree) is tree
+    assert checks.canonical(tree) is tree
     with jax.enable_x64(False):
-        cast = _host.canonical(tree)
+        cast = checks.canonical(tree)
         assert cast["a"].dtype == np.float32 and cast["h"].dtype == jnp.bfloat16
         assert all(cast[name] is tree[name] for name in ("n", "b", "h", "s"))
-        assert jax.jit(_host.canonical)({"a": tree["a"]})["a"].dtype == np.float32
-    assert _host.canonical(tree, np.dtype(np.float32))["h"].dtype == np.float32
+        assert jax.jit(checks.canonical)({"a": tree["a"]})["a"].dtype == np.float32
+    assert checks.canonical(tree, np.dtype(np.float32))["h"].dtype == np.float32
 
 
 # ---- settings of the caller in other threads
@@ -219,7 +219,7 @@ def test_threads_have_the_callers_settings(name):
     with getattr(jax, name)(SETTINGS[name]):
         mine: list[str] = []
         read(mine)
-        carried = _settings.carried(read)
+        carried = settings.carried(read)
         assert in_thread(carried) == mine
     plain = in_thread(read)
     assert plain != mine, "the setting is not the thread's own: this test shows nothing"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import robustreg
-from robustreg import cli, config
+from robustreg.cli import commands, config
 
 rr: Any = robustreg
 
@@ -226,12 +226,12 @@ def test_a_newcomers_table_from_the_command_line(tmp_path, capsys, monkeypatch):
     text = f'[problem]\n{PROBLEMS["table"]}\n[regulariser]\nkind = "entropy"\nbeta = 2.0\n'
     (tmp_path / "c.toml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["solve", "c.toml", "--out", "out"]) == 0
+    assert commands.main(["solve", "c.toml", "--out", "out"]) == 0
     assert (tmp_path / "out" / "heat_map.png").exists()
     # The result keeps the configuration, and finds the table from anywhere.
     (tmp_path / "far").mkdir()
     monkeypatch.chdir(tmp_path / "far")
-    assert cli.main(["certify", "../out/result.npz"]) == 0
+    assert commands.main(["certify", "../out/result.npz"]) == 0
     assert "holds" in capsys.readouterr().out
 
 

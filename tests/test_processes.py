@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from robustreg import cli
-from robustreg.processes import Group
-from robustreg.store import SweepError
+from robustreg.cli import commands
+from robustreg.sweeps.cluster import Group
+from robustreg.sweeps.store import SweepError
 
 # Many compilations: the run on the oldest releases leaves this file out.
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
-    assert cli.main(["sweep", str(config), "--out", str(out)]) == 0
+    assert commands.main(["sweep", str(config), "--out", str(out)]) == 0
     return (out / "table.csv").read_bytes()
 
 
@@ -182,7 +182,7 @@ def test_one_says_what_it_does_until_it_leaves(tmp_path):
     ],
 )
 def test_options_that_do_not_go_together(arguments, expected, config, tmp_path, capsys):
-    assert cli.main(["sweep", str(config), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert commands.main(["sweep", str(config), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert expected in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from robustreg import cli
+from robustreg.cli import commands
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_commands(capsys, tmp_path, monkeypatch):
     assert program == "robustreg"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    assert cli.main(arguments) == 0
+    assert commands.main(arguments) == 0
     assert steady(capsys.readouterr().out) == steady(printed)
 
 

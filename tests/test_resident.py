@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import bellman, resident_kernel
-from robustreg.solve import iterate
+from robustreg.solvers import bellman, resident_kernel
+from robustreg.solvers.loop import iterate
 
 DTYPE = np.float32
 

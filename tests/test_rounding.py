@@ -212,7 +212,7 @@ def test_crossed_bounds_never_pass(small):
 
 def test_a_conjugate_that_comes_out_low_is_not_certified(small, monkeypatch):
     """Bounds that cross are NaN: here because the upper one is wrong on purpose."""
-    from robustreg import certificates
+    from robustreg.adversary import certificates
 
     m, reg, sol = small
     bounds = certificates.bellman.value_bounds

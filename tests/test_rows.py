@@ -154,7 +154,7 @@ def test_rounding_is_no_deviation():
     for n in (3, 50, 400):
         P = rng.dirichlet(np.full(n, 0.3), (n, 2))
         m = rr.mdp(P.astype(np.float32) / 1, rng.normal(size=(n, 2)).astype(np.float32), 0.9, normalise=True)
-        from robustreg import bellman
+        from robustreg.solvers import bellman
 
         assert float(bellman.lanes(m, REG).deviation) == 0
         unnormalised = dataclasses.replace(m, transitions=rr.Dense(jnp.asarray(P.astype(np.float32))))

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg import _progress, cli, plan, store
-from robustreg.store import join
+from robustreg.cli import commands
+from robustreg.sweeps import plan, progress, store
+from robustreg.sweeps.store import join
 
-engine = import_module("robustreg.sweep")
+engine = import_module("robustreg.sweeps.runner")
 SCALARS = (
     "objective nominal_return regulariser_cost price_of_robustness worst_case_return policy_entropy gap steps status"
 ).split()
@@ -402,7 +403,7 @@ chunk = 1
 
 
 def command(capsys, *arguments):
-    code = cli.main([str(a) for a in arguments])
+    code = commands.main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -436,7 +437,7 @@ def test_command_line(capsys, tmp_path):
     code, out, err = command(capsys, "sweep", path, "--out", tmp_path / "c")
     assert code == 1 and "STAGNATED" in out and "40 cells did not converge" in err and "40 failed" in err
     with pytest.raises(SystemExit):
-        cli.main(["sweep", str(path), "--out", str(tmp_path / "d"), "--shard", "2/2"])
+        commands.main(["sweep", str(path), "--out", str(tmp_path / "d"), "--shard", "2/2"])
     assert "the part runs from 0 to 1" in capsys.readouterr().err
     assert Path(tmp_path / "d").exists() is False
 
@@ -479,12 +480,12 @@ def test_what_killed_parts_left_is_removed_by_others(tmp_path):
 def test_what_is_left_is_told_without_the_time_of_compiling(capsys, monkeypatch):
     """The first chunk takes as long as making the program; from then on the rate is that of the work."""
     clock = [0.0]
-    monkeypatch.setattr(_progress.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
     seen: list[dict] = []
-    report = _progress.reporter(seen.append, 100, 0)
+    report = progress.reporter(seen.append, 100, 0)
     for seconds in (40.0, 41.0, 42.0):
         clock[0] = seconds
         report(10, 0)
     assert [round(state["eta"], 6) for state in seen] == [360.0, 8.0, 7.0]
-    _progress.reporter(True, 100, 20)
+    progress.reporter(True, 100, 20)
     assert capsys.readouterr().err == "20/100 cells, compiling\n"

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import LogNorm
 
 import robustreg as rr
-from robustreg import sweep_figures as pictures
+from robustreg.figures import sweep_figures as pictures
 
 BETAS, ALPHAS, DISCOUNTS = np.geomspace(0.1, 100, 6), np.array([0.5, 1.0, 2.0]), np.array([0.8, 0.95])
 

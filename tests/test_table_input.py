@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import robustreg
-from robustreg import figures
+from robustreg.figures import solution_figures
 
 rr: Any = robustreg
 
@@ -289,7 +289,9 @@ def test_by_name_and_numbers():
 def test_names_in_figures(tmp_path):
     m = rr.from_table(ROWS, 0.9)
     sol = rr.solve(m, rr.kl(2.0))
-    assert figures.write(tmp_path, m, sol, "machine") == [tmp_path / "heat_map.png"]
-    drawn = figures.heat_map(sol.value, sol.policy, sol.perturbation, actions=m.names.actions, states=m.names.states)
+    assert solution_figures.write(tmp_path, m, sol, "machine") == [tmp_path / "heat_map.png"]
+    drawn = solution_figures.heat_map(
+        sol.value, sol.policy, sol.perturbation, actions=m.names.actions, states=m.names.states
+    )
     ticks = [label.get_text() for axes in drawn.axes for label in axes.get_xticklabels() + axes.get_yticklabels()]
     assert {*m.names.states, *m.names.actions} <= set(ticks)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import robustreg
-from robustreg import _discrete
+from robustreg._core import discrete
 
 rr: Any = robustreg
 
@@ -111,10 +111,10 @@ def test_derivatives_of_both_modes():
 
 
 def test_too_many_numbers_for_single_precision_stay_whole():
-    big = jnp.zeros(_discrete._EXACT, jnp.int32)
+    big = jnp.zeros(discrete._EXACT, jnp.int32)
     kinds = (int, None)
-    left, _ = _discrete.as_leaves((big, jnp.zeros(1, jnp.float32)), kinds)
+    left, _ = discrete.as_leaves((big, jnp.zeros(1, jnp.float32)), kinds)
     assert left is big
-    turned, _ = _discrete.as_leaves((big, jnp.zeros(1, jnp.float64)), kinds)
+    turned, _ = discrete.as_leaves((big, jnp.zeros(1, jnp.float64)), kinds)
     assert turned.dtype == jnp.float64
-    assert _discrete.from_leaves((turned, None), kinds)[0] is big
+    assert discrete.from_leaves((turned, None), kinds)[0] is big

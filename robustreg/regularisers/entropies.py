@@ -1,0 +1,72 @@
+r"""The negative entropy without a reference policy, `Omega(p) = (1/beta) sum p log p`.
+
+Its robust set is `{ sum exp(beta dr) <= 1 }`, and the worst case `(1/beta) log p <= 0` *raises* every reward; against a
+uniform prior everything moves by `log(A)/beta` and both signs appear [Eysenbach and Levine 2022].
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from robustreg._core import pytrees
+from robustreg.regularisers import conjugates, masks
+from robustreg.regularisers.divergences import Scales, kl_divergence
+from robustreg.regularisers.families import KL, Regulariser, kl
+
+
+@pytrees.dataclass
+class Entropy(KL):
+    """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure. Build it with `entropy`."""
+
+    has_reference = False
+
+    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Entropy":
+        return Entropy(beta, log_prior)
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        # As against the uniform distribution, which has the mass of a policy, and a constant.
+        logs = float(np.log(q.shape[self.reduce.axis]))
+        value, policy = conjugates.kl_maximiser(q, self.beta, self._prior - logs, self.reduce)
+        return value + logs / self.beta, policy
+
+    def _value(self, policy: Array) -> Array:
+        # The counting measure has another mass than a policy: no extension to other measures applies.
+        return kl_divergence(policy, self._prior, self.reduce) / self.beta
+
+    def _value_error(self, policy: Array) -> Array:
+        return Regulariser._value_error(self, policy)
+
+    def _noise(self, scales: Scales) -> Array:
+        return scales.logs * scales.temperature
+
+    def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
+        counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior
+        return KL._rearrange(dataclasses.replace(self, log_prior=counting), place, dtype, n_actions, last)
+
+
+def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None, available: ArrayLike | None = None) -> Entropy:
+    """Entropy regulariser without a reference policy, `Omega(p) = -H(p)/beta`.
+
+    Args:
+        beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
+        state_scale: `[*B, S]`, multiplies beta per state.
+        available: which actions there are, `[A]`, `[S, A]` or `[*B, S, A]` booleans; None: all. The others are never
+            played. (An MDP with a mask of its own needs none here.)
+
+    Returns:
+        A regulariser for `solve`, `worst_case`, `slack` and the rest, in which the "worst case" of a policy raises
+        every reward. Every step that is played earns up to `log(A)/beta` more than under `kl` with a uniform prior.
+        Where no episode ends (and state_scale is None and all actions are available), that is `log(A)/(beta (1-g))` in
+        every state, and policies are the same. Where episodes end, it is worth something to play on: policies differ,
+        and states in which nothing more happens, such as the goals of a grid world, are worth `log(A)/(beta (1-g))`.
+
+    Raises:
+        TypeError, ValueError: a beta or scale out of range; a mask that is none, or leaves a state without action.
+    """
+    strength = kl(beta, state_scale=state_scale)
+    plain = Entropy(strength.beta, None, strength.state_scale)
+    return plain if available is None else masks.restricted(plain, available)

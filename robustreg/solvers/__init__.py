@@ -1,0 +1,29 @@
+"""The regularised value: the fixed point, its derivative, and the proof that comes with it.
+
+`bellman` is the page to read first: the operator, its derivative, and what one residual proves. `methods` chooses the
+next value, `loop` runs a method and stops it (`solve`), `solution` is what comes out. `linear` solves the systems
+`(I - K) x = b` of Newton's method and of gradients, with `elimination` where Krylov methods fail; `implicit` attaches
+derivatives to the fixed point. `evaluation` is the same loop for one policy. `ranges` measures the numbers of a problem
+for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
+"""
+
+from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.loop import solve
+from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, Solver, Step, ValueIteration
+from robustreg.solvers.solution import Solution, SolveError, Status
+
+__all__ = [
+    "Anderson",
+    "ModifiedPolicyIteration",
+    "Newton",
+    "Solution",
+    "SolveError",
+    "Solver",
+    "Status",
+    "Step",
+    "ValueIteration",
+    "evaluate",
+    "nominal_optimum",
+    "occupancy",
+    "solve",
+]

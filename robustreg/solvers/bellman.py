@@ -1,0 +1,317 @@
+r"""The regularised Bellman operator, its derivative, and what one residual of it proves.
+
+    T V = Omega*(r + g P V)          q_values, backup
+    dT/dV = K = g P_pi               Chain, with pi = grad Omega*(q)  (Danskin)
+
+`T` is monotone, convex and, when no episode ends, `T(V + c) = T V + g c`.
+
+**Offsets.** Values are carried as `V = h + c`, one number `c` per lane. With the exit rate
+`e(s,a) = (1-g) + g termination(s,a)`,
+
+    T(h + c) - c = Omega*(r - c e + g P h),
+
+so that a constant costs nothing and rounding is that of the small `h`, not of `V`, which is larger by 1/(1-g).
+`1-g` is a leaf of its own, rounded once from double precision: in float32 `1 - 0.9999` is wrong in the fourth digit.
+
+**Certificate.** With `d = T V - V` [MacQueen 1966; Puterman 1994, sec. 6.6], for any V
+
+    T V + g/(1-g) min d  <=  V*  <=  T V + g/(1-g) max d,
+
+where min d is replaced by min(min d, 0) and max d by max(max d, 0) if episodes end. Then 1/(1-g) may also be replaced
+by any `w >= 1 + g P_a w` for every action a that may be taken (`ranges.horizon`): from `T V <= V + x`, x >= 0, follows
+`T(V + x w) <= T V + x max_a g P_a w <= V + x w`, hence `V* <= V + x w`, and likewise from below.
+
+**Rounding.** In floating point `T` is computed with an error; an error of `delta` in every entry widens each side by
+`delta/(1-g)`, except for the error in `c e`: along every trajectory the discounted exit rates add up to exactly 1, so
+that it widens them by `u |c|` only.
+`rounding` bounds both, from the size of every summand of the backup.
+
+**Rows.** All this is said of rows of P that sum to `1 - termination`. How far they miss it is measured at every solve
+(inside jit nobody else can): by rounding, or by more, which `deviation_cost` adds to the bounds, or by so much that the
+lane is refused.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from robustreg._core import loops, pytrees
+from robustreg.problems.mdps import MDP
+from robustreg.problems.transitions import Transitions
+from robustreg.regularisers import masks
+from robustreg.regularisers.divergences import Scales
+from robustreg.regularisers.families import Regulariser, maximise
+from robustreg.solvers import ranges
+
+
+@pytrees.dataclass
+class Lanes:
+    """A regularised MDP in the kernels' layout: actions first, lanes last, every leaf aligned with `[A, S, *B]`.
+
+    Attributes:
+        transitions, regulariser: bound to the layout.
+        reward: `[A, S, *b]`.
+        leave: exit rate `(1-g) + g termination`, `[A, S, *b]` with axes of 1 where nothing depends on them.
+        discount, complement: g and 1 - g, `[*b]`.
+        horizon: bound on the discounted steps of an episode, at most 1/(1-g), `[*b]`.
+        deviation: largest share by which a row of P misses `1 - termination`, beyond rounding, `[*b]`.
+        valid: whether discount, strength, rows and prior are in range, `[*b]`.
+        magnitudes: what rounding grows with.
+        ends: whether termination is part of the problem (else T commutes with constants up to g).
+        strict: whether rounding is bounded for the worst case (else long sums count by the root of their length).
+    """
+
+    transitions: Transitions
+    regulariser: Regulariser
+    reward: Array
+    leave: Array
+    discount: Array
+    complement: Array
+    horizon: Array
+    deviation: Array
+    valid: Array
+    magnitudes: ranges.Magnitudes
+    batch: tuple[int, ...] = pytrees.static()
+    ends: bool = pytrees.static()
+    strict: bool = pytrees.static(default=False)
+
+    @property
+    def n_states(self) -> int:
+        """S."""
+        return self.reward.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Working precision."""
+        return self.reward.dtype
+
+
+def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: bool = False) -> Lanes:
+    """Lay an MDP and a regulariser out for the kernels.
+
+    Args:
+        mdp: any batch axes.
+        regulariser: any batch axes.
+        *others: batch shapes of further arrays (a policy, an initial value) that broadcast with them.
+        strict: see `Lanes`.
+
+    Raises:
+        ValueError: batch axes that do not broadcast.
+    """
+    try:
+        batch = jnp.broadcast_shapes(mdp.batch_shape, regulariser.batch_shape, *others)
+    except ValueError:
+        shapes = [mdp.batch_shape, regulariser.batch_shape, *others]
+        raise ValueError(f"batch axes do not broadcast: MDP, regulariser, others have {shapes}") from None
+    mdp, regulariser = loops.alike((mdp._canonical(), regulariser))
+    n, dtype = len(batch), mdp.dtype
+    bound = masks.restricted(regulariser, mdp.available).bind(n, dtype, mdp.n_actions)
+    if bound.beta.shape[0] not in (1, mdp.n_states) or bound._prior.shape[1] not in (1, mdp.n_states):
+        raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
+    discount, complement = (pytrees.lanes_last(x, n, 0) for x in (mdp.discount, _complement(mdp)))
+    leave = complement[None, None]
+    if mdp.termination is not None:
+        leave = leave + discount[None, None] * pytrees.lanes_last(mdp.termination.astype(dtype), n, 2)
+    reward = pytrees.lanes_last(mdp.reward, n, 2)
+    if mdp.available is not None:
+        reward = jnp.where(pytrees.lanes_last(mdp.available, n, 2), reward, 0)
+    transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
+    fixed = lax.stop_gradient((transitions, bound, reward, leave, discount, complement))
+    horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
+    deviation, valid = ranges.validity(*fixed, ends)
+    return Lanes(
+        transitions=transitions,
+        regulariser=bound,
+        reward=reward,
+        leave=leave,
+        discount=discount,
+        complement=complement,
+        horizon=horizon,
+        deviation=deviation,
+        valid=valid,
+        magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon),
+        batch=batch,
+        ends=ends,
+        strict=strict,
+    )
+
+
+def with_operator(problem: Lanes, operator: Regulariser, reward: Array) -> Lanes:
+    """Put another bound regulariser and another reward in the place of a problem's own."""
+    problem, operator, reward = loops.alike((problem, operator, reward))
+    known = ranges.magnitudes(*lax.stop_gradient((operator, reward)), problem.horizon)
+    return dataclasses.replace(problem, regulariser=operator, reward=reward, magnitudes=known)
+
+
+def _complement(mdp: MDP) -> Array:
+    """`1 - g` as precisely as the MDP knows it: its own leaf, unless `discount` was replaced without it."""
+    difference = 1 - mdp.discount
+    fits = jnp.abs(difference - mdp.complement) <= jnp.finfo(mdp.dtype).eps
+    return jnp.where(fits, mdp.complement, difference)
+
+
+def q_values(problem: Lanes, h: Array, c: Array) -> Array:
+    """`r + g P V - c` at `V = h + c`, `[A, S, *B]`, from `h [S, *B]` and `c [*B]`."""
+    ahead = problem.discount[None, None] * problem.transitions._expect(h)
+    return (problem.reward - c[None, None] * problem.leave) + ahead
+
+
+def backup(problem: Lanes, h: Array, c: Array) -> tuple[Array, Array, Array]:
+    """`T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
+    q = q_values(problem, h, c)
+    th, policy = maximise(problem.regulariser, q)
+    return th, policy, q
+
+
+def cost(problem: Lanes, th: Array, q: Array) -> Array:
+    """`max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
+    return jnp.max(problem.regulariser._excess(q, th), axis=0)
+
+
+def sound(problem: Lanes) -> Array:
+    """Tell whether the numbers of a lane are in range, `[*B]`. NaN in a reward shows in the first backup."""
+    return jnp.broadcast_to(problem.valid, problem.batch)
+
+
+@pytrees.dataclass
+class Chain:
+    """`K = g P_pi`, the derivative of T: the policy's discounted Markov chain as an operator.
+
+    Attributes:
+        transitions, policy: bound to the kernels' layout, `[A, S, *B]`; whichever kernel and policy on it make `P_pi`.
+        discount: `[*b]`.
+        leave: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
+        longest: the problem's own bound on discounted steps, `[*b]`.
+        backwards: `P_pi` from the other end, or None; see `Transitions`.
+    """
+
+    transitions: Transitions
+    policy: Array
+    discount: Array
+    leave: Array
+    longest: Array
+    backwards: Transitions | None
+    ends: bool = pytrees.static()
+
+    @property
+    def horizon(self) -> Array:
+        """Bound on discounted steps, `[*B]`: on `(I - K)^{-1} 1`, hence on how much the inverse enlarges anything."""
+        return jnp.minimum(1 / jnp.min(self.leave, axis=0), self.longest)
+
+    def pick(self, index: tuple[Array, ...]) -> "Chain":
+        """The lanes at `index`, one array `[n]` per batch axis."""
+        own = (self.policy, self.discount, self.leave, self.longest)
+        policy, discount, leave, longest = (pytrees.pick_lanes(x, index) for x in own)
+        return Chain(self.transitions._pick(index), policy, discount, leave, longest, None, self.ends)
+
+    def apply(self, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
+        """`K x`, `[S, *B]`. `add` sums over actions; to transpose this function, give one that has a transpose."""
+        return self.discount[None] * add(self.policy * self.transitions._expect(x))
+
+    def transpose(self, y: Array) -> Array:
+        """`K^T y`, `[S, *B]`."""
+        if self.backwards is not None:
+            return self.discount[None] * self.backwards._push(y[None])
+        return self.discount[None] * self.transitions._push(self.policy * y[None])
+
+    def matrix(self) -> Array:
+        """`K` written out, `[*B, S, S]` (row: state, column: successor)."""
+        n, batch = self.leave.shape[0], self.leave.shape[1:]
+        unit = jnp.eye(n, dtype=self.policy.dtype).reshape((n,) + (1,) * len(batch) + (n,))
+        # A further lane for each unit vector: P is then one matrix-matrix product for all of them.
+        expected = self.transitions._widen()._expect(jnp.broadcast_to(unit, (n, *batch, n)))
+        rows = self.discount[None, ..., None] * jnp.sum(self.policy[..., None] * expected, axis=0)
+        return jnp.moveaxis(rows, 0, -2)
+
+
+def chain(problem: Lanes, policy: Array) -> Chain:
+    """The chain of a policy `[A, S, *B]`."""
+    leave = pytrees.total(policy * problem.leave) if problem.ends else problem.leave[0]
+    leave = jnp.broadcast_to(leave, policy.shape[1:])
+    transitions, policy, backwards = problem.transitions._under(policy)
+    longest = jnp.broadcast_to(problem.horizon, problem.discount.shape) if not problem.ends else problem.horizon
+    return Chain(transitions, policy, problem.discount, leave, longest, backwards, problem.ends)
+
+
+def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
+    """Smallest and largest entry per lane, `[*B]` each, clipped at 0 if episodes end. NaN if any entry is not finite.
+
+    The test for finite entries is explicit: reductions by max over axis 0 have been seen to lose NaN (JAX 0.10, CPU).
+    """
+    # One reduction for all three: the compiler makes three kernels of every separate one.
+    low, high, broken = jnp.max(jnp.stack([-d, d, jnp.where(jnp.isfinite(d), 0, jnp.inf)]), axis=1)
+    low = -low
+    if ends:
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    return jnp.where(broken > 0, jnp.nan, low), jnp.where(broken > 0, jnp.nan, high)
+
+
+def ratio(problem: Lanes) -> Array:
+    """`g/(1-g)`, or less where episodes end sooner, `[*b]`: what a residual still costs after the backup."""
+    plain = problem.discount / problem.complement
+    return jnp.minimum(plain, problem.horizon - 1) if problem.ends else plain
+
+
+def value_bounds(problem: Lanes, h: Array, c: Array, th: Array, cost: Array) -> tuple[Array, Array]:
+    """Certified bounds on V*, `[S, *B]` each, from one backup `th = T V - c` at `V = h + c`; rounding included."""
+    low, high = extremes(th - h, problem.ends)
+    share, size = ratio(problem), jnp.max(jnp.abs(h), axis=0)
+    moved = share * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    # Forming the bounds themselves rounds by a few units of their size.
+    slack = rounding(problem, size, c, cost) + deviation_cost(problem, size + jnp.abs(c) + moved)
+    slack = slack + 4 * float(jnp.finfo(problem.dtype).eps) * moved
+    middle = th + c[None]
+    return middle + (share * low - slack)[None], middle + (share * high + slack)[None]
+
+
+def deviation_cost(problem: Lanes, size: Array) -> Array:
+    """Bound what rows of P that miss `1 - termination` by `x` change in a value of `size`, `[*B]`.
+
+    With such rows T is off by at most `g x size`, and contracts by `g (1 + x)`, where `g x <= (1 - g)/2` (else the lane
+    is refused): the two together cost at most `2 g x size / (1 - g)`, and as much again for the bounds themselves.
+    """
+    return 4 * problem.discount * problem.deviation * size / problem.complement
+
+
+def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
+    """Bound the error that floating point adds to each side of the certificate, `[*B]`.
+
+    The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are
+    bounded by their number; unless the problem is `strict`, long sums count by four times the square root of their
+    length, which holds with a probability close to 1 [Higham and Mary 2019]), the storage of P, r and g, and the
+    conjugate, which errs by what its regulariser says (`_noise`: for KL by `u (2 + log A)/beta`, near the prior by a
+    multiple of u times its cost) and whose parameters, stored with relative error u, by `u` times the cost of
+    regularisation. The error of a reward counts by the probability of the action: a penalty of 1e6 on what nobody does
+    is exact enough.
+
+    Args:
+        size, c: of the iterate `V = h + c`: `max_s |h|` and c, `[*B]`.
+        cost: `max_a q - T V`, `[*B]`, largest over states: the size of what the regulariser takes off.
+    """
+    unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
+    length = problem.transitions.fan_out
+    terms = 4 + (length if problem.strict else min(length, 4 * length**0.5))
+    n_actions = problem.reward.shape[0]
+    log_actions = float(np.log(n_actions))
+    known = problem.magnitudes
+    near = size + jnp.abs(c) if problem.ends else size
+    reward = jnp.where(near <= known.limit, known.charged, known.reward)
+    scales = Scales(
+        unit=unit,
+        logs=2 + log_actions,
+        log_prior=known.log_prior,
+        temperature=known.temperature,
+        cost=jnp.abs(cost) + 4 * unit * (reward + size + jnp.abs(c)),
+        reach=2 * (known.reward + size) + jnp.abs(c),
+    )
+    per_step = (
+        (terms + 2 + n_actions**0.5) * size
+        + (2 + n_actions**0.5) * jnp.abs(cost)
+        + (2 + log_actions + known.log_prior) * jnp.minimum(jnp.abs(cost), known.temperature)
+        + problem.regulariser._noise(scales)
+        + 3 * reward
+    )
+    return unit * (per_step * problem.horizon + 4 * jnp.abs(c) + 2 * size)

@@ -1,0 +1,329 @@
+"""Values and occupancies of fixed policies, and the best value without a regulariser.
+
+**Evaluation is a solve.** The value of a fixed policy is the fixed point of an affine T, the best unregularised value
+that of a maximum: both are "regularisers" whose conjugate is trivial, and the loop of `solve` treats them like any
+other, certificate included.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from robustreg._core import checks, loops, pytrees
+from robustreg.problems.mdps import MDP
+from robustreg.regularisers import masks
+from robustreg.regularisers.families import Regulariser
+from robustreg.solvers import bellman, implicit, linear, methods, readings
+from robustreg.solvers.loop import Loop, iterate
+from robustreg.solvers.methods import Solver
+from robustreg.solvers.solution import Status
+
+
+@pytrees.dataclass
+class Fixed(Regulariser):
+    """The affine operator of one policy as a bound regulariser: `Omega*(q) = <p, q> - cost`."""
+
+    policy: Array
+    cost: Array
+    beta: Array
+    log_prior: Array
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        return jnp.sum(self.policy * self._where_taken(q), axis=0) - self.cost, self.policy
+
+    def _excess(self, q: Array, th: Array) -> Array:
+        # An average by known weights: what is hardly ever done hardly counts.
+        return jnp.sum(self.policy * jnp.abs(self._where_taken(q) - th[None]), axis=0)
+
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        return jnp.broadcast_to(self.policy, jnp.broadcast_shapes(self.policy.shape, gap.shape))
+
+    def _where_taken(self, q: Array) -> Array:
+        """q with 0 in the place of what is infinite at actions never taken."""
+        return jnp.where((self.policy == 0) & ~jnp.isfinite(q), 0, q)
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "Fixed") -> Array:
+        dp, dcost = pytrees.given(change.policy), pytrees.given(change.cost)
+        total = jnp.zeros(q.shape[1:], q.dtype) if dcost is None else -dcost
+        if dq is not None:
+            total = total + jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
+        return total if dp is None else total + jnp.sum(dp * self._where_taken(q), axis=0)
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "Fixed") -> Array:
+        dp = pytrees.given(change.policy)
+        return jnp.zeros_like(policy) if dp is None else dp
+
+
+@pytrees.dataclass
+class Unregularised(Regulariser):
+    """The maximum as a bound regulariser: `Omega*(q) = max q`, whose subgradient is the first best action."""
+
+    has_reference = False
+
+    beta: Array
+    log_prior: Array
+
+    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+        q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
+        return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
+
+    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+        return jnp.where(gap > 0, 0, jnp.ones_like(gap))
+
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "Unregularised") -> Array:
+        zero = jnp.zeros(q.shape[1:], q.dtype)
+        return zero if dq is None else jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
+
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "Unregularised") -> Array:
+        return jnp.zeros_like(policy)
+
+
+@pytrees.dataclass
+class _Nothing(Regulariser):
+    """Stands for "no regulariser": binds to no cost at all, an infinite beta in the rounding bound."""
+
+    has_reference = False
+
+    beta: Array
+    log_prior: Array | None = None
+    state_scale: Array | None = None
+
+    def _rebuild(self, beta: Array, log_prior: Array, place: object, dtype: object) -> Unregularised:
+        return Unregularised(beta, log_prior)
+
+
+def _nothing(mdp: MDP) -> _Nothing:
+    return _Nothing(jnp.asarray(jnp.finfo(mdp.dtype).max, mdp.dtype))
+
+
+def unlimited(problem: bellman.Lanes) -> Array:
+    """A beta without an end for an operator that has no logarithms to round, in the layout of the problem's own."""
+    return jnp.full_like(problem.regulariser.beta, jnp.finfo(problem.dtype).max)
+
+
+def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward: ArrayLike | None = None) -> Array:
+    """Value of a fixed policy.
+
+    Args:
+        mdp: the MDP.
+        policy: `[*B, S, A]`, normalised over actions.
+        reg: with a regulariser, the regularised value `E sum g^t (r - Omega(p))`, which is the policy's guaranteed
+            value against every perturbation in the robust set; None: the plain value.
+        reward: another reward, `[*B, S, A]`, for example the deployed or the perturbed one.
+
+    Returns:
+        `[*B, S]`, in reward units, to the working precision; NaN in lanes where that failed (input that is not
+        finite, overflow, or a certified error above half the digits). With a regulariser, minus infinity in states
+        from which the policy comes to one where its cost is infinite (an action of prior 0, or with alpha <= 0 an
+        action omitted).
+
+    Raises:
+        ValueError: a policy or reward of another shape, a policy that is no distribution over actions or plays one that
+            is not available. (Inside jit, where no values are looked at, the latter is worth NaN or minus infinity.)
+    """
+    policy = _policy(mdp, policy)
+    if reg is not None:
+        checks.expect_type(reg, Regulariser, "third argument", "kl")
+    if reward is not None:
+        reward = checks.array("reward", reward, mdp.dtype)
+        checks.expect_shape("reward", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
+    readings.refuse_states_as_lanes(mdp, reg, *(readings.shape_of(x, 2) for x in (policy, reward)))
+    return _evaluate(mdp._prepared(), policy, reg, reward)
+
+
+def evaluate_from(mdp: MDP, policy: Array, start: Array, tol: Array | None) -> Array:
+    """Value of a fixed policy as by `evaluate`, `[*B, S]`, to within `tol`, from a guess `[*B, S]` of it.
+
+    None, or a tolerance that the precision does not support, is as accurate as `evaluate`.
+    """
+    return _evaluate(mdp._prepared(), policy, None, None, start, tol)
+
+
+@jax.jit
+def _evaluate(
+    mdp: MDP,
+    policy: Array,
+    reg: Regulariser | None,
+    reward: Array | None,
+    start: Array | None = None,
+    tol: Array | None = None,
+) -> Array:
+    others = (policy.shape[:-2],) + (() if reward is None else (reward.shape[:-2],))
+    problem = bellman.lanes(mdp, _nothing(mdp) if reg is None else reg, *others)
+    n = len(problem.batch)
+    p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
+    cost, ruined = _cost(problem, p, reg is None)
+    if mdp.available is not None:
+        wrong = masks.plays_missing(p, pytrees.lanes_last(mdp.available, n, 2))
+        cost = jnp.where(wrong & ~ruined, jnp.nan, cost)
+    # Actions never taken are masked: a perturbed reward may be infinite there.
+    reward = problem.reward if reward is None else pytrees.lanes_last(reward, n, 2)
+    fixed = Fixed(p, cost, unlimited(problem), jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
+    value = fixed_point(problem, fixed, reward, None if start is None else pytrees.lanes_last(start, n, 1), tol)
+    return value if reg is None else jnp.where(pytrees.batch_first(ruined, 1), -jnp.inf, value)
+
+
+def _cost(problem: bellman.Lanes, policy: Array, free: bool) -> tuple[Array, Array]:
+    """Cost of a policy `[S, *B]`, and the states from which it comes to one of infinite cost, where it is 0 instead.
+
+    Where no cost is infinite, which is nearly always, the loop below does not turn once.
+    """
+    if free:
+        zero = jnp.zeros((1,) * (policy.ndim - 1), policy.dtype)
+        return zero, zero > 0
+    infinite = jnp.isposinf(problem.regulariser._value(lax.stop_gradient(policy)))
+    onwards = (policy > 0) & (problem.discount > 0)[None, None]
+
+    def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        ruined, _ = state
+        # Products of probabilities may underflow to 0: an action and a successor count by being possible at all.
+        leads = problem.transitions._expect(ruined.astype(policy.dtype)) > 0
+        new = ruined | jnp.any(onwards & leads, axis=0)
+        return new, jnp.any(new & ~ruined)
+
+    ruined, _ = loops.while_loop(
+        lambda state: state[1], spread, (infinite, jnp.any(infinite)), (onwards, problem.transitions)
+    )
+    # The derivative there is that of another policy, which has one: a gradient that nobody asks for is then 0, not NaN.
+    prior = jax.nn.softmax(jnp.broadcast_to(lax.stop_gradient(problem.regulariser._prior), policy.shape), axis=0)
+    cost = problem.regulariser._value(jnp.where(ruined[None], prior, policy))
+    return jnp.where(ruined, 0, cost), ruined
+
+
+def nominal_optimum(mdp: MDP, reg: Regulariser | None = None) -> Array:
+    """Find the best value without a regulariser: policy iteration, to the working precision.
+
+    `<initial, nominal_optimum - evaluate(policy)>` is the price of a policy's robustness.
+
+    Args:
+        mdp: the MDP; actions that are not available are not played.
+        reg: with a regulariser, actions that its prior forbids are not played either; its strength does not matter.
+
+    Returns:
+        `[*B, S]`, in reward units; the batch axes are those of the MDP and the prior. NaN as in `evaluate`.
+    """
+    checks.expect_type(mdp, MDP, "first argument", "mdp")
+    if reg is not None:
+        checks.expect_type(reg, Regulariser, "second argument", "kl")
+    readings.refuse_states_as_lanes(mdp)
+    return _nominal_optimum(mdp._prepared(), None if reg is None else reg.log_prior)
+
+
+@jax.jit
+def _nominal_optimum(mdp: MDP, log_prior: Array | None) -> Array:
+    problem = bellman.lanes(mdp, dataclasses.replace(_nothing(mdp), log_prior=log_prior))
+    return fixed_point(problem, problem.regulariser, problem.reward)
+
+
+def fixed_point(
+    problem: bellman.Lanes,
+    operator: Regulariser,
+    reward: Array,
+    start: Array | None = None,
+    tol: Array | None = None,
+) -> Array:
+    """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`.
+
+    Args:
+        problem: the lanes.
+        operator: bound as the problem's own regulariser is.
+        reward: bound likewise.
+        start: where to begin, `[S, *B]`; None: at 0.
+        tol: error to stop at, a number; None: as small as the precision supports.
+    """
+    problem = bellman.with_operator(problem, operator, reward)
+    dtype = problem.dtype
+    tol = jnp.full(problem.batch, -1 if tol is None else tol, dtype)
+    limit = jnp.asarray(10_000, jnp.int32)
+    zeros = jnp.zeros((problem.n_states, *problem.batch), dtype)
+    start = zeros if start is None else jnp.broadcast_to(start, zeros.shape)
+    fixed = lax.stop_gradient(problem)
+    solver = _evaluation(fixed) if isinstance(operator, Fixed) else methods.automatic(fixed)
+    loop = lax.stop_gradient(iterate(fixed, solver, tol, limit, start))
+    h, c, failed = _settled(fixed, loop)
+    h, c, zero = (jnp.where(failed, 0, x) for x in (h, c, jnp.zeros_like(c)))
+    found = loops.alike((problem, h, c, zero, None, zero, failed))
+    h = implicit.attach(linear.Method(), *found)[0]
+    return pytrees.batch_first(implicit.mark(h + c[None], failed), 1)
+
+
+def _evaluation(problem: bellman.Lanes) -> Solver:
+    """Newton's method for the operator of one policy, which is affine: one linear system, solved well at once.
+
+    A step or two more take off what rounding left. Where `_settled` can eliminate, a chain that needs many is not its
+    kind.
+    """
+    few = problem.n_states <= linear.DENSE
+    return methods.Newton(
+        forcing=100 * float(jnp.finfo(problem.dtype).eps),
+        inner_steps=linear.KRYLOV_STEPS,
+        patience=linear.idle_steps(problem.n_states),
+        max_steps=6 if few else 200,
+    )
+
+
+def _settled(problem: bellman.Lanes, loop: Loop) -> tuple[Array, Array, Array]:
+    """The fixed point `h + c` that a loop found, and the lanes in which it found none, `[*B]`.
+
+    No status goes with a bare value: one that missed half its digits must not pass for one that has them. The value of
+    a policy is the solution of one linear system, which elimination solves to all of them where the loop cannot.
+    """
+    h, c, size = loop.h, loop.c, jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
+    lost = loop.status >= int(Status.NONFINITE_INPUT)
+    half = float(jnp.finfo(problem.dtype).eps) ** 0.5
+    poor = (loop.status != int(Status.CONVERGED)) & (loop.half_width > half * size)
+    if isinstance(problem.regulariser, Fixed):
+        reward, policy = problem.regulariser._maximiser(problem.reward)
+        certain = lost | (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size)
+        value = h + c[None]
+        exact, solved = linear.eliminate(bellman.chain(problem, policy), reward, value, certain)
+        better = solved & ~certain
+        h, c = jnp.where(better[None], exact, h), jnp.where(better, 0, c)
+        poor = poor & ~better
+    return h, c, lost | poor
+
+
+def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
+    """Discounted state-action occupancy of a policy, unnormalised.
+
+    Args:
+        mdp: the MDP, whose `initial` starts the episodes.
+        policy: `[*B, S, A]`, normalised over actions.
+
+    Returns:
+        `mu(s, a) = sum_t g^t Pr(s_t = s, a_t = a)`, `[*B, S, A]`; sums to 1/(1-g) if no episode ends. It is the
+        gradient of the return in the reward.
+    """
+    policy = _policy(mdp, policy)
+    readings.refuse_states_as_lanes(mdp, None, readings.shape_of(policy, 2))
+    return _occupancy(mdp._prepared(), policy)
+
+
+def _policy(mdp: MDP, policy: ArrayLike) -> Array:
+    """A policy of an MDP as an array; values are checked where they exist."""
+    checks.expect_type(mdp, MDP, "first argument", "mdp")
+    policy = checks.array("policy", policy, mdp.dtype)
+    checks.check_policy(policy, (mdp.n_states, mdp.n_actions), "S, A")
+    masks.refuse_missing(policy, mdp.available)
+    return policy
+
+
+@jax.jit
+def _occupancy(mdp: MDP, policy: Array) -> Array:
+    problem = bellman.lanes(mdp, _nothing(mdp), policy.shape[:-2])
+    n = len(problem.batch)
+    p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
+    if mdp.available is not None:
+        wrong = masks.plays_missing(p, pytrees.lanes_last(mdp.available, n, 2))
+        p = jnp.where(wrong[None], jnp.nan, p)
+    initial = jnp.broadcast_to(pytrees.lanes_last(mdp.initial, n, 1), p.shape[1:])
+    lost = lax.stop_gradient(~bellman.sound(problem) | ~jnp.all(jnp.isfinite(p), axis=(0, 1)))
+    problem, p = implicit.harmless(problem, lost), jnp.where(lost[None, None], 1 / p.shape[0], p)
+    chain = bellman.chain(problem, p)
+    states = linear.occupy(chain, initial, jnp.zeros(problem.batch, mdp.dtype), linear.Method())
+    # Rounding leaves states that nobody visits at either side of 0; the derivative there is that of the system.
+    states = states + lax.stop_gradient(jnp.maximum(states, 0) - states)
+    return pytrees.batch_first(implicit.mark(p * states[None], lost), 2)

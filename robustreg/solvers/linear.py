@@ -1,0 +1,423 @@
+"""Linear systems of policies, `(I - K) x = b` and `(I - K^T) y = b` with `K = g P_pi`, in the kernels' layout.
+
+Solvers of the Bellman equation need x roughly and often:
+
+* `neumann`: the first terms of `b + K b + K^2 b + ...`; m of them make modified policy iteration.
+* `krylov`: BiCGSTAB [van der Vorst 1992] for each lane by itself. If no episode ends, `K` maps constants to
+  constants and the values only matter up to one, so that it runs on mean-free vectors: the slowest mode, of
+  eigenvalue g, never takes part.
+* `direct`: LU factors of the matrix written out. O(S^3) per lane.
+
+Derivatives and occupancies need x or y once and well: `solve` and `occupy` repeat Krylov solves for what is left until
+rounding ends progress. They are transposes of each other under differentiation, in either direction and to any order,
+because `lax.custom_linear_solve` is told of both; nothing differentiates through an iteration.
+
+Lanes are frozen, bit for bit, when they have reached their target; the loop ends with the last of them.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from robustreg._core import loops, pytrees
+from robustreg.solvers import bellman, elimination
+
+Operator = Callable[[Array], Array]
+# Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
+KRYLOV_STEPS, _ROUNDS = 1000, 8
+# States up to which a lane that Krylov solves fail on is written out and eliminated: a matrix of 32 MiB in float64.
+# Beyond, it is swept, at most so often: enough for a discount of .9999 in float64.
+DENSE, _SWEEPS = 2048, 400_000
+# States of a block of `_sums_of_blocks`, and lanes from which on a CPU does without.
+_ROWS, _FEW = 8, 16
+
+
+def idle_steps(n_states: int) -> int:
+    """Krylov steps without progress after which elimination, where it stands by, is the better way to go on."""
+    return max(32, n_states // 8) if n_states <= DENSE else KRYLOV_STEPS
+
+
+def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
+    """The first `terms` terms of the Neumann series of `(I - K)^{-1} b`, `[S, *B]`."""
+    return loops.fori_loop(1, terms, lambda _, x: b + chain.apply(x), b, chain)
+
+
+def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
+    """`(I - K)^{-1} b`, or `(I - K^T)^{-1} b`, by LU, `[S, *B]`. A matrix that is not finite gives NaN in its lane."""
+    matrix = chain.matrix()
+    matrix = jnp.swapaxes(matrix, -1, -2) if transpose else matrix
+    system = jnp.eye(b.shape[0], dtype=b.dtype)[None] - matrix.reshape(-1, *matrix.shape[-2:])
+    right = jnp.moveaxis(b, 0, -1).reshape(-1, b.shape[0], 1)
+    x = jnp.linalg.solve(system, right)[..., 0].reshape(*b.shape[1:], b.shape[0])
+    return jnp.moveaxis(x, -1, 0)
+
+
+def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int, patience: int) -> Array:
+    """`(I - K)^{-1} b`, up to a constant if no episode ends, to a residual of `reduction` times that of x = 0.
+
+    Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and returns
+    nothing whose residual is larger than that, as far as the recursion of the residual can tell.
+
+    Args:
+        chain: the operator.
+        b: `[S, *B]`.
+        size: `max |b|` or so, `[*B]`.
+        reduction: `[*B]`, in the 2-norm.
+        max_steps: cap on steps, of two products each.
+        patience: cap on steps without progress.
+    """
+
+    def apply(x: Array) -> Array:
+        # A cheap product is otherwise evaluated anew in each of the kernels that read it.
+        return lax.optimization_barrier(chain.apply(x))
+
+    return bicgstab(apply, b, size, reduction, max_steps, patience, not chain.ends)
+
+
+@pytrees.options
+class Method:
+    """How `solve` and `occupy` go about it: by LU factors or by Krylov solves."""
+
+    direct: bool = False
+
+
+def solve(
+    chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, method: Method, inexact: Array | float = 0.0
+) -> Array:
+    """Solve `(I - K) x = b`, differentiably in the chain and in b; the transpose is an occupancy.
+
+    Args:
+        chain: the operator.
+        b: `[S, *B]`.
+        accuracy: residual of the system relative to b at which to stop, `[*B]`; 0: where rounding ends progress.
+        probe: None, or a tangent `[*B]` of nothing at all. Backwards its cotangent is a bound on the relative error of
+            the occupancy, a number that a backward pass has no other way to hand out.
+        method: LU or Krylov.
+        inexact: bound on the relative error that the chain itself brings into an occupancy, `[*B]`, for that number.
+
+    Returns:
+        `[S, *B]`; NaN in lanes of which the residual proves no error below `trusted`, or the accuracy asked for.
+    """
+
+    chain, b, accuracy, inexact = loops.alike((chain, b, accuracy, inexact), probe)
+
+    def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
+        return x[0] - chain.apply(x[0], pytrees.plain_sum), *x[1:]
+
+    def forward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _or_nan(_forward(chain, right[0], accuracy, method)), *right[1:]
+
+    def backward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
+        _, error, solved = found = _backward(chain, right[0], accuracy, method)
+        return (_or_nan(found), jnp.where(solved, error + inexact, jnp.inf))[: len(right)]
+
+    # Transposition wants every right-hand side linear in what is differentiated, also if b alone is not.
+    right = (b,) if probe is None else (b + _nothing_of(probe)[None], probe)
+    return lax.custom_linear_solve(system, right, forward, backward)[0]
+
+
+def _nothing_of(x: Array) -> Array:
+    """Zeros that depend linearly on x, and whose cotangents, NaN or not, are zeros again."""
+    return lax.custom_linear_solve(
+        lambda x: x, x, lambda _, x: jnp.zeros_like(x), transpose_solve=lambda _, ct: jnp.zeros_like(ct)
+    )
+
+
+def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Array:
+    """Solve `(I - K^T) y = b`: discounted visits if b is where episodes start.
+
+    Arguments and result are those of `solve`, and so are derivatives.
+    """
+    chain, b, accuracy = loops.alike((chain, b, accuracy))
+    return lax.custom_linear_solve(
+        lambda y: y - chain.transpose(y),
+        b,
+        lambda _, right: _or_nan(_backward(chain, right, accuracy, method)),
+        lambda _, right: _or_nan(_forward(chain, right, accuracy, method)),
+    )
+
+
+# Solution, bound on its relative error, and whether that is small enough to hand the solution out.
+Solved = tuple[Array, Array, Array]
+
+
+def _or_nan(found: Solved) -> Array:
+    """Hand a solution out, NaN in the lanes that are not solved."""
+    x, _, solved = found
+    return jnp.where(solved[None], x, jnp.nan)
+
+
+def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Solved:
+    if method.direct:
+        x = direct(chain, b)
+    else:
+        # (I - K) 1 is the exit rate.
+        x = _refined(chain, chain.apply, b, accuracy, jnp.ones_like(b), chain.leave, jnp.sum(chain.leave, axis=0))
+    return _checked(chain, chain.apply, b, x, accuracy, False)
+
+
+def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Solved:
+    if method.direct:
+        y = direct(chain, b, transpose=True)
+    else:
+        start = jnp.full_like(b, 1 / b.shape[0])
+        # The mass of (I - K^T) y is <exit rate, y>, which is known better than the difference: 1 - g has been rounded.
+        mass = jnp.mean(chain.leave, axis=0)
+        y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start), mass)
+    return _checked(chain, chain.transpose, b, y, accuracy, True)
+
+
+def _norm(x: Array, transpose: bool) -> Array:
+    """Norm in which `(I - K)^{-1}`, or its transpose, is at most `chain.horizon`: largest entry, or sum, `[*B]`."""
+    return jnp.sum(jnp.abs(x), axis=0) if transpose else jnp.max(jnp.abs(x), axis=0)
+
+
+def trusted(dtype: np.dtype) -> float:
+    """Relative error that a solution may have."""
+    return 5e-9 if dtype.itemsize > 4 else 2e-3
+
+
+def _checked(chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy: Array, transpose: bool) -> Solved:
+    """Read off the residual what a solution is worth, and solve the lanes that it does not prove in another way.
+
+    BiCGSTAB breaks down on chains that are nearly deterministic, and may stagnate on others. Whatever x is, nothing is
+    believed of it but what its residual says.
+    """
+    enough, nothing = trusted(b.dtype), _norm(b, transpose) == 0
+    x = jnp.where(nothing[None], 0, x)  # also where the chain is NaN: no error where nothing was asked
+    error, left = _proved(chain, apply, b, x, transpose)
+    reached = (accuracy > 0) & (left <= 1.01 * accuracy * _norm(b, transpose))
+    solved = (error <= enough) | reached | nothing
+    again = _eliminated if b.shape[0] <= DENSE else _swept
+    x, error, solved = again(chain, apply, b, x, error, solved, transpose)
+    return x, jnp.where(nothing, 0, error), solved
+
+
+def _proved(chain: bellman.Chain, apply: Operator, b: Array, x: Array, transpose: bool) -> tuple[Array, Array]:
+    """Bound on the relative error of x, and the norm of its residual, `[*B]`.
+
+    `|x - x*| <= horizon |b - (x - apply(x))|` in the norm of `_norm`, with two roundings of x on top, of the discount
+    and of the product: a residual of 0 proves no more than they leave.
+    """
+    size, left = _norm(x, transpose), _norm(b - (x - apply(x)), transpose)
+    unit = float(jnp.finfo(b.dtype).eps)
+    return chain.horizon * (unit + left / jnp.where(size > 0, size, 1)), left
+
+
+def eliminate(chain: bellman.Chain, b: Array, x: Array, solved: Array) -> tuple[Array, Array]:
+    """Solve `(I - K) x = b` by elimination in the lanes that are not `solved` yet, if the chain is small enough.
+
+    Returns:
+        x, `[S, *B]`, and which lanes are solved now, `[*B]`.
+    """
+    b = jnp.broadcast_to(b, x.shape)
+    if b.shape[0] > DENSE:
+        return x, solved
+    x, _, solved = _eliminated(chain, chain.apply, b, x, jnp.zeros_like(b[0]), solved, False)
+    return x, solved
+
+
+def _eliminated(
+    chain: bellman.Chain, apply: Operator, b: Array, x: Array, error: Array, solved: Array, transpose: bool
+) -> Solved:
+    """Solve the lanes that are not `solved` by elimination, one after the other; the others cost and feel nothing."""
+    batch, n = b.shape[1:], b.shape[0]
+    flat = (n, math.prod(batch))
+    right, unit = b.reshape(flat), float(jnp.finfo(b.dtype).eps)
+
+    def one(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, error, solved, todo = state
+        lane = jnp.argmax(todo)
+        alone = chain.pick(tuple(i[None] for i in jnp.unravel_index(lane, batch)))
+        found = elimination.solve(alone.matrix()[0], alone.leave[:, 0], right[:, lane], transpose)[:, None]
+        product = alone.transpose(found) if transpose else alone.apply(found)
+        left, size = (_norm(v, transpose)[0] for v in (right[:, lane, None] - (found - product), found))
+        # Elimination errs by a few S units in every entry. What the residual says of it (a bound larger by the horizon)
+        # is that it is no accident: rounding of the product, and no more.
+        proved = left <= 8 * (4 + n**0.5) * unit * (size + _norm(right[:, lane, None], transpose)[0])
+        return (
+            x.at[:, lane].set(found[:, 0]),
+            error.at[lane].set(4 * n * unit),
+            solved.at[lane].set(proved),
+            todo.at[lane].set(False),
+        )
+
+    # What was asked for is lost itself where it is NaN.
+    todo = ~solved & jnp.isfinite(_norm(b, transpose))
+    start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), todo.reshape(flat[1:]))
+
+    def loop() -> tuple[Array, ...]:
+        return loops.while_loop(lambda state: jnp.any(state[3]), one, start, (chain, right))
+
+    # Not the loop alone: with one lane its matrix does not depend on the turn, and the compiler would write it out
+    # before the loop, at every call.
+    x, error, solved, _ = loops.cond(jnp.any(todo), loop, lambda: start, (chain, right))
+    return x.reshape(b.shape), error.reshape(batch), solved.reshape(batch)
+
+
+def _swept(
+    chain: bellman.Chain, apply: Operator, b: Array, x: Array, error: Array, solved: Array, transpose: bool
+) -> Solved:
+    """Add `r + K r + K^2 r + ...` for the residual r of x in the lanes that are not `solved`, if that can help.
+
+    Each term is smaller than the last by a share of `1/horizon`. Lanes that would take too many, and those whose
+    rounding alone is too much, are given up at once. (Sweeps `x <- b + apply(x)` would stop at rounding times the
+    square of the horizon: what they move by is lost beside x long before they are done.)
+    """
+    enough, unit = trusted(b.dtype), 0.5 * float(jnp.finfo(b.dtype).eps)
+    start = jnp.where(jnp.all(jnp.isfinite(x), axis=0)[None], x, b)
+    needed = chain.horizon * jnp.log(8 * chain.horizon / enough)
+    worth = ~solved & (needed <= _SWEEPS) & (4 * unit * chain.horizon <= enough)
+
+    def add(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, term, count = state
+        return total + term, apply(term), count + 1
+
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        _, term, count = state
+        small = _norm(term, transpose) * chain.horizon <= 0.1 * enough * _norm(start, transpose)
+        return jnp.any(worth & ~small) & (count < _SWEEPS)
+
+    r = jnp.where(worth[None], b - (start - apply(start)), 0)
+    count = jnp.asarray(0, jnp.int32)
+    total, *_ = loops.while_loop(unfinished, add, (jnp.zeros_like(b), r, count), chain)
+    new = jnp.where(worth[None], start + total, x)
+    now = loops.cond(jnp.any(worth), lambda: _proved(chain, apply, b, new, transpose)[0], lambda: error, (chain, b))
+    return new, jnp.where(worth, now, error), solved | (worth & (now <= enough))
+
+
+def _refined(
+    chain: bellman.Chain, apply: Operator, b: Array, accuracy: Array, mode: Array, image: Array, mass: Array
+) -> Array:
+    """Solve `x - apply(x) = b` by Krylov solves for what is left until rounding ends progress.
+
+    Every residual is first freed of its sum by a multiple of `mode`, whose image under `I - apply` is `image`, of sum
+    `mass`. If no
+    episode ends, this removes the slowest mode of both systems exactly: constants are what `I - K` nearly loses, and
+    mass is what `I - K^T` nearly conserves; what remains sums to zero and stays so.
+    """
+
+    def balance(x: Array, r: Array) -> tuple[Array, Array]:
+        share = (jnp.sum(r, axis=0) / mass)[None]
+        return x + share * mode, r - share * image
+
+    def size(r: Array) -> Array:
+        return jnp.sum(jnp.abs(r), axis=0)
+
+    def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r, active, count = state
+        reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
+        reduction = jnp.where(active, reduction, 1)
+        step = bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, idle_steps(b.shape[0]), not chain.ends)
+        new, new_r = x + step, b - ((x + step) - apply(x + step))
+        new, new_r = balance(new, new_r)
+        better = active & (size(new_r) < size(r))
+        # What did not halve what was left has met rounding, or a chain that is not its kind.
+        again = better & (size(new_r) < 0.5 * size(r)) & (size(new_r) > goal) & (count < _ROUNDS - 1)
+        x, r = jnp.where(better[None], new, x), jnp.where(better[None], new_r, r)
+        return x, r, again, count + 1
+
+    floor = 4 * float(jnp.finfo(b.dtype).eps)
+    goal = accuracy * size(b)
+    x, r = balance(jnp.zeros_like(b), b)
+    start = (x, r, size(r) > goal, jnp.asarray(0, jnp.int32))
+    return loops.while_loop(lambda state: jnp.any(state[2]), improve, start, (chain, mode, image, mass))[0]
+
+
+def bicgstab(
+    apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int, patience: int, centred: bool = False
+) -> Array:
+    """Solve `(I - K) x = b` for each lane, where `apply(x) = K x`.
+
+    Args:
+        apply: the operator K on `[S, *B]`, each lane by itself.
+        b: `[S, *B]`.
+        scale: a norm of b, `[*B]`: squares of the residual must neither overflow nor vanish, whatever the unit of b.
+        reduction: `[*B]`, the 2-norm of the residual to reach, relative to that of b.
+        max_steps: cap on steps, of two products each.
+        patience: cap on steps in which the residual has not come down to .7 of what it was. On a chain that is nearly
+            deterministic nothing may happen for S steps, and all the other lanes of a batch wait for it.
+        centred: whether to solve `C (I - K) x = C b` with `C x = x - mean x` instead, by vectors of mean 0 throughout.
+
+    Returns:
+        the best iterate met, `[S, *B]`; the first is `b`, centred.
+    """
+
+    def mean(total: Array) -> Array:
+        return total / b.shape[0] if centred else jnp.zeros_like(total)
+
+    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, r, p, rho, best, best_x, mark, since, done, count = state
+        # Vectors of mean 0 do not see what centring takes off a product u, so that all inner products with it are one
+        # pass over it, together with its mean.
+        u = p - apply(p)
+        hu, total = _sums(shadow * u, u)
+        a, v = rho / hu, u - mean(total)[None]
+        s = r - a[None] * v
+        u = s - apply(s)
+        us, uu, ss, hu, hs, total = _sums(u * s, u * u, s * s, shadow * u, shadow * s, u)
+        t, tt = u - mean(total)[None], uu - mean(total) * total
+        # An exact half step leaves s = 0 and t = 0: nothing more is to be taken off.
+        w = jnp.where(tt > 0, us / jnp.where(tt > 0, tt, 1), 0)
+        x = x + a[None] * p + w[None] * s
+        r = s - w[None] * t
+        # <shadow, r> and |r|^2, the latter from <r, t> = 0.
+        new_rho, size = hs - w * hu, jnp.maximum(ss - w * us, floor * ss)
+        p = r + (new_rho / rho * a / w)[None] * (p - w[None] * v)
+        better = ~done & (size < best)
+        best_x = jnp.where(better[None], x, best_x)
+        best = jnp.where(better, size, best)
+        lower = best <= 0.5 * mark
+        mark, since = jnp.where(lower, best, mark), jnp.where(lower, 0, since + 1)
+        # Breakdowns (a vanishing inner product) show as NaN or infinity here: the lane keeps its best and stops.
+        done = done | (size <= target) | ~jnp.isfinite(size + new_rho) | (since >= patience)
+        return x, r, p, new_rho, best, best_x, mark, since, done, count + 1
+
+    def unfinished(state: tuple[Array, ...]) -> Array:
+        *_, done, count = state
+        return ~jnp.all(done) & (count < max_steps)
+
+    floor = 4 * float(jnp.finfo(b.dtype).eps)
+    scale = jnp.where(scale > 0, scale, 1)
+    b = (b - mean(*_sums(b))[None]) / scale[None]
+    shadow = apply(b)
+    shadow = shadow - mean(*_sums(shadow))[None]
+    whole, size = _sums(b * b, shadow * shadow)
+    target = reduction**2 * whole
+    done = (size <= target) | ~jnp.isfinite(size)
+    count = jnp.asarray(0, jnp.int32)
+    start = (b, shadow, shadow, size, size, b, size, jnp.zeros(size.shape, jnp.int32), done, count)
+    return scale[None] * loops.while_loop(unfinished, step, start)[5]
+
+
+def _sums(*xs: Array) -> list[Array]:
+    """Sums over states of arrays `[S, *B]`.
+
+    A CPU adds up vectors of states, or of many lanes, by itself. For a few lanes it adds one number after the other,
+    which takes up to twice as long as the whole step should, and an accelerator has work for as many threads as lanes.
+    """
+    lanes = xs[0].shape[1:]
+    if lanes and not pytrees.more_than(_FEW - 1, lanes):
+        return _sums_of_blocks(*xs)
+    return lax.platform_dependent(*xs, cpu=lambda *xs: [jnp.sum(x, axis=0) for x in xs], default=_sums_of_blocks)
+
+
+def _sums_of_blocks(*xs: Array) -> list[Array]:
+    """`_sums` in one pass over all arrays, of a few states first and then of those sums.
+
+    Over devices that share the states only the plain sum at the end adds up; they know no other.
+    """
+
+    def add(xs: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
+        zeros = tuple(jnp.zeros((), x.dtype) for x in xs)
+        return lax.reduce(xs, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,))
+
+    whole = xs[0].shape[0] // _ROWS * _ROWS
+    parts = [add(tuple(x[:whole].reshape(-1, _ROWS, *x.shape[1:]) for x in xs), 1)] if whole else []
+    if whole < xs[0].shape[0]:
+        parts.append(tuple(x[None] for x in add(tuple(x[whole:] for x in xs), 0)))
+    return [functools.reduce(jnp.add, (jnp.sum(x, axis=0) for x in part)) for part in zip(*parts)]

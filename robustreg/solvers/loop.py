@@ -1,0 +1,349 @@
+"""The one loop, and `solve`.
+
+Each turn evaluates the backup once, reads the certificate off its residual, stops the lanes whose certified error is
+small enough, and lets the solver propose the next value for the others. A stopped lane is frozen: nothing that happens
+in another lane changes a bit of it. On a CPU many lanes are solved a group after the other (see `groups`). The loop
+itself carries values only; policy and perturbation come from one more backup at the value that is returned.
+
+**Stopping.** With the half-width `w = g/(1-g) span(d)/2` and the rounding bound `u` of `bellman.rounding`, a lane
+stops when `w + u <= tol`, and returns the midpoint of its interval, so that `max_s |value - V*| <= tol`. (If episodes
+end, constants are no null direction of the residual: `w = g/(1-g) max|d|` then, around `T V`.) Without a
+`tol` it stops at `w <= u`: as tight as the precision supports within a factor of two (and STAGNATED, if the interval is
+then still wider than half of the value). A lane whose `w` is far below
+`u` but whose `u` exceeds `tol`, or whose `w + u` has not improved for `_PATIENCE` steps, has STAGNATED and returns its
+best value. Whatever the status, `lower` and `upper` are the returned value with `w + u` on either side.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from robustreg._core import checks, loops, pytrees
+from robustreg.problems.mdps import MDP
+from robustreg.regularisers.families import Regulariser
+from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, readings, resident
+from robustreg.solvers.methods import Solver
+from robustreg.solvers.solution import Solution, Status
+
+_RUNNING = -1
+_PATIENCE = 60
+
+
+def solve(
+    mdp: MDP,
+    reg: Regulariser,
+    solver: Solver | None = None,
+    *,
+    tol: ArrayLike | None = None,
+    max_steps: int | Array | None = None,
+    init: ArrayLike | None = None,
+    adjoint_error: ArrayLike | None = None,
+    strict: bool = False,
+) -> Solution:
+    """Solve a regularised MDP, which is the minimax game against its adversary, with a certificate.
+
+    Any leaf of `mdp` and `reg` may carry leading batch axes; they broadcast as in NumPy, and every combination is a
+    lane `[*B]`. Compiled once per shapes, dtype and solver: beta, alpha, discount and tol are data.
+
+    Args:
+        mdp: from `robustreg.mdp` or a generator.
+        reg: from `robustreg.kl` or `robustreg.alpha`.
+        solver: None chooses one; see `robustreg.solvers`.
+        tol: certified bound on `max_s |value - V*|` in reward units, `[*B]` or a number; None: as tight as the
+            precision supports (the rounding bound is then at least half of the certified error).
+        max_steps: cap on backups; None: the solver's own.
+        init: value to start from, `[*B, S]`; never differentiated.
+        adjoint_error: zeros `[*B]` that do nothing, except that their gradient is a bound on the relative error (in
+            the 1-norm) of the occupancy that the backward pass solved for, that of a policy which is not optimal yet
+            included: a check of a gradient from inside jit. Infinite where the linear system was not solved.
+        strict: whether rounding is bounded for the worst case. By default the roundings of a sum of more than 16
+            successors count by four times the square root of their number, a bound that random errors meet with a
+            probability close to 1; strictly, by their number, which makes dense problems' bounds wider.
+
+    Returns:
+        A `Solution`. Where `status` is CONVERGED, `lower <= V* <= upper` with `upper - lower <= 2 tol`.
+        Its floating outputs are differentiable in every leaf of `mdp` and `reg`, in both modes and to any order (see
+        `solvers.implicit`); in a lane with status NONFINITE or NONFINITE_INPUT gradients are NaN. What is not used of
+        a failed lane spoils no gradient of the others (`Solution.where_converged`).
+
+    Raises:
+        TypeError, ValueError: arguments of the wrong kind or shape. Failures of lanes are no exceptions; see `status`
+            and `raise_if_failed`.
+    """
+    check_arguments(mdp, reg, solver, tol)
+    dtype, max_steps = mdp.dtype, _check_steps(max_steps)
+    # A negative tol stands for None: whether there is one is data as well.
+    tol = checks.operand("tol", -1 if tol is None else tol, dtype)
+    start = None if init is None else checks.operand("init", init, dtype)
+    readings.refuse_states_as_lanes(mdp, reg, readings.shape_of(tol), readings.shape_of(start, 1))
+    if start is not None and (start.ndim == 0 or start.shape[-1] != mdp.n_states):
+        raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
+    limit = checks.operand("max_steps", max_steps, np.int32)
+    probe = None if adjoint_error is None else checks.operand("adjoint_error", adjoint_error, dtype)
+    return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=checks.flag("strict", strict))
+
+
+def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
+    """Refuse arguments that are none, before anything is traced."""
+    checks.expect_type(mdp, MDP, "first argument", "mdp")
+    checks.expect_type(reg, Regulariser, "second argument", "kl")
+    if solver is not None and not hasattr(solver, "propose"):
+        raise TypeError(f"solver must be an instance such as robustreg.Newton(), got {solver!r}")
+    if isinstance(solver, type):
+        raise TypeError(f"solver must be an instance: write {solver.__name__}()")
+    checks.check_tol(tol, "None asks for what the precision supports")
+
+
+def _check_steps(max_steps: int | Array | None) -> int | Array:
+    largest = np.iinfo(np.int32).max
+    if max_steps is None:
+        return largest
+    if isinstance(max_steps, Tracer):
+        return max_steps
+    return min(checks.count("max_steps", max_steps), largest)
+
+
+@functools.partial(jax.jit, static_argnames=("solver", "strict"))
+def _solve(
+    mdp: MDP,
+    reg: Regulariser,
+    solver: Solver | None,
+    tol: Array,
+    limit: Array,
+    init: Array | None,
+    probe: Array | None = None,
+    strict: bool = False,
+) -> Solution:
+    shapes = [x.shape[: x.ndim - core] for x, core in ((tol, 0), (init, 1), (probe, 0)) if x is not None]
+    problem = bellman.lanes(mdp, reg, *shapes, strict=strict)
+    batch = problem.batch
+    tol = jnp.broadcast_to(tol, batch)
+    init = jnp.zeros((mdp.n_states,), mdp.dtype) if init is None else init
+    start = pytrees.lanes_last(jnp.broadcast_to(init, batch + init.shape[-1:]), len(batch), 1)
+    solver = methods.automatic(problem) if solver is None else solver
+    loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, tol, limit, lax.stop_gradient(start)))
+    probe = None if probe is None else jnp.broadcast_to(probe, batch)
+    method = linear.Method(direct=getattr(solver, "linear", None) == "direct")
+    return _finish(problem, loop, pytrees.lanes_last(mdp.initial, len(batch), 1), tol, probe, method)
+
+
+@pytrees.dataclass
+class Loop:
+    """State of the loop: value `V = h + c`, its best predecessor, and the books of each lane.
+
+    Attributes:
+        h, c: iterate, `[S, *B]`, `[*B]`. When a lane has stopped, its answer.
+        size: bound on `max_s |h|` while the lane runs, `[*B]`.
+        noise: rounding bound of the last step, `[*B]`.
+        best_h, best_c: the midpoint value with the smallest certified half-width met.
+        half_width: that half-width, rounding bound included, `[*B]`: `|best_h + best_c - V*| <= half_width`.
+        stalled: steps since it improved, `[*B]`.
+        steps: backups, `[*B]`.
+        status: `Status` or running.
+        memory: the solver's.
+    """
+
+    h: Array
+    c: Array
+    size: Array
+    noise: Array
+    best_h: Array
+    best_c: Array
+    half_width: Array
+    stalled: Array
+    steps: Array
+    status: Array
+    memory: object
+
+
+def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
+    """Run a solver until every lane has stopped.
+
+    Args:
+        problem: the lanes.
+        solver: its proposals.
+        tol: certified half-width asked for, `[*B]`; negative: as tight as the precision supports.
+        limit: cap on steps; the solver's own applies as well.
+        h: start, `[S, *B]`.
+    """
+
+    def run(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+        return dataclasses.replace(_iterate(problem, solver, tol, limit, h), memory=())
+
+    def loop(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+        return lane_groups.in_groups(run, problem, tol, h)
+
+    problem, tol, limit, h = loops.alike((problem, tol, limit, h))
+    found = resident.find(problem, solver)
+    if found is None:
+        return loop(problem, tol, h)
+    platform, engine = found
+
+    def kernel(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+        x = engine(problem, tol, limit, h)
+        size, count = jnp.zeros_like(x.half_width), jnp.zeros_like(x.steps)
+        return Loop(x.h, x.c, size, x.noise, x.h, x.c, x.half_width, count, x.steps, x.status, ())
+
+    return lax.platform_dependent(problem, tol, h, **{platform: kernel}, default=loop)
+
+
+def _iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
+    batch, dtype = problem.batch, problem.dtype
+    # A caller's jit may close over the MDP. Its arrays are then constants, which the compiler moves into the loop and
+    # lays out anew at every turn: three times slower on a grid of 1,024 states. A start of zeros is one as well, which
+    # it spends seconds to fold where there are thousands of lanes.
+    problem, h = lax.optimization_barrier((problem, h))
+    limit = jnp.minimum(limit, solver.max_steps)
+    zero, infinite = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
+    count = jnp.zeros(batch, jnp.int32)
+    status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
+    h, c, size = _recentre(h, zero)
+    start = Loop(h, c, size, infinite, h, c, infinite, count, count, status, solver.init(h))
+
+    def running(state: Loop) -> Array:
+        return jnp.any(state.status == _RUNNING)
+
+    return loops.while_loop(running, functools.partial(_turn, problem, solver, tol, limit), start)
+
+
+def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
+    """One backup, one look at the certificate, one proposal."""
+    th, policy, q = bellman.backup(problem, state.h, state.c)
+    d, shift, largest, width = _centre(problem, th - state.h)
+    c = state.c + shift
+    unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
+    # The shift is a quotient and a sum; c itself is in the rounding bound already.
+    noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, q)) + 4 * unit * jnp.abs(shift)
+    noise = noise + bellman.deviation_cost(problem, state.size + jnp.abs(state.c) + jnp.abs(shift) + width)
+    goal = jnp.where(tol < 0, noise, tol - noise)
+    improved = width + noise < state.half_width
+    stalled = jnp.where(improved, 0, state.stalled + 1)
+    # The bound of a start far away says nothing about the next step's.
+    steady = noise >= 0.5 * state.noise
+    status = _verdict(width, noise, tol, stalled, steady, state.steps, limit)
+
+    step = methods.Step(
+        h=state.h,
+        c=c,
+        residual=d,
+        size=largest,
+        chain=bellman.chain(problem, policy),
+        half_width=width,
+        goal=goal,
+        count=state.steps,
+    )
+    correction, memory = solver.propose(step, state.memory)
+    next_h, next_c, size = _recentre(state.h + correction, c)
+
+    best_h = jnp.where(improved[None], state.h + d, state.best_h)
+    best_c = jnp.where(improved, c, state.best_c)
+    stopped = status != _RUNNING
+    new = Loop(
+        h=jnp.where(stopped[None], best_h, next_h),
+        c=jnp.where(stopped, best_c, next_c),
+        size=size,
+        noise=noise,
+        best_h=best_h,
+        best_c=best_c,
+        half_width=jnp.where(improved, width + noise, state.half_width),
+        stalled=stalled,
+        steps=state.steps + 1,
+        status=status,
+        memory=memory,
+    )
+    return keep(state.status != _RUNNING, state, new)
+
+
+def _verdict(
+    width: Array, noise: Array, tol: Array, stalled: Array, steady: Array, steps: Array, limit: Array
+) -> Array:
+    """Status of each lane after a look at its certificate, `steps` backups before this one."""
+    status = jnp.where(steps + 1 >= limit, int(Status.MAX_STEPS), _RUNNING)
+    hopeless = (steady & (width <= 0.25 * noise)) | (stalled >= _PATIENCE)
+    status = jnp.where(hopeless, int(Status.STAGNATED), status)
+    reached = jnp.where(tol < 0, steady & (width <= noise), width <= tol - noise)
+    status = jnp.where(reached, int(Status.CONVERGED), status)
+    # What is not finite from the first backup on was not so in the input.
+    broken = jnp.where(steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))
+    return jnp.where(jnp.isfinite(width + noise), status, broken).astype(jnp.int32)
+
+
+def _centre(problem: bellman.Lanes, d: Array) -> tuple[Array, Array, Array, Array]:
+    """Residual, shift of the offset, `max |residual|` and half-width of the error of `T V = h + d + offset`.
+
+    If no episode ends, moving V by m/(1-g) with m the midrange of d leaves the policy alone and centres d: the
+    offset takes it in full, and `T V` is then the midpoint of the certified interval.
+    """
+    low, high = bellman.extremes(d, problem.ends)
+    # The half-width itself is a difference, a quotient and two products.
+    ratio = (1 + 4 * float(jnp.finfo(problem.dtype).eps)) * bellman.ratio(problem)
+    if problem.ends:
+        largest = jnp.maximum(-low, high)
+        return d, jnp.zeros_like(largest), largest, ratio * largest
+    middle, largest = 0.5 * (low + high), 0.5 * (high - low)
+    return d - middle[None], middle / problem.complement, largest, ratio * largest
+
+
+def _recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:
+    """The same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it."""
+    low, high = jnp.min(h, axis=0), jnp.max(h, axis=0)
+    middle = 0.5 * (low + high)
+    return h - middle[None], c + middle, 0.5 * (high - low)
+
+
+def keep(frozen: Array, old: Any, new: Any) -> Any:
+    """Old leaves where a lane is frozen; every leaf ends in the lanes' axes."""
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(frozen.reshape((1,) * (b.ndim - frozen.ndim) + frozen.shape), a, b)
+
+    return jax.tree.map(choose, old, new)
+
+
+def _finish(
+    problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array, probe: Array | None, method: linear.Method
+) -> Solution:
+    """Policy and perturbation from one more backup at each lane's answer, in the public layout, with derivatives."""
+    # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
+    lost = loop.status >= int(Status.NONFINITE_INPUT)
+    h, c, half_width = (jnp.where(lost, 0, x) for x in (loop.h, loop.c, loop.half_width))
+    # A value that errs by w changes log-probabilities by up to 2 beta w: where that was asked for, linear systems of
+    # the policy need not be solved more accurately.
+    accuracy = jnp.minimum(jnp.max(problem.regulariser.beta, axis=0) * half_width, 1e-3)
+    accuracy = jnp.where((tol < 0) | lost, 0, accuracy)
+    inexact = implicit.policy_error(problem, half_width)
+    found = (problem, h, c, accuracy, probe, *lax.stop_gradient((inexact, lost)))
+    h, th, policy, q = implicit.attach(method, *loops.alike(found))
+    value = h + c[None]
+    masked = jnp.isneginf(problem.regulariser._prior)
+    perturbation = jnp.where(masked, 0, q - th[None])
+
+    def public(x: Array, core: int) -> Array:
+        return pytrees.batch_first(implicit.mark(x, lost), core)
+
+    return Solution(
+        value=public(value, 1),
+        q=public(q + c[None, None], 2),
+        policy=public(policy, 2),
+        perturbation=public(perturbation, 2),
+        lower=public(value - half_width[None], 1),
+        upper=public(value + half_width[None], 1),
+        objective=public(jnp.sum(initial * value, axis=0), 0),
+        status=_honest(problem, loop, tol),
+        steps=loop.steps,
+        tol=jnp.where(tol < 0, loop.half_width, tol),
+    )
+
+
+def _honest(problem: bellman.Lanes, loop: Loop, tol: Array) -> Array:
+    """Take CONVERGED off lanes that were not told how close, and ended with an interval wider than half their value."""
+    size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
+    wide = (tol < 0) & (loop.half_width > 0.25 * size) & (problem.magnitudes.reward > 0)
+    return jnp.where(wide & (loop.status == int(Status.CONVERGED)), int(Status.STAGNATED), loop.status)

@@ -1,0 +1,162 @@
+"""What a solve returns: arrays with a status and a certified interval per lane, and the words for each status."""
+
+import enum
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from robustreg._core import checks, pytrees
+
+
+class SolveError(RuntimeError):
+    """A solve or a certificate fell short; the message lists lanes and remedies."""
+
+
+class Status(enum.IntEnum):
+    """How a lane ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STAGNATED = 2
+    NONFINITE_INPUT = 3
+    NONFINITE = 4
+
+    @property
+    def remedy(self) -> str:
+        """What happened and what to do about it, whatever the precision."""
+        return self.advise()
+
+    def advise(self, dtype: Any = np.float32, asked: bool = True) -> str:
+        """Say what happened and what to do about it.
+
+        Args:
+            dtype: precision of the solve: nobody who has float64 is told to take it.
+            asked: whether a tol was asked for.
+        """
+        what, ways = _REMEDIES[self]
+        wide = np.dtype(dtype).itemsize >= 8
+        fitting = [way for way in ways if not (wide and "float64" in way)]
+        if not asked:
+            what = what.replace(" before tol", "")
+            fitting = [way.replace("loosen tol", "ask for a tol") for way in fitting]
+        listed = fitting if len(fitting) < 2 else [", ".join(fitting[:-1]) + f" or {fitting[-1]}"]
+        return ": ".join([what, *listed])
+
+
+# What happened, and the ways out of it.
+_REMEDIES = {
+    Status.CONVERGED: ("the certified error is within tol", ()),
+    Status.MAX_STEPS: ("the step limit came first", ("raise max_steps", "loosen tol", "take Newton")),
+    Status.STAGNATED: ("rounding stopped progress before tol", ("loosen tol", "take Newton", "solve in float64")),
+    Status.NONFINITE_INPUT: (
+        "the MDP, the regulariser or init holds NaN, infinity or a number out of range, or a prior leaves a state none "
+        "of its available actions",
+        ("mend the input",),
+    ),
+    Status.NONFINITE: ("an intermediate value overflowed", ("rescale rewards", "take float64")),
+}
+
+
+@pytrees.dataclass
+class Solution:
+    """Solution of a regularised MDP, batch axes leading.
+
+    Attributes:
+        value: the minimax value V*, `[*B, S]`, in reward units; within `tol` of it where converged.
+        q: `r + g P value`, `[*B, S, A]`.
+        policy: the robust policy `grad Omega*(q)`, `[*B, S, A]`.
+        perturbation: the adversary's worst case Delta_r against that policy, `[*B, S, A]`: the perturbed reward is
+            `reward - perturbation`. It is `q - Omega*(q)` (and `Omega*(q)` is `value` up to `tol`), which lies on the
+            boundary of the robust set and stays exact where entries of the policy underflow. 0 on masked actions.
+        lower, upper: certified bounds on V*, `[*B, S]`, rounding included.
+        objective: `<initial, value>`, `[*B]`.
+        status: `Status` codes, `[*B]` int32.
+        steps: backups until the lane stopped, `[*B]` int32.
+        tol: certified half-width that was asked for, `[*B]`; the one reached if none was.
+    """
+
+    value: Array
+    q: Array
+    policy: Array
+    perturbation: Array
+    lower: Array
+    upper: Array
+    objective: Array
+    status: Array
+    steps: Array
+    tol: Array
+
+    @property
+    def converged(self) -> Array:
+        """`[*B]` bool: the certified error is within `tol`."""
+        return self.status == int(Status.CONVERGED)
+
+    @property
+    def gap(self) -> Array:
+        """Certified uncertainty `max_s upper - lower`, `[*B]`."""
+        return jnp.max(checks.canonical(self.upper - self.lower), axis=-1)
+
+    def where_converged(self, x: ArrayLike, fallback: ArrayLike = 0.0) -> Array:
+        """Replace what belongs to lanes that did not converge.
+
+        Gradients of the result are those of the lanes that did: a failed lane gets and gives none, also where it
+        shares parameters with them. Apply it to fields of the solution before anything else is computed of them.
+
+        Args:
+            x: `[*B, ...]`, for example `objective`.
+            fallback: what stands in their place, broadcastable to x.
+        """
+        x = jnp.asarray(x)
+        kept = self.converged.reshape(self.status.shape + (1,) * (x.ndim - self.status.ndim))
+        fallback = jnp.asarray(fallback, x.dtype)
+        return jnp.where(kept, x, jnp.broadcast_to(fallback, x.shape))
+
+    def raise_if_failed(self) -> "Solution":
+        """Return the solution if every lane converged.
+
+        Raises:
+            SolveError: naming the lanes that did not, their status, and the remedy. Outside jit only.
+        """
+        status = concrete(self.status, "raise_if_failed")
+        if (status != Status.CONVERGED).any():
+            raise SolveError(self._failures(status))
+        return self
+
+    def _failures(self, status: np.ndarray) -> str:
+        gaps, tols = np.asarray(self.gap), np.broadcast_to(np.asarray(self.tol), status.shape)
+        scale = np.abs(np.asarray(self.value)).max(-1) * np.finfo(self.value.dtype).eps
+        lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} lanes failed"]
+        for code in (s for s in Status if s is not Status.CONVERGED):
+            lanes = np.argwhere(status == code)
+            if len(lanes):
+                first = tuple(int(i) for i in lanes[0])
+                where = f"lane {list(first)}" + (f" and {len(lanes) - 1} more" if len(lanes) > 1 else "")
+                where = where if status.ndim else "the only lane"
+                width, tol = gaps[first] / 2, tols[first]
+                # Without a tol, `tol` is the half-width reached, and `width` is that again, from two rounded bounds.
+                asked = not abs(tol - width) <= 0.01 * width + min(4 * scale[first], 0.5 * width)
+                detail = f"half-width {width:.3g}, tol {tol:.3g}" if asked else f"half-width {width:.3g}"
+                advice = code.advise(self.value.dtype, asked)
+                lines.append(f"  {code.name}: {where} ({detail}): {advice}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        shape = list(self.value.shape)
+        if isinstance(self.status, Tracer):
+            return f"Solution(value={self.value.dtype}{shape}, traced)"
+        status = np.asarray(self.status).ravel()
+        names = ", ".join(f"{s.name}: {int((status == s).sum())}" for s in Status if (status == s).any())
+        steps, gap = np.asarray(self.steps), np.asarray(self.gap)
+        largest = f"steps<={steps.max()}, gap<={gap.max():.3g}" if status.size else "no lanes"
+        return f"Solution(value={self.value.dtype}{shape}, {names}, {largest})"
+
+
+def concrete(x: ArrayLike, caller: str, instead: str = "`status`") -> np.ndarray:
+    """An array that has values."""
+    if isinstance(x, Tracer):
+        raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use {instead} there")
+    return np.asarray(x)

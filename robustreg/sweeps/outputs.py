@@ -1,0 +1,104 @@
+"""What a sweep can report of a cell: names, and how each is computed from the solution, on the device."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from robustreg.problems.mdps import MDP
+from robustreg.regularisers.families import Regulariser
+from robustreg.solvers import evaluation
+from robustreg.solvers.solution import Solution
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is known of cells, side by side, once they are solved; what costs more is computed once, if asked for.
+
+    Attributes:
+        mdp, solution: of the cells.
+        optimum: value of the start without a regulariser, `[*b]`, or None where no output asks for it. Beta does not
+            change it.
+        visited: whether some output asks for visits. They cost three times as much as a value, and are enough for all.
+        guess: of the policies' values by the reward of the problem, `[*b, S]`.
+        tol: error to which cells were solved, and those values are known; None: as small as the precision supports.
+    """
+
+    mdp: MDP
+    solution: Solution
+    optimum: jax.Array | None
+    visited: bool
+    guess: jax.Array
+    tol: jax.Array | None
+
+    @functools.cached_property
+    def visits(self) -> jax.Array:
+        """The policy's discounted visits `[*b, S, A]`: every return of it is an inner product with them."""
+        return evaluation.occupancy(self.mdp, self.solution.policy)
+
+    def earned(self, reward: jax.Array) -> jax.Array:
+        """The policy's return by a reward `[*b, S, A]`."""
+        reward = jnp.broadcast_to(reward, self.visits.shape)
+        return jnp.sum(jnp.where(self.visits == 0, 0, self.visits * reward), axis=(-2, -1))
+
+    @functools.cached_property
+    def nominal_return(self) -> jax.Array:
+        """The policy's return by the reward of the problem, `[*b]`."""
+        if self.visited:
+            return self.earned(self.mdp.reward)
+        return from_start(self.mdp, self.nominal)
+
+    @functools.cached_property
+    def nominal(self) -> jax.Array:
+        """The policy's value by the reward of the problem, `[*b, S]`."""
+        return evaluation.evaluate_from(self.mdp, self.solution.policy, self.guess, self.tol)
+
+    def worst_case_return(self) -> jax.Array:
+        """The policy's return by the reward less its worst perturbation, `[*b]`."""
+        dr = self.solution.perturbation
+        return self.earned(jnp.broadcast_to(self.mdp.reward, dr.shape) - dr)
+
+    def entropy(self) -> jax.Array:
+        """Of the policy, in nats, over the states as it visits them."""
+        policy, states = self.solution.policy, jnp.sum(self.visits, axis=-1)
+        each = -jnp.sum(policy * jnp.log(jnp.where(policy > 0, policy, 1)), axis=-1)
+        return jnp.sum(states * each, axis=-1) / jnp.sum(states, axis=-1)
+
+    def price(self) -> jax.Array:
+        """How much less than the best policy this one earns, `[*b]`."""
+        assert self.optimum is not None
+        return self.optimum - self.nominal_return
+
+
+# What a sweep can put into its table, computed on the device from one chunk: shape [lanes, ...].
+OUTPUTS: dict[str, Callable[[Cell], jax.Array]] = {
+    "objective": lambda cell: cell.solution.objective,
+    "nominal_return": lambda cell: cell.nominal_return,
+    "regulariser_cost": lambda cell: cell.nominal_return - cell.solution.objective,
+    "price_of_robustness": Cell.price,
+    "worst_case_return": Cell.worst_case_return,
+    "policy_entropy": Cell.entropy,
+    "gap": lambda cell: cell.solution.gap,
+    "steps": lambda cell: cell.solution.steps,
+    "status": lambda cell: cell.solution.status,
+    "value": lambda cell: cell.solution.value,
+    "policy": lambda cell: cell.solution.policy,
+    "perturbation": lambda cell: cell.solution.perturbation,
+    "occupancy": lambda cell: cell.visits,
+}
+
+NOMINAL = {"nominal_return", "regulariser_cost", "price_of_robustness"}
+VISITED = {"worst_case_return", "policy_entropy", "occupancy"}
+OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")
+
+
+def best_return(mdp: MDP, reg: Regulariser) -> jax.Array:
+    """Value of the start under the best policy that the prior allows, `[*b]`."""
+    return from_start(mdp, evaluation.nominal_optimum(mdp, reg))
+
+
+def from_start(mdp: MDP, value: jax.Array) -> jax.Array:
+    """Mean of a value `[*b, S]` over the start, `[*b]`."""
+    return jnp.einsum("...s,...s->...", mdp.initial, value, precision=jax.lax.Precision.HIGHEST)
