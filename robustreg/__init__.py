@@ -31,8 +31,9 @@ from robustreg.problems.successors import Successors
 from robustreg.problems.tables import from_table
 from robustreg.problems.transitions import Dense, MatrixFree, Transitions
 from robustreg.regularisers.entropies import Entropy, entropy
-from robustreg.regularisers.families import KL, Alpha, Regulariser, alpha, kl
+from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, ValueIteration

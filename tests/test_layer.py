@@ -19,7 +19,7 @@ import pytest
 
 import robustreg as rr
 from robustreg._core import pytrees
-from robustreg.regularisers import families
+from robustreg.regularisers import regulariser
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -92,7 +92,7 @@ def test_layouts_agree(alpha):
 
     def solver(reg, q):
         bound = reg.bind(0, q.dtype, q.shape[-1])
-        value, policy = families.maximise(bound, q.T)
+        value, policy = regulariser.maximise(bound, q.T)
         return value, policy.T, bound._value(policy), bound._worst_case(policy).T
 
     def layer(reg, q):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg.solvers import linear
+from robustreg.solvers import krylov
 
-SUMS = {"cpu": linear._sums, "accelerator": linear._sums_of_blocks}
+SUMS = {"cpu": krylov.sums, "accelerator": krylov.sums_of_blocks}
 
 
 @pytest.mark.parametrize("lanes", [(), (3,), (2, 3)])
@@ -16,7 +16,7 @@ SUMS = {"cpu": linear._sums, "accelerator": linear._sums_of_blocks}
 def test_sums_of_blocks(n, lanes):
     x, y = np.random.default_rng(n).normal(size=(2, n, *lanes))
     for dtype, tolerance in ((np.float64, 1e-13), (np.float32, 1e-5)):
-        found = jax.jit(linear._sums_of_blocks)(jnp.asarray(x, dtype), jnp.asarray(x * y, dtype))
+        found = jax.jit(krylov.sums_of_blocks)(jnp.asarray(x, dtype), jnp.asarray(x * y, dtype))
         assert [a.dtype for a in found] == [dtype] * 2 and found[0].shape == lanes
         for a, b in zip(found, (x, x * y)):
             np.testing.assert_allclose(a, b.sum(0), atol=tolerance * np.abs(b).sum(0).max())
@@ -26,9 +26,9 @@ def test_sums_of_blocks(n, lanes):
 @pytest.mark.parametrize("centred", [True, False])
 def test_systems_of_many_lanes(monkeypatch, where, centred):
     """Each lane by itself to its own reduction; if centred, up to a constant; a NaN lane disturbs none."""
-    monkeypatch.setattr(linear, "_sums", SUMS[where])
+    monkeypatch.setattr(krylov, "sums", SUMS[where])
     rng = np.random.default_rng(0)
-    n, lanes = 50, linear._FEW + 2  # so many that a CPU does without blocks
+    n, lanes = 50, krylov.FEW + 2  # so many that a CPU does without blocks
     # All lead to a few states: what is centred is far from it after a product.
     kernel = 0.5 * rng.dirichlet(np.full(n, 0.1), (lanes, n)) + 0.5 * rng.dirichlet(np.full(n, 0.02), (lanes, 1))
     kernel *= np.linspace(0.1, 0.999, lanes)[:, None, None]
@@ -38,7 +38,7 @@ def test_systems_of_many_lanes(monkeypatch, where, centred):
     @jax.jit
     def solve(b):
         apply = lambda x: jnp.einsum("kst,tk->sk", kernel, x)  # noqa: E731
-        return linear.bicgstab(apply, b, jnp.max(jnp.abs(b), axis=0), jnp.asarray(reduction), 200, 200, centred)
+        return krylov.bicgstab(apply, b, jnp.max(jnp.abs(b), axis=0), jnp.asarray(reduction), 200, 200, centred)
 
     x = np.asarray(solve(jnp.asarray(b)))
     r = b - (x - np.einsum("kst,tk->sk", kernel, x))
@@ -54,11 +54,11 @@ def test_systems_of_many_lanes(monkeypatch, where, centred):
 @pytest.mark.parametrize("where", SUMS)
 def test_corners(monkeypatch, where):
     """A zero right-hand side, K = 0, and a half step that is exact leave no NaN."""
-    monkeypatch.setattr(linear, "_sums", SUMS[where])
-    one = jnp.ones(3 * linear._FEW)  # the three lanes over and over: so many that a CPU does without blocks
+    monkeypatch.setattr(krylov, "sums", SUMS[where])
+    one = jnp.ones(3 * krylov.FEW)  # the three lanes over and over: so many that a CPU does without blocks
     for k in (0.0, 0.5):
-        b = jnp.tile(jnp.asarray([[0.0, 1.0, 1e-300], [0.0, -1.0, 2e-300]]), (1, linear._FEW))
-        x = linear.bicgstab(lambda x, k=k: k * x, b, jnp.max(jnp.abs(b), axis=0), 1e-12 * one, 50, 50)
+        b = jnp.tile(jnp.asarray([[0.0, 1.0, 1e-300], [0.0, -1.0, 2e-300]]), (1, krylov.FEW))
+        x = krylov.bicgstab(lambda x, k=k: k * x, b, jnp.max(jnp.abs(b), axis=0), 1e-12 * one, 50, 50)
         np.testing.assert_allclose(x, b / (1 - k), rtol=1e-11)
 
 
@@ -66,7 +66,7 @@ def test_an_accelerator_s_sums_solve_as_well(monkeypatch):
     """The whole solver with them: certified, in as many steps."""
     m, reg = rr.problems.slippery_grid(8, 0.99), rr.kl(np.geomspace(0.1, 300, 5))
     plain = rr.solve(m, reg, tol=1e-6)
-    monkeypatch.setattr(linear, "_sums", linear._sums_of_blocks)
+    monkeypatch.setattr(krylov, "sums", krylov.sums_of_blocks)
     jax.clear_caches()
     blocks = rr.solve(m, reg, tol=1e-6)
     jax.clear_caches()

@@ -19,7 +19,8 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
 from robustreg.regularisers.divergences import eps, lam, weighted
-from robustreg.regularisers.families import Regulariser, kl, maximise
+from robustreg.regularisers.families import kl
+from robustreg.regularisers.regulariser import Regulariser, maximise
 
 
 def _floating(name: str, x: ArrayLike) -> Array:

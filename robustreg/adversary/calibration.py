@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 from robustreg._core import checks
 from robustreg.adversary import reach
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers.evaluation import occupancy
 
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import Regulariser, by_rows, maximise
+from robustreg.regularisers.regulariser import Regulariser, by_rows, maximise
 from robustreg.solvers import bellman
 from robustreg.solvers.evaluation import evaluate, occupancy
 

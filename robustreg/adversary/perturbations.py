@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import checks
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 
 
 def worst_case(reg: Regulariser, policy: ArrayLike | None = None, *, log_policy: ArrayLike | None = None) -> Array:

@@ -36,7 +36,7 @@ from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.regularisers.divergences import weighted
-from robustreg.regularisers.families import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser, maximise
 
 # Six steps are typical. From far right of a nearly quadratic level each step halves t: no bound on the digits needed.
 _MAX_STEPS = 100

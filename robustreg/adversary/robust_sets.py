@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 from robustreg._core import checks, loops, pytrees
 from robustreg.adversary import perturbations, reach
 from robustreg.regularisers.divergences import alpha_divergence, eps, lam, log_ratio, weighted
-from robustreg.regularisers.families import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser, maximise
 
 
 class PerturbationSet:

@@ -33,7 +33,7 @@ from robustreg.adversary.certificates import certify
 from robustreg.adversary.guarantees import guarantee
 from robustreg.cli import config
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import evaluation
 from robustreg.solvers.loop import solve
 from robustreg.solvers.solution import Solution, SolveError

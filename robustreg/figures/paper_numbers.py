@@ -31,7 +31,7 @@ from robustreg.adversary.robust_sets import RobustSet
 from robustreg.problems.mdps import MDP
 from robustreg.problems.problem import Problem
 from robustreg.regularisers import families
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers.evaluation import nominal_optimum
 from robustreg.solvers.loop import solve
 from robustreg.solvers.solution import SolveError, Status

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.game.sets import Adversary, Whole, curvature, is_masked, shape
-from robustreg.regularisers.families import maximise
+from robustreg.regularisers.regulariser import maximise
 from robustreg.solvers import bellman
 
 # `Features.price`: how often the temperature halves, Newton steps at each, and lengths that a step is tried with. Fewer

@@ -51,7 +51,7 @@ from robustreg._core import checks, loops, pytrees
 from robustreg.game import moves
 from robustreg.game.sets import Adversary, Whole, is_masked
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, methods
 from robustreg.solvers.evaluation import Fixed, Unregularised, unlimited
 from robustreg.solvers.loop import iterate, keep

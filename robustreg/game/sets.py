@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
-from robustreg.regularisers.families import maximise
+from robustreg.regularisers.regulariser import maximise
 from robustreg.solvers import bellman
 
 # Steps of the safeguarded root finding in `Box`: Newton takes 4 to 10.

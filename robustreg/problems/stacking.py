@@ -18,7 +18,8 @@ from robustreg._core import checks
 from robustreg.problems.mdps import MDP
 from robustreg.problems.successors import Successors, written_out
 from robustreg.problems.transitions import Dense, Transitions
-from robustreg.regularisers.families import KL, Alpha, Regulariser
+from robustreg.regularisers.families import KL, Alpha
+from robustreg.regularisers.regulariser import Regulariser
 
 
 class Stack(NamedTuple):

@@ -6,7 +6,8 @@ for one-step problems). `parameters`, `axes` and `masks` say what the arguments 
 """
 
 from robustreg.regularisers.entropies import Entropy, entropy
-from robustreg.regularisers.families import KL, Alpha, Regulariser, alpha, kl, maximise
+from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
+from robustreg.regularisers.regulariser import Regulariser, maximise
 
 __all__ = ["Alpha", "Entropy", "KL", "Regulariser", "alpha", "entropy", "kl", "maximise", "restricted"]

@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 from robustreg._core import pytrees
 from robustreg.regularisers import conjugates, masks
 from robustreg.regularisers.divergences import Scales, kl_divergence
-from robustreg.regularisers.families import KL, Regulariser, kl
+from robustreg.regularisers.families import KL, kl
+from robustreg.regularisers.regulariser import Regulariser
 
 
 @pytrees.dataclass

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import checks
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 
 
 def restricted(reg: Regulariser, available: ArrayLike | None) -> Any:

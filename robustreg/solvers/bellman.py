@@ -43,7 +43,7 @@ from robustreg.problems.mdps import MDP
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import masks
 from robustreg.regularisers.divergences import Scales
-from robustreg.regularisers.families import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser, maximise
 from robustreg.solvers import ranges
 
 

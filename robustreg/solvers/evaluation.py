@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers import masks
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, implicit, linear, methods, readings
 from robustreg.solvers.loop import Loop, iterate
 from robustreg.solvers.methods import Solver

@@ -3,9 +3,9 @@
 Solvers of the Bellman equation need x roughly and often:
 
 * `neumann`: the first terms of `b + K b + K^2 b + ...`; m of them make modified policy iteration.
-* `krylov`: BiCGSTAB [van der Vorst 1992] for each lane by itself. If no episode ends, `K` maps constants to
-  constants and the values only matter up to one, so that it runs on mean-free vectors: the slowest mode, of
-  eigenvalue g, never takes part.
+* `inexact`: BiCGSTAB (see `krylov`) for each lane by itself. If no episode ends, `K` maps constants to constants and
+  the values only matter up to one, so that it runs on mean-free vectors: the slowest mode, of eigenvalue g, never takes
+  part.
 * `direct`: LU factors of the matrix written out. O(S^3) per lane.
 
 Derivatives and occupancies need x or y once and well: `solve` and `occupy` repeat Krylov solves for what is left until
@@ -15,7 +15,6 @@ because `lax.custom_linear_solve` is told of both; nothing differentiates throug
 Lanes are frozen, bit for bit, when they have reached their target; the loop ends with the last of them.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -24,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg._core import loops, pytrees
-from robustreg.solvers import bellman, elimination
+from robustreg.solvers import bellman, elimination, krylov
 
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
@@ -32,8 +31,6 @@ KRYLOV_STEPS, _ROUNDS = 1000, 8
 # States up to which a lane that Krylov solves fail on is written out and eliminated: a matrix of 32 MiB in float64.
 # Beyond, it is swept, at most so often: enough for a discount of .9999 in float64.
 DENSE, _SWEEPS = 2048, 400_000
-# States of a block of `_sums_of_blocks`, and lanes from which on a CPU does without.
-_ROWS, _FEW = 8, 16
 
 
 def idle_steps(n_states: int) -> int:
@@ -56,7 +53,7 @@ def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
     return jnp.moveaxis(x, -1, 0)
 
 
-def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int, patience: int) -> Array:
+def inexact(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int, patience: int) -> Array:
     """`(I - K)^{-1} b`, up to a constant if no episode ends, to a residual of `reduction` times that of x = 0.
 
     Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and returns
@@ -75,7 +72,7 @@ def krylov(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_st
         # A cheap product is otherwise evaluated anew in each of the kernels that read it.
         return lax.optimization_barrier(chain.apply(x))
 
-    return bicgstab(apply, b, size, reduction, max_steps, patience, not chain.ends)
+    return krylov.bicgstab(apply, b, size, reduction, max_steps, patience, not chain.ends)
 
 
 @pytrees.options
@@ -312,7 +309,7 @@ def _refined(
         x, r, active, count = state
         reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
         reduction = jnp.where(active, reduction, 1)
-        step = bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, idle_steps(b.shape[0]), not chain.ends)
+        step = krylov.bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, idle_steps(b.shape[0]), not chain.ends)
         new, new_r = x + step, b - ((x + step) - apply(x + step))
         new, new_r = balance(new, new_r)
         better = active & (size(new_r) < size(r))
@@ -326,98 +323,3 @@ def _refined(
     x, r = balance(jnp.zeros_like(b), b)
     start = (x, r, size(r) > goal, jnp.asarray(0, jnp.int32))
     return loops.while_loop(lambda state: jnp.any(state[2]), improve, start, (chain, mode, image, mass))[0]
-
-
-def bicgstab(
-    apply: Operator, b: Array, scale: Array, reduction: Array, max_steps: int, patience: int, centred: bool = False
-) -> Array:
-    """Solve `(I - K) x = b` for each lane, where `apply(x) = K x`.
-
-    Args:
-        apply: the operator K on `[S, *B]`, each lane by itself.
-        b: `[S, *B]`.
-        scale: a norm of b, `[*B]`: squares of the residual must neither overflow nor vanish, whatever the unit of b.
-        reduction: `[*B]`, the 2-norm of the residual to reach, relative to that of b.
-        max_steps: cap on steps, of two products each.
-        patience: cap on steps in which the residual has not come down to .7 of what it was. On a chain that is nearly
-            deterministic nothing may happen for S steps, and all the other lanes of a batch wait for it.
-        centred: whether to solve `C (I - K) x = C b` with `C x = x - mean x` instead, by vectors of mean 0 throughout.
-
-    Returns:
-        the best iterate met, `[S, *B]`; the first is `b`, centred.
-    """
-
-    def mean(total: Array) -> Array:
-        return total / b.shape[0] if centred else jnp.zeros_like(total)
-
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, p, rho, best, best_x, mark, since, done, count = state
-        # Vectors of mean 0 do not see what centring takes off a product u, so that all inner products with it are one
-        # pass over it, together with its mean.
-        u = p - apply(p)
-        hu, total = _sums(shadow * u, u)
-        a, v = rho / hu, u - mean(total)[None]
-        s = r - a[None] * v
-        u = s - apply(s)
-        us, uu, ss, hu, hs, total = _sums(u * s, u * u, s * s, shadow * u, shadow * s, u)
-        t, tt = u - mean(total)[None], uu - mean(total) * total
-        # An exact half step leaves s = 0 and t = 0: nothing more is to be taken off.
-        w = jnp.where(tt > 0, us / jnp.where(tt > 0, tt, 1), 0)
-        x = x + a[None] * p + w[None] * s
-        r = s - w[None] * t
-        # <shadow, r> and |r|^2, the latter from <r, t> = 0.
-        new_rho, size = hs - w * hu, jnp.maximum(ss - w * us, floor * ss)
-        p = r + (new_rho / rho * a / w)[None] * (p - w[None] * v)
-        better = ~done & (size < best)
-        best_x = jnp.where(better[None], x, best_x)
-        best = jnp.where(better, size, best)
-        lower = best <= 0.5 * mark
-        mark, since = jnp.where(lower, best, mark), jnp.where(lower, 0, since + 1)
-        # Breakdowns (a vanishing inner product) show as NaN or infinity here: the lane keeps its best and stops.
-        done = done | (size <= target) | ~jnp.isfinite(size + new_rho) | (since >= patience)
-        return x, r, p, new_rho, best, best_x, mark, since, done, count + 1
-
-    def unfinished(state: tuple[Array, ...]) -> Array:
-        *_, done, count = state
-        return ~jnp.all(done) & (count < max_steps)
-
-    floor = 4 * float(jnp.finfo(b.dtype).eps)
-    scale = jnp.where(scale > 0, scale, 1)
-    b = (b - mean(*_sums(b))[None]) / scale[None]
-    shadow = apply(b)
-    shadow = shadow - mean(*_sums(shadow))[None]
-    whole, size = _sums(b * b, shadow * shadow)
-    target = reduction**2 * whole
-    done = (size <= target) | ~jnp.isfinite(size)
-    count = jnp.asarray(0, jnp.int32)
-    start = (b, shadow, shadow, size, size, b, size, jnp.zeros(size.shape, jnp.int32), done, count)
-    return scale[None] * loops.while_loop(unfinished, step, start)[5]
-
-
-def _sums(*xs: Array) -> list[Array]:
-    """Sums over states of arrays `[S, *B]`.
-
-    A CPU adds up vectors of states, or of many lanes, by itself. For a few lanes it adds one number after the other,
-    which takes up to twice as long as the whole step should, and an accelerator has work for as many threads as lanes.
-    """
-    lanes = xs[0].shape[1:]
-    if lanes and not pytrees.more_than(_FEW - 1, lanes):
-        return _sums_of_blocks(*xs)
-    return lax.platform_dependent(*xs, cpu=lambda *xs: [jnp.sum(x, axis=0) for x in xs], default=_sums_of_blocks)
-
-
-def _sums_of_blocks(*xs: Array) -> list[Array]:
-    """`_sums` in one pass over all arrays, of a few states first and then of those sums.
-
-    Over devices that share the states only the plain sum at the end adds up; they know no other.
-    """
-
-    def add(xs: tuple[Array, ...], axis: int) -> tuple[Array, ...]:
-        zeros = tuple(jnp.zeros((), x.dtype) for x in xs)
-        return lax.reduce(xs, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,))
-
-    whole = xs[0].shape[0] // _ROWS * _ROWS
-    parts = [add(tuple(x[:whole].reshape(-1, _ROWS, *x.shape[1:]) for x in xs), 1)] if whole else []
-    if whole < xs[0].shape[0]:
-        parts.append(tuple(x[None] for x in add(tuple(x[whole:] for x in xs), 0)))
-    return [functools.reduce(jnp.add, (jnp.sum(x, axis=0) for x in part)) for part in zip(*parts)]

@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, readings, resident
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Solution, Status

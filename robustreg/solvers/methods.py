@@ -150,7 +150,7 @@ class Newton:
         reduction = jnp.maximum(forcing, 0.25 * step.goal / step.half_width)
         reduction = jnp.where(step.half_width <= step.goal, 1, reduction)
         caps = self.inner_steps, min(self.patience, self.inner_steps)
-        return linear.krylov(step.chain, step.residual, step.size, reduction, *caps), (forcing, step.half_width)
+        return linear.inexact(step.chain, step.residual, step.size, reduction, *caps), (forcing, step.half_width)
 
 
 @pytrees.options

@@ -13,7 +13,7 @@ from jax import Array
 
 from robustreg._core import loops
 from robustreg.problems.transitions import Transitions
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 
 # Share of a row of P, or of a prior, that may be missing: what is further off is no probability.
 _MISSING = 1e-3

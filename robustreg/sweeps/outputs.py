@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import evaluation
 from robustreg.solvers.solution import Solution
 

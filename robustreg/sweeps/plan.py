@@ -27,7 +27,7 @@ from robustreg.problems.successors import Successors
 from robustreg.problems.transitions import MatrixFree
 from robustreg.regularisers import families as regs
 from robustreg.regularisers import parameters
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 
 # Outputs with an entry per state, and but for the value per action.
 ARRAYS = ("value", "policy", "perturbation", "occupancy")

@@ -29,7 +29,7 @@ import numpy as np
 
 from robustreg._core import checks, settings
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import Regulariser
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers.loop import check_arguments, solve
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Status
