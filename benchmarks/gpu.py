@@ -57,7 +57,7 @@ def answers(problem: Problem, everything: bool = False, order: float | None = No
         sol = rr.solve(m, reg, tol=problem.tol)
         return sol if everything else (sol.value, sol.status, sol.gap)
 
-    return functools.partial(jax.jit(run), m._prepared())
+    return functools.partial(jax.jit(run), m._with_sparsity())
 
 
 def timed(function: Callable[[], Any], most: int = 7, seconds: float = 1.0) -> tuple[float, float]:
@@ -169,10 +169,10 @@ def kernel() -> list[Row]:
 
 def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
     """The kernel of one grid."""
-    m, betas = problem.mdp._prepared(), problem.lanes(8 if SMALL else 4096)
+    m, betas = problem.mdp._with_sparsity(), problem.lanes(8 if SMALL else 4096)
 
     def run(m: Any, beta: jax.Array) -> Any:
-        lanes = bellman.lanes(m, rr.kl(beta))
+        lanes = bellman.bind(m, rr.kl(beta))
         found = resident.find(lanes, rr.Newton())
         start = jnp.zeros((m.n_states, *beta.shape), jnp.float32)
         tol = jnp.full(beta.shape, problem.tol, jnp.float32)
@@ -187,7 +187,7 @@ def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
         return show(row | said(error))
     if found is None:
         return show(row | {"error": "no kernel on this device"})
-    n_entries = resident.entries(bellman.lanes(m, rr.kl(betas)))
+    n_entries = resident.entries(bellman.bind(m, rr.kl(betas)))
     steps, products = (np.asarray(x, float) for x in (found.steps, found.products))
     work = m.n_states * (steps * m.n_actions * (2 * n_entries + 8) + products * (2 * n_entries + 15)).sum()
     row |= {"products": products.mean(), "most": products.max(), "backups": steps.mean()}
@@ -224,7 +224,7 @@ def mixed() -> list[Row]:
     run = jax.jit(lambda m: rr.solve(m, reg, tol=3e-2).value)
     for g in (*discounts, None):
         m = rr.problems.slippery_grid(size, np.asarray(discounts)[:, None] if g is None else g, dtype=np.float32)
-        m = m._prepared()
+        m = m._with_sparsity()
         seconds, _ = timed(lambda m=m: run(m))
         row: Row = {"section": "mixed", "problem": f"grid {size} {g or 'together'}", "seconds": seconds}
         row |= {"lanes": n} | {"of_the_sum": seconds / apart} if g is None else {"lanes": n // 3}
@@ -269,7 +269,7 @@ def single() -> list[Row]:
         made |= {"Garnet 500x8x8": lambda: rr.problems.garnet(dtype=np.float32)}
     rows = []
     for name, make in made.items():
-        m = make()._prepared()
+        m = make()._with_sparsity()
 
         def objective(reward: jax.Array, m: Any = m) -> jax.Array:
             return rr.solve(rr.mdp(m.transitions, reward, m.discount), rr.kl(jnp.float32(3.0)), tol=1e-3).objective
@@ -298,7 +298,7 @@ def states() -> list[Row]:
 def rest() -> list[Row]:
     """Gradients of many lanes, a game, and the one-step layer."""
     size, n = (4, 4) if SMALL else (16, 1024)
-    m = rr.problems.slippery_grid(size, 0.9, dtype=np.float32)._prepared()
+    m = rr.problems.slippery_grid(size, 0.9, dtype=np.float32)._with_sparsity()
     betas = jnp.asarray(np.geomspace(0.1, 300, n, dtype=np.float32))
     logits = jax.random.normal(jax.random.key(0), (8, 32) if SMALL else (1024, 32_000), jnp.float32)
     total = jax.jit(jax.grad(lambda b: rr.solve(m, rr.kl(b), tol=1e-3).objective.sum()))

@@ -265,6 +265,38 @@ def test_one_trace_for_all_values():
         total(rr.mdp(P, (10 * REWARD).round().astype(int), g, np.eye(S, dtype=int)[0]))
 
 
+def test_replacing_is_building_anew():
+    """Checked as the factory checks, concrete or traced; the rest stays."""
+    new = dict(reward=2 * REWARD[:, 0], discount=0.5, initial=np.eye(S)[1])
+    m, built = rr.mdp(P, REWARD, 0.9).replace(**new), rr.mdp(P, new["reward"], 0.5, new["initial"])
+    chex.assert_trees_all_equal(m, built)
+    traced = jax.jit(lambda r, g: rr.mdp(P, REWARD, 0.9).replace(reward=r, discount=g))(2 * REWARD, 0.5)
+    np.testing.assert_array_equal(traced.reward, 2 * REWARD)
+    assert traced.discount == traced.complement == 0.5
+    ended = rr.mdp(P * (1 - ENDS)[..., None], REWARD, 0.9, termination=ENDS)
+    chex.assert_trees_all_equal(ended.replace(termination=ENDS), ended)
+    table = {"cold": {"heat": [(1.0, "warm", 1.0)]}, "warm": {"heat": [(1.0, "cold", 0.0)]}}
+    named = rr.from_table(table, 0.9).replace(initial="warm")
+    assert named.names is not None and named.initial.tolist() == [float(s == "warm") for s in named.names.states]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(transitions=P), "replace takes reward, discount, initial, termination, not transitions"),
+        (dict(discount=1.0), "must lie in"),
+        (dict(reward=np.full((S, A), np.nan)), r"reward\[s=0, a=0\] is nan"),
+        (dict(reward=np.zeros((A, S))), "transposed"),
+        (dict(initial=np.ones(S)), "initial sums to 5"),
+        (dict(termination=ENDS), "sum"),
+        (dict(discount=np.full(3, 0.9), initial=np.full((2, S), 1 / S)), "broadcast|batch"),
+    ],
+)
+def test_replacing_refuses_what_the_factory_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        rr.mdp(P, REWARD, 0.9).replace(**changes)
+
+
 def test_the_class_never_validates():
     broken = jax.tree.map(lambda leaf: leaf * np.nan, rr.mdp(P, REWARD, 0.9))
     assert np.isnan(broken.reward).all()

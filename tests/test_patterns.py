@@ -54,9 +54,9 @@ def make(name, own, lanes):
     kernel, matrix = drawn(name, (lanes,) if own else ())
     n_states, n_actions = matrix.shape[-3:-1]
     reward = np.random.default_rng(2).normal(size=(n_states, n_actions))
-    m = rr.mdp(kernel, reward, 0.9)._prepared()
+    m = rr.mdp(kernel, reward, 0.9)._with_sparsity()
     assert vars(m.transitions)["pattern"] is not None
-    problem = bellman.lanes(m, rr.kl(np.ones(lanes)))
+    problem = bellman.bind(m, rr.kl(np.ones(lanes)))
     policy = np.random.default_rng(3).dirichlet(np.ones(n_actions), (lanes, n_states))
     chain = bellman.chain(problem, jnp.asarray(policy.transpose(2, 1, 0)))
     return chain, 0.9 * np.einsum("...sat,lsa->lst" if not own else "lsat,lsa->lst", matrix, policy)
@@ -88,7 +88,7 @@ def patterns_width(name):
 def test_every_entry_is_in_one_place(name):
     pattern = sparsity.find(jnp.asarray(LISTS[name]))
     assert pattern is not None
-    listed = np.concatenate([np.asarray(pattern.sources).ravel(), np.asarray(pattern.rest)])
+    listed = np.concatenate([np.asarray(pattern.sources).ravel(), np.asarray(pattern.overflow)])
     listed = listed[listed >= 0]
     assert len(set(listed)) == len(listed)
     width, n_states = pattern.neighbours.shape
@@ -156,6 +156,27 @@ def test_derivatives_are_those_without(name, monkeypatch):
     expected = jax.tree.leaves(jax.jit(lambda *at: both(*at))(point, way))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=1e-7 * float(jnp.max(jnp.abs(y))))
+
+
+def test_a_prepared_mdp_keeps_its_pattern_as_an_argument():
+    """Inside the caller's `jit`, where its lists cannot be looked at; gradients in all of it go through as before."""
+    m, reg = GRID.prepared(), rr.kl(3.0)
+    seen: list[Any] = []
+
+    @jax.jit
+    def objective(m):
+        seen.append(vars(m._with_sparsity().transitions)["pattern"])
+        return rr.solve(m, reg, tol=1e-10).objective
+
+    value, gradient = jax.value_and_grad(objective)(m)
+    plain, expected = jax.value_and_grad(objective)(GRID)
+    assert seen[0] is not None and seen[-1] is None
+    np.testing.assert_allclose(value, plain, rtol=1e-10)
+    np.testing.assert_allclose(gradient.reward, expected.reward, atol=1e-8)
+    kernel: Any = gradient.transitions
+    np.testing.assert_array_equal(kernel.pattern.sources, 0)
+    again: Any = jax.tree.map(lambda x: x, m).prepared()
+    assert again.transitions.pattern.slot is vars(m.transitions)["pattern"].slot
 
 
 @pytest.mark.slow

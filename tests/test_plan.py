@@ -178,3 +178,11 @@ def test_a_line_starts_anew():
     for i in range(2):
         alone = rr.sweep(M, rr.kl(1.0), {"discount": discounts[i : i + 1], "beta": betas}, tol=1e-8, chunk=1)
         np.testing.assert_array_equal(table["steps"][i::2], np.broadcast_to(alone["steps"], (12, 3)))
+
+
+def test_where_a_class_is_defined_is_not_part_of_a_sweep():
+    """Modules move from release to release, and addresses from process to process."""
+    structure = str(jax.tree.structure((rr.problems.chain(3, 0.9), rr.alpha(2.0, 1.0))))
+    assert "robustreg.problems" in structure and "robustreg." not in plan._lasting(structure)
+    assert "MDP" in plan._lasting(structure) and "Alpha" in plan._lasting(structure)
+    assert plan._lasting("f at 0x7f00") == "f"

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from robustreg.cli import commands
-from robustreg.sweeps.cluster import Group
+from robustreg.sweeps.cluster import Peers
 from robustreg.sweeps.store import SweepError
 
 # Many compilations: the run on the oldest releases leaves this file out.
@@ -116,7 +116,7 @@ def test_the_death_of_one_ends_the_other_and_resume_completes(victim, config, un
 @pytest.fixture
 def group(tmp_path):
     """Process 0 of three, not started; and a way to speak for the others."""
-    zero = Group(tmp_path, 0, 3, timeout=0.5)
+    zero = Peers(tmp_path, 0, 3, timeout=0.5)
 
     def said(index, beat, state="working", message=""):
         about = {"process": index, "host": "far", "pid": 7, "state": state, "message": message, "beat": beat}
@@ -159,7 +159,7 @@ def test_waiting_ends_when_all_are_done_and_done_is_never_lost(group):
 
 def test_one_says_what_it_does_until_it_leaves(tmp_path):
     read = tmp_path / "1.json"
-    with pytest.raises(ValueError), Group(tmp_path, 1, 2, timeout=0.2) as one:
+    with pytest.raises(ValueError), Peers(tmp_path, 1, 2, timeout=0.2) as one:
         one.say("working")
         first = json.loads(read.read_text())
         time.sleep(0.2)

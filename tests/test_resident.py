@@ -168,7 +168,7 @@ def test_the_certificate_is_the_librarys(twice, name):
 
     def once():
         def run(m, reg, start):
-            problem = bellman.lanes(m, reg)
+            problem = bellman.bind(m, reg)
             tol, limit = jnp.full(problem.batch, -1, DTYPE), jnp.asarray(1, jnp.int32)
             loop = iterate(dataclasses.replace(problem, valid=problem.valid | True), rr.Newton(), tol, limit, start)
             return loop.noise, loop.half_width

@@ -156,6 +156,6 @@ def test_rounding_is_no_deviation():
         m = rr.mdp(P.astype(np.float32) / 1, rng.normal(size=(n, 2)).astype(np.float32), 0.9, normalise=True)
         from robustreg.solvers import bellman
 
-        assert float(bellman.lanes(m, REG).deviation) == 0
+        assert float(bellman.bind(m, REG).deviation) == 0
         unnormalised = dataclasses.replace(m, transitions=rr.Dense(jnp.asarray(P.astype(np.float32))))
-        assert float(bellman.lanes(unnormalised, REG).deviation) == 0
+        assert float(bellman.bind(unnormalised, REG).deviation) == 0

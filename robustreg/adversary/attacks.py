@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
-from robustreg.regularisers.divergences import eps, lam, weighted
+from robustreg.regularisers.divergences import deformed_exp, deformed_log, weighted
 from robustreg.regularisers.families import kl
 from robustreg.regularisers.regulariser import Regulariser, maximise
 
@@ -187,7 +187,7 @@ def _single_decision(u: Array, logs: Array, b: Array) -> Decision:
     d = jnp.where(masked, 0, u - mean)
     near = jnp.abs(b) * jnp.max(jnp.abs(d), axis=-1, keepdims=True) <= 1
     small, large = jnp.where(near, b, 0), jnp.where(near, 1, b)
-    close = lam(jnp.sum(prior * eps(d, small), axis=-1, keepdims=True), small)
+    close = deformed_log(jnp.sum(prior * deformed_exp(d, small), axis=-1, keepdims=True), small)
     far = jax.scipy.special.logsumexp(logs + large * d, axis=-1, keepdims=True) / large
     value = mean + jnp.where(near, close, far)
     policy = jax.nn.softmax(logs + b * d, axis=-1)

@@ -5,7 +5,7 @@ A reward learned from preferences differs from the one that is deployed. Given s
 the largest beta, hence the least regularised policy, that is still robust to a new one with a chosen frequency.
 
 Robust sets shrink as beta grows, so that "dr is in the set of beta" reads "beta is at most the critical beta of dr"
-(`gauge` computes it), and the question is one about a quantile. With N exchangeable samples and a new one, the k-th
+(`reach` computes it), and the question is one about a quantile. With N exchangeable samples and a new one, the k-th
 smallest of N critical betas lies above that of the new one with a frequency of at most k/(N+1), whatever the
 distribution [conformal prediction: Vovk, Gammerman, Shafer 2005]. So
 

@@ -121,13 +121,13 @@ def certify(mdp: MDP, reg: Regulariser, sol: Solution, *, strict: bool = False) 
     for name, x in claims.items():
         core, letters = (pairs[:1], "S") if name == "value" else (pairs, "S, A")
         checks.expect_shape(name, x.shape, core, letters)
-    return _certify(mdp._prepared(), reg, *claims.values(), strict=checks.flag("strict", strict))
+    return _certify(mdp._with_sparsity(), reg, *claims.values(), strict=checks.flag("strict", strict))
 
 
 @functools.partial(jax.jit, static_argnames="strict")
 def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbation: Array, strict: bool) -> Certificate:
     others = (value.shape[:-1], policy.shape[:-2], perturbation.shape[:-2])
-    problem = bellman.lanes(mdp, reg, *others, strict=strict)
+    problem = bellman.bind(mdp, reg, *others, strict=strict)
     n = len(problem.batch)
     v, p, dr = (pytrees.lanes_last(x, n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2)))
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
@@ -158,7 +158,7 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     return Certificate(*public, rounding=noise + jnp.where(jnp.isfinite(shortage), shortage, 0) + stored)
 
 
-def _shortage(problem: bellman.Lanes, policy: Array, q: Array) -> Array:
+def _shortage(problem: bellman.BoundProblem, policy: Array, q: Array) -> Array:
     """How much lower than computed a policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
     unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
     moved = jnp.abs(jnp.sum(policy, axis=0) - 1) + policy.shape[0] * unit

@@ -111,7 +111,7 @@ def aggregated_slack(mdp: MDP, reg: Regulariser, policy: ArrayLike, perturbation
 @jax.jit
 def _slack(mdp: MDP, reg: Regulariser, dr: Array) -> Array:
     """`-Omega*(dr)` per state, `[*B, S]`, to rounding of dr also for a small beta; batch axes as in `solve`."""
-    problem = bellman.lanes(mdp, reg, dr.shape[:-2])
+    problem = bellman.bind(mdp, reg, dr.shape[:-2])
     x = pytrees.lanes_last(dr, len(problem.batch), 2)
     x = jnp.broadcast_to(x, x.shape[:2] + problem.batch)
     return pytrees.batch_first(-maximise(by_rows(problem.regulariser), x)[0], 1)

@@ -21,7 +21,7 @@ def worst_case(reg: Regulariser, policy: ArrayLike | None = None, *, log_policy:
     Args:
         reg: the regulariser, whose strength sets the adversary's budget.
         policy: `[*B, ..., A]`, normalised over its last axis; any policy, optimal or not. That of a solution,
-            `[lanes, S, A]`, goes in as it is (see `regularisers` on axes).
+            `[lanes, S, A]`, goes in as it is (see `regularisers.regulariser` on axes).
         log_policy: its logarithm instead of it, `log_softmax` of some logits for example. Give one of the two: where
             probabilities underflow, nothing of the worst case can be told from them.
 
@@ -49,7 +49,7 @@ def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
     Args:
         reg: the regulariser.
         perturbation: `dr`, `[*B, ..., A]`, subtracted from the reward; that of a solution, `[lanes, S, A]`, goes in as
-            it is (see `regularisers` on axes).
+            it is (see `regularisers.regulariser` on axes).
 
     Returns:
         `-Omega*(dr)`, `[*B, ...]`, in reward units. `dr` is in the robust set exactly where this is >= 0, and

@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.adversary import perturbations, reach
-from robustreg.regularisers.divergences import alpha_divergence, eps, lam, log_ratio, weighted
+from robustreg.regularisers.divergences import alpha_divergence, deformed_exp, deformed_log, log_ratio, weighted
 from robustreg.regularisers.regulariser import Regulariser, maximise
 
 
@@ -270,7 +270,7 @@ def _excess(reg: Any, x: Array, closed: bool = False) -> Array:
     h = (order - 1)[None]
     x = jnp.where(jnp.isneginf(reg._prior), 0, reg.beta[None] * x)
     inside = 1 + h * x > 0
-    terms = eps(lam(jnp.where(inside, x, 0), h), order[None])
+    terms = deformed_exp(deformed_log(jnp.where(inside, x, 0), h), order[None])
     ends = h > 0
     ends = ends | (order < 0)[None] if closed else ends
     edge = jnp.where(ends, -1 / jnp.where(ends, order[None], 1), jnp.inf)
@@ -360,16 +360,16 @@ def _unnormalised_reach(reg: Regulariser, x: Array) -> Array:
 def _renyi(reg: Any, policy: Array) -> Array:
     """Renyi divergence `log Z/(alpha (alpha-1))`, `[...]`: `lam_{alpha h}(D)`."""
     order = reach.order_of(reg)
-    return lam(alpha_divergence(policy, reg._prior, order), order * (order - 1))
+    return deformed_log(alpha_divergence(policy, reg._prior, order), order * (order - 1))
 
 
 def _unnormalised_support(reg: Any, policy: Array) -> Array:
-    return eps(_renyi(reg, policy), reach.order_of(reg) - 1) / reg.beta
+    return deformed_exp(_renyi(reg, policy), reach.order_of(reg) - 1) / reg.beta
 
 
 def _unnormalised_worst(reg: Any, policy: Array) -> Array:
     h = reach.order_of(reg) - 1
-    tilt = eps(log_ratio(policy, reg._prior) - (h * _renyi(reg, policy))[None], h[None])
+    tilt = deformed_exp(log_ratio(policy, reg._prior) - (h * _renyi(reg, policy))[None], h[None])
     return jnp.where(jnp.isneginf(reg._prior) & (policy == 0), 0, tilt / reg.beta[None])
 
 

@@ -137,7 +137,7 @@ def _sweep_together(options: argparse.Namespace) -> int:
         last = options.num_processes - 1
         raise config.ConfigError(f"--process-id {options.process_id}: the processes are numbered from 0 to {last}")
     where = (options.coordinator, options.num_processes, options.process_id)
-    with _named("--distributed"), cluster.gather(options.out, *where, options.lost_after) as group:
+    with _named("--distributed"), cluster.join_cluster(options.out, *where, options.lost_after) as group:
         with jax.default_device(_device(options.device)), _named(options.config):
             job = config.load_sweep(options.config)
             arguments, how = _sweep_arguments(job)
@@ -228,13 +228,13 @@ def _certify(options: argparse.Namespace) -> int:
     with _folder(options.out), _named(options.source), _nothing_written(options.out), waiting():
         precision = options.precision or verdicts.precision_of(options.source)
         jax.config.update("jax_enable_x64", precision == "float64")
-        claim = verdicts.examine(verdicts.load(options.source, options.policy, options.deployed))
-        print(_table(claim.rows))
+        verdict = verdicts.examine(verdicts.load(options.source, options.policy, options.deployed))
+        print(_table(verdict.rows))
         if options.out is not None:
-            print(f"wrote {claim.write(options.out / 'certificate.npz', {'versions': versions()})}")
-    if not claim.holds:
-        print(f"robustreg: {claim.rows['verdict']}", file=sys.stderr)
-    return 0 if claim.holds else 1
+            print(f"wrote {verdict.write(options.out / 'certificate.npz', {'versions': versions()})}")
+    if not verdict.holds:
+        print(f"robustreg: {verdict.rows['verdict']}", file=sys.stderr)
+    return 0 if verdict.holds else 1
 
 
 @contextlib.contextmanager

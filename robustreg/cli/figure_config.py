@@ -2,7 +2,7 @@
 
 ```toml
 [figure]
-kind = "price"                     # which picture: a function of `paper`, whose arguments are the other keys
+kind = "price"                     # which picture: a function of `paper_numbers`, whose arguments are the other keys
 title = "What robustness costs"    # optional, over the picture
 alpha = [1.0, 2.0]                 # numbers and lists, or a range:
 beta = { from = 0.1, to = 100.0, count = 60, spacing = "log" }
@@ -41,7 +41,7 @@ class Picture:
     Attributes:
         name: of its files: that of the configuration.
         title: over the picture.
-        numbers: what it shows; see `paper`.
+        numbers: what it shows; see `paper_numbers`.
         draw: makes a matplotlib figure of `(numbers, title)`.
     """
 

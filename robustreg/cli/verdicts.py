@@ -40,7 +40,7 @@ from robustreg.solvers.solution import Solution, SolveError
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Question:
     """What is to be certified.
 
     Attributes:
@@ -57,7 +57,7 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Claim:
+class Verdict:
     """What was found.
 
     Attributes:
@@ -83,7 +83,7 @@ def precision_of(source: str | Path) -> str:
     return str(_header(source).get("dtype", "float64")) if _is_result(source) else "float64"
 
 
-def load(source: str | Path, policy: Path | None = None, deployed: Path | None = None) -> Subject:
+def load(source: str | Path, policy: Path | None = None, deployed: Path | None = None) -> Question:
     """Read what is to be certified, in the precision that JAX is set to; a configuration is solved.
 
     Args:
@@ -101,22 +101,22 @@ def load(source: str | Path, policy: Path | None = None, deployed: Path | None =
     met = None if deployed is None else jnp.asarray(_array(deployed, "reward", m), m.dtype)
     if solution is None:
         solution = solve(m, job.regulariser, job.solver, tol=job.tol, max_steps=job.max_steps).raise_if_failed()
-    return Subject(job, solution, chosen, met)
+    return Question(job, solution, chosen, met)
 
 
-def examine(subject: Subject) -> Claim:
+def examine(question: Question) -> Verdict:
     """Check everything that the subject claims.
 
     Returns:
-        A `Claim`; the first claim that fails is named in its row "verdict".
+        A `Verdict`; the first claim that fails is named in its row "verdict".
     """
-    m, reg = subject.job.problem.mdp, subject.job.regulariser
-    rows = {"problem": subject.job.problem.title, "regulariser": _name(reg), "precision": str(m.dtype)}
-    found, arrays, failure = _solved(subject) if subject.policy is None else _own(subject)
+    m, reg = question.job.problem.mdp, question.job.regulariser
+    rows = {"problem": question.job.problem.title, "regulariser": _name(reg), "precision": str(m.dtype)}
+    found, arrays, failure = _solved(question) if question.policy is None else _own(question)
     rows |= found
     verdict = "holds: the guarantee is certified"
-    if subject.deployed is not None:
-        found, more, promised, earned = _deployed(subject)
+    if question.deployed is not None:
+        found, more, promised, earned = _deployed(question)
         rows, arrays = rows | found, arrays | more
         verdict = "holds: the deployed reward is in the robust set"
         if not promised:
@@ -124,20 +124,20 @@ def examine(subject: Subject) -> Claim:
         if not earned:
             failure = failure or "under the deployed reward the policy earns less than its guarantee"
     rows["verdict"] = f"fails: {failure}" if failure else verdict
-    return Claim(not failure, rows, {name: np.asarray(x) for name, x in arrays.items()})
+    return Verdict(not failure, rows, {name: np.asarray(x) for name, x in arrays.items()})
 
 
 Found = tuple[dict[str, str], dict[str, Any], str]
 
 
-def _solved(subject: Subject) -> Found:
+def _solved(question: Question) -> Found:
     """The certificate of a solution, and what is wrong with it."""
-    m, sol = subject.job.problem.mdp, subject.solution
-    proof = certify(m, subject.job.regulariser, sol)
+    m, sol = question.job.problem.mdp, question.solution
+    proof = certify(m, question.job.regulariser, sol)
     rounding, failure = float(proof.rounding), ""
     # A file may claim any tolerance. It counts as far as the configuration asks for it, or, if that asks for none, as
     # a solve may have stopped there: its half-width is then at most twice the rounding.
-    most = 4 * rounding if subject.job.tol is None else float(subject.job.tol)
+    most = 4 * rounding if question.job.tol is None else float(question.job.tol)
     try:
         sol.raise_if_failed()
         proof.raise_if_loose(min(float(sol.tol), most) + rounding)
@@ -151,15 +151,15 @@ def _solved(subject: Subject) -> Found:
     return rows, {name: getattr(proof, name) for name in ("lower", "upper", "indifference", "slack")}, failure
 
 
-def _own(subject: Subject) -> Found:
+def _own(question: Question) -> Found:
     """The guarantee of the user's policy, from below by a certificate and from above by its worst case."""
-    m, reg, policy = subject.job.problem.mdp, subject.job.regulariser, subject.policy
+    m, reg, policy = question.job.problem.mdp, question.job.regulariser, question.policy
     assert policy is not None
     dr = perturbations.worst_case(reg, policy)
     value = evaluation.evaluate(m, policy, reg=reg)
     attacked = evaluation.evaluate(m, policy, reward=m.reward - dr)
-    proof = certify(m, reg, Solution(**{**vars(subject.solution), "value": value, "policy": policy}))
-    lower, upper, best = _start(m, proof.lower), _start(m, attacked), _start(m, subject.solution.value)
+    proof = certify(m, reg, Solution(**{**vars(question.solution), "value": value, "policy": policy}))
+    lower, upper, best = _start(m, proof.lower), _start(m, attacked), _start(m, question.solution.value)
     rows = {
         "guarantee": f"{lower:.9g}",
         "under its worst case": f"{upper:.9g}",
@@ -174,11 +174,11 @@ def _own(subject: Subject) -> Found:
     return rows, {"lower": proof.lower, "worst_case": dr, "worst_case_value": attacked}, failure
 
 
-def _deployed(subject: Subject) -> tuple[dict[str, str], dict[str, Any], bool, bool]:
+def _deployed(question: Question) -> tuple[dict[str, str], dict[str, Any], bool, bool]:
     """What the policy gets under the deployed reward, whether that was promised, and whether it is the guarantee."""
-    m, reg, reward = subject.job.problem.mdp, subject.job.regulariser, subject.deployed
+    m, reg, reward = question.job.problem.mdp, question.job.regulariser, question.deployed
     assert reward is not None
-    policy = subject.solution.policy if subject.policy is None else subject.policy
+    policy = question.solution.policy if question.policy is None else question.policy
     met = guarantee(m, reg, policy, reward)
     change = m.reward - reward
     visits = jnp.sum(evaluation.occupancy(m, policy), axis=-1)

@@ -1,4 +1,4 @@
-"""The figures of the paper, drawn from the numbers of `paper` and from nothing else: one function per figure.
+"""The figures of the paper, drawn from the numbers of `paper_numbers` and from nothing else: one function per figure.
 
 Made to be put on a slide: a size that fills one, text that is read from the back, a title that says what to see.
 Colours are those of Okabe and Ito (which every common form of colour blindness tells apart), and what they tell is

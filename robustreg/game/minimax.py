@@ -8,9 +8,9 @@ the reward (see `adversary`),
 `solve` knows the answer: against the whole robust set, the adversary's best answer and the saddle point have closed
 forms. Here nobody uses them. Each side sees the payoff's gradient only and moves a little, by any optax transformation;
 that they meet where `solve` says is strong duality, observed. Sets without closed forms are played in the same way
-(`budgets`).
+(`sets`).
 
-**Moves** (`play`). A step of the *agent* is a natural-gradient step: logits rise by the advantage `beta (q - <pi, q>)`
+**Moves** (`moves`). A step of the *agent* is a natural-gradient step: logits rise by the advantage `beta (q - <pi, q>)`
 of the plain, unregularised q under `r - dr`, for the policy and the perturbation that are being played; in every state,
 however rarely visited. The policy is the logits' image under the regulariser's own link `grad Omega*` (softmax for KL,
 sparsemax for alpha = 2). The link serves to write policies down; there is no maximum over q anywhere. q comes from a
@@ -19,7 +19,7 @@ its set, by several cheap steps (no linear solve) for each of the agent's.
 
 **Bounds.** Every `record` rounds, for the policy pi and the perturbation dr being played,
 
-    primal = <mu_pi, r> - max { <mu_pi, dr'> : dr' in the set }    what pi guarantees      (or less: see `budgets`)
+    primal = <mu_pi, r> - max { <mu_pi, dr'> : dr' in the set }    what pi guarantees      (or less: see `sets`)
     dual   = max_pi' <mu_pi', r - dr>                              nobody gets more against dr
 
 enclose the value of the game, whoever played well or not. Both are values of Bellman equations, solved from the
@@ -53,8 +53,8 @@ from robustreg.game.sets import Adversary, Whole, is_masked
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, methods
-from robustreg.solvers.evaluation import Fixed, Unregularised, unlimited
-from robustreg.solvers.loop import iterate, keep
+from robustreg.solvers.evaluation import FixedPolicy, HardMax, unlimited
+from robustreg.solvers.loop import freeze, iterate
 from robustreg.solvers.solution import SolveError, Status, concrete
 
 # Logits are logarithms of probabilities: 5 a round is a factor of 150.
@@ -207,11 +207,12 @@ def solve_game(
     given = {"steps": steps, "responses": responses, "record": record}
     counts = {name: min(checks.count(name, n), np.iinfo(np.int32).max) for name, n in given.items()}
     rules = moves.Rules(agent or AGENT, response or RESPONSE, scheme, **counts)
-    return _play(mdp._prepared(), reg, adversary, checks.operand("tol", -1 if tol is None else tol, mdp.dtype), rules)
+    asked = checks.operand("tol", -1 if tol is None else tol, mdp.dtype)
+    return _play(mdp._with_sparsity(), reg, adversary, asked, rules)
 
 
 @pytrees.dataclass
-class _Books:
+class _Best:
     """Best bounds met, what they belong to and their rounding, `[A, S, *B]` and `[*B]`; `history` is `[2, n, *B]`."""
 
     policy: Array
@@ -225,42 +226,42 @@ class _Books:
 
 @functools.partial(jax.jit, static_argnames="rules")
 def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Array, rules: moves.Rules) -> Game:
-    problem = lax.optimization_barrier(bellman.lanes(mdp, reg, tol.shape, adversary.batch_shape))
+    problem = lax.optimization_barrier(bellman.bind(mdp, reg, tol.shape, adversary.batch_shape))
     n, batch = len(problem.batch), problem.batch
-    board = moves.Board(problem, adversary.bind(n, mdp.dtype), pytrees.lanes_last(mdp.initial, n, 1), rules)
+    setup = moves.Setup(problem, adversary.bind(n, mdp.dtype), pytrees.lanes_last(mdp.initial, n, 1), rules)
     tol = jnp.broadcast_to(tol, batch)
-    position = moves.opening(board)
+    position = moves.opening(setup)
     infinite = jnp.full(batch, jnp.inf, mdp.dtype)
     status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
     zero, history = jnp.zeros_like(position.logits), jnp.zeros((2, rules.records, *batch), mdp.dtype)
-    books = _Books(zero, zero, -infinite, infinite, (infinite, infinite), status, history)
+    best = _Best(zero, zero, -infinite, infinite, (infinite, infinite), status, history)
 
     def running(state: tuple[Any, ...]) -> Array:
         return jnp.any(state[1].status == _RUNNING) & (state[2] < rules.records)
 
     def turn(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        position, books, index = state
+        position, best, index = state
         # The first look comes before the first round.
         count = jnp.where(index == 0, 0, jnp.minimum(rules.record, rules.steps - (index - 1) * rules.record))
-        after = loops.fori_loop(0, count, lambda _, x: moves.turn(board, x), position)
-        position = keep(books.status != _RUNNING, position, after)
-        return position, _record(board, tol, index, position, books), index + 1
+        after = loops.fori_loop(0, count, lambda _, x: moves.turn(setup, x), position)
+        position = freeze(best.status != _RUNNING, position, after)
+        return position, _record(setup, tol, index, position, best), index + 1
 
-    position, books, index = loops.while_loop(running, turn, (position, books, jnp.asarray(0, jnp.int32)), board)
-    return _result(books, position.steps, tol, index, rules)
+    position, best, index = loops.while_loop(running, turn, (position, best, jnp.asarray(0, jnp.int32)), setup)
+    return _result(best, position.steps, tol, index, rules)
 
 
-def _record(board: moves.Board, tol: Array, index: Array, position: moves.Position, books: _Books) -> _Books:
+def _record(setup: moves.Setup, tol: Array, index: Array, position: moves.Position, best: _Best) -> _Best:
     """Bounds of what is being played (and of its means), the best kept; a verdict on each lane that runs."""
-    done = books.status != _RUNNING
+    done = best.status != _RUNNING
     # Of a lane's returns, the critic's is an estimate; before it has seen anything, the reward.
-    size = jnp.where(position.steps == 0, board.problem.magnitudes.reward, jnp.abs(_from_start(board, position.value)))
+    size = jnp.where(position.steps == 0, setup.problem.magnitudes.reward, jnp.abs(_from_start(setup, position.value)))
     accuracy = jnp.where(done, jnp.inf, jnp.where(tol < 0, -1, _ACCURACY * tol * size))
 
-    def look(state: tuple[_Books, Array], pair: tuple[Array, Array]) -> tuple[tuple[_Books, Array], None]:
+    def measure(state: tuple[_Best, Array], pair: tuple[Array, Array]) -> tuple[tuple[_Best, Array], None]:
         (best, sound), (policy, dr) = state, pair
-        primal, below = _primal(board, position, policy, accuracy)
-        dual, above = _dual(board, position, dr, accuracy)
+        primal, below = _primal(setup, position, policy, accuracy)
+        dual, above = _dual(setup, position, dr, accuracy)
         higher, lower = primal > best.primal, dual < best.dual
         best = dataclasses.replace(
             best,
@@ -272,69 +273,69 @@ def _record(board: moves.Board, tol: Array, index: Array, position: moves.Positi
         )
         return (best, sound & jnp.isfinite(primal) & jnp.isfinite(dual)), None
 
-    (new, sound), _ = loops.scan(look, (books, ~done), moves.candidates(board, position))
+    (new, sound), _ = loops.scan(measure, (best, ~done), moves.candidates(setup, position))
     reached = _relative(new.primal, new.dual) <= tol
     status = jnp.where(reached & (tol >= 0), int(Status.CONVERGED), _RUNNING)
     broken = jnp.where(position.steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))
     new = dataclasses.replace(new, status=jnp.where(sound, status, broken).astype(jnp.int32))
-    new = keep(done, dataclasses.replace(books, history=()), dataclasses.replace(new, history=()))
+    new = freeze(done, dataclasses.replace(best, history=()), dataclasses.replace(new, history=()))
     bounds = jnp.stack([new.primal, new.dual])
-    return dataclasses.replace(new, history=books.history.at[:, index].set(bounds))
+    return dataclasses.replace(new, history=best.history.at[:, index].set(bounds))
 
 
-def _from_start(board: moves.Board, value: Array) -> Array:
+def _from_start(setup: moves.Setup, value: Array) -> Array:
     """`<initial, value>` of `[S, *B]`, `[*B]`."""
-    return jnp.sum(board.initial * value, axis=0)
+    return jnp.sum(setup.initial * value, axis=0)
 
 
-def _primal(board: moves.Board, position: moves.Position, policy: Array, accuracy: Array) -> tuple[Array, Array]:
+def _primal(setup: moves.Setup, position: moves.Position, policy: Array, accuracy: Array) -> tuple[Array, Array]:
     """What a policy guarantees against the set, or less, and the rounding in that, `[*B]`."""
-    problem = board.problem
-    cost, extra = board.adversary.price(problem, position.params, policy, moves.visits(board, policy))
+    problem = setup.problem
+    cost, extra = setup.adversary.price(problem, position.params, policy, moves.visits(setup, policy))
     never = jnp.where(policy == 0, -jnp.inf, 0).astype(policy.dtype)
     # The price is computed with an error of its own, which must not be in the agent's favour.
     cost = cost + jnp.where(jnp.isfinite(cost), problem.regulariser._value_error(policy), 0)
-    fixed = Fixed(policy, cost, unlimited(problem), never)
-    value, error, noise = _value(board, fixed, problem.reward, position.value, accuracy, _EVALUATION)
+    fixed = FixedPolicy(policy, cost, unlimited(problem), never)
+    value, error, noise = _value(setup, fixed, problem.reward, position.value, accuracy, _EVALUATION)
     return value - error - extra, noise
 
 
-def _dual(board: moves.Board, position: moves.Position, dr: Array, accuracy: Array) -> tuple[Array, Array]:
+def _dual(setup: moves.Setup, position: moves.Position, dr: Array, accuracy: Array) -> tuple[Array, Array]:
     """The most that any policy gets against a perturbation, or more, and the rounding in that, `[*B]`."""
-    problem = board.problem
+    problem = setup.problem
     masked = jnp.where(is_masked(problem), -jnp.inf, 0).astype(dr.dtype)
-    free = Unregularised(unlimited(problem), masked)
+    free = HardMax(unlimited(problem), masked)
     solver = methods.automatic(problem)
-    value, error, noise = _value(board, free, problem.reward - dr, position.value, accuracy, solver)
+    value, error, noise = _value(setup, free, problem.reward - dr, position.value, accuracy, solver)
     return value + error, noise
 
 
 def _value(
-    board: moves.Board, operator: Regulariser, reward: Array, start: Array, accuracy: Array, solver: methods.Solver
+    setup: moves.Setup, operator: Regulariser, reward: Array, start: Array, accuracy: Array, solver: methods.Solver
 ) -> tuple[Array, Array, Array]:
     """Value from the start of an operator's fixed point, a bound on its error, and the rounding in that, `[*B]`."""
-    problem = bellman.with_operator(board.problem, operator, reward)
+    problem = bellman.with_operator(setup.problem, operator, reward)
     loop = iterate(problem, solver, accuracy, jnp.asarray(np.iinfo(np.int32).max, jnp.int32), start)
-    return _from_start(board, loop.h + loop.c[None]), loop.half_width, loop.noise
+    return _from_start(setup, loop.h + loop.c[None]), loop.half_width, loop.noise
 
 
-def _result(books: _Books, steps: Array, tol: Array, looks: Array, rules: moves.Rules) -> Game:
+def _result(best: _Best, steps: Array, tol: Array, measurements: Array, rules: moves.Rules) -> Game:
     """The books in the public layout; a lost lane is NaN."""
     unasked = tol < 0
     # A solve without a tol ends with an interval of up to four times its rounding, and two make a gap (see `solve`).
     # As much again may be left of the game itself.
-    done = unasked & (books.dual - books.primal <= _ROUNDING * (books.noise[0] + books.noise[1]))
+    done = unasked & (best.dual - best.primal <= _ROUNDING * (best.noise[0] + best.noise[1]))
     end = jnp.where(done, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    status = jnp.where(books.status == _RUNNING, end, books.status).astype(jnp.int32)
+    status = jnp.where(best.status == _RUNNING, end, best.status).astype(jnp.int32)
     lost = status >= int(Status.NONFINITE_INPUT)
-    bounds = jnp.where(lost, jnp.nan, jnp.stack([books.primal, books.dual]))
+    bounds = jnp.where(lost, jnp.nan, jnp.stack([best.primal, best.dual]))
     # Looks not taken, because every lane was done, see what the last one saw.
     index = jnp.arange(rules.records, dtype=jnp.int32)
-    later = (index >= looks).reshape((1, -1) + (1,) * lost.ndim)
-    primals, duals = jnp.moveaxis(jnp.where(later, bounds[:, None], books.history), 1, -1)
+    later = (index >= measurements).reshape((1, -1) + (1,) * lost.ndim)
+    primals, duals = jnp.moveaxis(jnp.where(later, bounds[:, None], best.history), 1, -1)
     return Game(
-        policy=pytrees.batch_first(jnp.where(lost, jnp.nan, books.policy), 2),
-        perturbation=pytrees.batch_first(jnp.where(lost, jnp.nan, books.perturbation), 2),
+        policy=pytrees.batch_first(jnp.where(lost, jnp.nan, best.policy), 2),
+        perturbation=pytrees.batch_first(jnp.where(lost, jnp.nan, best.perturbation), 2),
         primal=bounds[0],
         dual=bounds[1],
         primals=primals,

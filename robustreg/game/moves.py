@@ -1,7 +1,7 @@
-"""Moves of the explicit game: where play stands, and one round of agent against adversary (see `game`).
+"""Moves of the explicit game: where play stands, and one round of agent against adversary (see `minimax`).
 
 Everything is in the kernels' layout, `[A, S, *B]`. Nothing here knows a best answer: the agent sees the plain q of what
-is being played, the adversary the gradient of `<mu, dr>` (see `budgets`).
+is being played, the adversary the gradient of `<mu, dr>` (see `sets`).
 
 **Cost.** A round is one loosely solved linear system for the critic and a few conjugates for the adversary's answers,
 which end when a step is a tenth of the round's first: its steps are Newton's, so that what remains is a hundredth, and
@@ -19,7 +19,7 @@ from jax import Array
 from robustreg._core import loops, pytrees
 from robustreg.game.sets import boundary, is_masked, shape
 from robustreg.solvers import bellman, linear
-from robustreg.solvers.loop import keep
+from robustreg.solvers.loop import freeze
 
 # Residual of the critic's linear solve, relative to what it starts from.
 _CRITIC = 1e-3
@@ -45,10 +45,10 @@ class Rules:
 
 
 @pytrees.dataclass
-class Board:
+class Setup:
     """What does not change during play; `adversary` is bound, `initial` is `[S, *b]`."""
 
-    problem: bellman.Lanes
+    problem: bellman.BoundProblem
     adversary: Any
     initial: Array
     rules: Rules = pytrees.static()
@@ -59,7 +59,7 @@ class Position:
     """Where play stands; every leaf ends in the lanes' axes.
 
     Attributes:
-        logits: the agent's, `[A, S, *B]`, on the boundary that `budgets.boundary` describes.
+        logits: the agent's, `[A, S, *B]`, on the boundary that `sets.boundary` describes.
         policy: what they stand for.
         params: the adversary's.
         memories: of the two optax transformations.
@@ -77,18 +77,18 @@ class Position:
     steps: Array
 
 
-def opening(board: Board) -> Position:
+def opening(setup: Setup) -> Position:
     """The prior against no perturbation."""
-    problem, rules = board.problem, board.rules
+    problem, rules = setup.problem, setup.rules
     zero = jnp.zeros(shape(problem), problem.dtype)
     logits, policy = boundary(problem, zero)
-    params = board.adversary.retract(problem, board.adversary.start(problem))
+    params = setup.adversary.retract(problem, setup.adversary.start(problem))
     memories = (_per_lane(problem, rules.agent.init)(logits), _per_lane(problem, rules.response.init)(params))
-    means = (zero, zero[0], zero) if board.adversary._coupled else ()
+    means = (zero, zero[0], zero) if setup.adversary._coupled else ()
     return Position(logits, policy, params, memories, zero[0], means, jnp.zeros(problem.batch, jnp.int32))
 
 
-def _per_lane(problem: bellman.Lanes, function: Any) -> Any:
+def _per_lane(problem: bellman.BoundProblem, function: Any) -> Any:
     """A function of trees whose leaves end in the lanes' axes, for each lane by itself.
 
     A transformation that looks at norms would otherwise couple lanes.
@@ -98,34 +98,34 @@ def _per_lane(problem: bellman.Lanes, function: Any) -> Any:
     return function
 
 
-def turn(board: Board, position: Position) -> Position:
+def turn(setup: Setup, position: Position) -> Position:
     """One round: a move of the agent and the adversary's answers."""
-    scheme = board.rules.scheme
-    moved = _moved_agent(board, position, position)
-    params, memory = _answers(board, position, position.policy if scheme == "simultaneous" else moved.policy)
+    scheme = setup.rules.scheme
+    moved = _moved_agent(setup, position, position)
+    params, memory = _answers(setup, position, position.policy if scheme == "simultaneous" else moved.policy)
     if scheme == "extragradient":
         there = dataclasses.replace(moved, params=params)
-        moved = _moved_agent(board, position, there)
-        params, memory = _answers(board, position, there.policy)
+        moved = _moved_agent(setup, position, there)
+        params, memory = _answers(setup, position, there.policy)
     moved = dataclasses.replace(moved, params=params, memories=(moved.memories[0], memory), steps=position.steps + 1)
-    return dataclasses.replace(moved, means=_averaged(board, moved)) if position.means else moved
+    return dataclasses.replace(moved, means=_averaged(setup, moved)) if position.means else moved
 
 
-def _moved_agent(board: Board, position: Position, there: Position) -> Position:
+def _moved_agent(setup: Setup, position: Position, there: Position) -> Position:
     """The agent's step from a position, in the direction of the natural gradient at another."""
-    problem = board.problem
-    direction, value = _advantages(board, there)
-    update = _per_lane(problem, board.rules.agent.update)
+    problem = setup.problem
+    direction, value = _advantages(setup, there)
+    update = _per_lane(problem, setup.rules.agent.update)
     change, memory = update(-direction, position.memories[0], position.logits)
     logits, policy = boundary(problem, position.logits + change)
     memories = (memory, position.memories[1])
     return dataclasses.replace(position, logits=logits, policy=policy, memories=memories, value=value)
 
 
-def _advantages(board: Board, position: Position) -> tuple[Array, Array]:
+def _advantages(setup: Setup, position: Position) -> tuple[Array, Array]:
     """The agent's natural gradient `beta (q - <pi, q>) [A, S, *B]`, and the critic's new value."""
-    problem, policy = board.problem, position.policy
-    dr = board.adversary.perturbation(problem, position.params)
+    problem, policy = setup.problem, position.policy
+    dr = setup.adversary.perturbation(problem, position.params)
     reward = jnp.where(is_masked(problem), 0, problem.reward - dr)
 
     def backed_up(v: Array) -> Array:
@@ -138,20 +138,20 @@ def _advantages(board: Board, position: Position) -> tuple[Array, Array]:
     return problem.regulariser.beta[None] * (q - pytrees.total(policy * q)[None]), value
 
 
-def visits(board: Board, policy: Array) -> Array:
+def visits(setup: Setup, policy: Array) -> Array:
     """Discounted visits of states, `[S, *B]`; ones where no state's constraint depends on another's."""
-    if not board.adversary._coupled:
+    if not setup.adversary._coupled:
         return jnp.ones(policy.shape[1:], policy.dtype)
-    initial = jnp.broadcast_to(board.initial, policy.shape[1:])
-    accuracy = jnp.zeros(board.problem.batch, policy.dtype)
-    flow = linear.occupy(bellman.chain(board.problem, policy), initial, accuracy, linear.Method())
+    initial = jnp.broadcast_to(setup.initial, policy.shape[1:])
+    accuracy = jnp.zeros(setup.problem.batch, policy.dtype)
+    flow = linear.occupy(bellman.chain(setup.problem, policy), initial, accuracy, linear.Method())
     return jnp.maximum(flow, 0)
 
 
-def _answers(board: Board, position: Position, policy: Array) -> tuple[Any, Any]:
+def _answers(setup: Setup, position: Position, policy: Array) -> tuple[Any, Any]:
     """The adversary's steps of a round against one policy, from where it stood at the start of the round."""
-    problem, adversary, batch = board.problem, board.adversary, board.problem.batch
-    update, seen = _per_lane(problem, board.rules.response.update), visits(board, policy)
+    problem, adversary, batch = setup.problem, setup.adversary, setup.problem.batch
+    update, seen = _per_lane(problem, setup.rules.response.update), visits(setup, policy)
     unit = float(jnp.finfo(policy.dtype).eps) ** 0.5
 
     def answer(state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -164,10 +164,10 @@ def _answers(board: Board, position: Position, policy: Array) -> tuple[Any, Any]
         first = jnp.where(count == 0, size, first)
         # Below the square root of rounding, what remains after a step of Newton's is below rounding.
         enough = size <= jnp.maximum(_ANSWERED * first, unit * _largest(params, batch))
-        return keep(done, params, new), keep(done, memory, moved), first, done | enough, count + 1
+        return freeze(done, params, new), freeze(done, memory, moved), first, done | enough, count + 1
 
     def unfinished(state: tuple[Any, ...]) -> Array:
-        return ~jnp.all(state[3]) & (state[4] < board.rules.responses)
+        return ~jnp.all(state[3]) & (state[4] < setup.rules.responses)
 
     zero = jnp.zeros(batch, policy.dtype)
     start = (position.params, position.memories[1], zero, jnp.zeros(batch, bool), jnp.asarray(0, jnp.int32))
@@ -181,19 +181,19 @@ def _largest(tree: Any, batch: tuple[int, ...]) -> Array:
     return jnp.max(jnp.stack(each), axis=0)
 
 
-def _averaged(board: Board, position: Position) -> tuple[Array, ...]:
+def _averaged(setup: Setup, position: Position) -> tuple[Array, ...]:
     """The sums with this round in them."""
     policy, weight = position.policy, position.steps.astype(position.policy.dtype)
-    mass = weight[None] * visits(board, policy)
-    dr = board.adversary.perturbation(board.problem, position.params)
+    mass = weight[None] * visits(setup, policy)
+    dr = setup.adversary.perturbation(setup.problem, position.params)
     new = (mass[None] * policy, mass, weight[None, None] * dr)
     return jax.tree.map(jnp.add, position.means, new)
 
 
-def candidates(board: Board, position: Position) -> tuple[Array, Array]:
+def candidates(setup: Setup, position: Position) -> tuple[Array, Array]:
     """Policies and perturbations to take bounds of, `[n, A, S, *B]` each: the last played and, if any, the means."""
-    problem, policy = board.problem, position.policy
-    dr = board.adversary.perturbation(problem, position.params)
+    problem, policy = setup.problem, position.policy
+    dr = setup.adversary.perturbation(problem, position.params)
     if not position.means:
         return policy[None], dr[None]
     flow, mass, total = position.means

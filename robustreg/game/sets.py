@@ -19,7 +19,7 @@ parameters and closes at the adversary's best answer. It is weak duality: R is c
 function is finite for every occupancy `u >= 0` (a policy or not) and equal to `sum_s |u_s| Omega(u_s/|u_s|)`; a sum of
 two sets has the sum of two support functions, an intersection the smallest such sum over splits `mu = u + v`.
 
-This module holds the sets that are a product over states; those whose states share a constraint are in `pooled`.
+This module holds the sets that are a product over states; those whose states share a constraint are in `coupled_sets`.
 
 **Metric.** Directions are per visit of a state, in units in which a step of 1 is Newton's: with `p = grad
 Omega*(dr)`, policy that `dr` is worst for, and the curvature `w = p0^{alpha-1} m^{2-alpha}` at `m = max(pi, p)`, an
@@ -40,12 +40,12 @@ from robustreg.solvers import bellman
 _ROOT_STEPS = 40
 
 
-def is_masked(problem: bellman.Lanes) -> Array:
+def is_masked(problem: bellman.BoundProblem) -> Array:
     """Actions of prior 0, `[A, 1 or S, *b]`."""
     return jnp.isneginf(problem.regulariser._prior)
 
 
-def shape(problem: bellman.Lanes) -> tuple[int, ...]:
+def shape(problem: bellman.BoundProblem) -> tuple[int, ...]:
     """`[A, S, *B]` in full."""
     return (*problem.reward.shape[:2], *problem.batch)
 
@@ -76,28 +76,28 @@ class Adversary:
         """The same set in the kernels' layout."""
         return self
 
-    def start(self, problem: bellman.Lanes) -> Any:
+    def start(self, problem: bellman.BoundProblem) -> Any:
         """Parameters of no perturbation."""
         return jnp.zeros(shape(problem), problem.dtype)
 
-    def retract(self, problem: bellman.Lanes, params: Any) -> Any:
+    def retract(self, problem: bellman.BoundProblem, params: Any) -> Any:
         """Parameters of a member of the set, from any."""
         raise NotImplementedError
 
-    def perturbation(self, problem: bellman.Lanes, params: Any) -> Array:
+    def perturbation(self, problem: bellman.BoundProblem, params: Any) -> Array:
         """The member `dr`, `[A, S, *B]`, that retracted parameters stand for."""
         raise NotImplementedError
 
-    def ascent(self, problem: bellman.Lanes, params: Any, policy: Array, visits: Array, count: Array) -> Any:
+    def ascent(self, problem: bellman.BoundProblem, params: Any, policy: Array, visits: Array, count: Array) -> Any:
         """Direction in which `<mu, dr>` rises; `count` rounds have been played, `[*B]`."""
         raise NotImplementedError
 
-    def price(self, problem: bellman.Lanes, params: Any, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: bellman.BoundProblem, params: Any, policy: Array, visits: Array) -> tuple[Array, Array]:
         """`cost [S, *B]` and `extra [*B]` with `max { <mu, dr> : dr in the set } <= sum_s d cost + extra`."""
         raise NotImplementedError
 
 
-def boundary(problem: bellman.Lanes, x: Array) -> tuple[Array, Array]:
+def boundary(problem: bellman.BoundProblem, x: Array) -> tuple[Array, Array]:
     """The highest point of R's boundary with the normal that `x/beta` has, in units of 1/beta, and that normal.
 
     Where the normal is 0 the boundary is flat: every lower entry has the same normal, takes less, and would hold up
@@ -116,25 +116,25 @@ class Whole(Adversary):
 
     _free = True
 
-    def retract(self, problem: bellman.Lanes, params: Array) -> Array:
+    def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
         """Along the direction that moves all actions alike."""
         return boundary(problem, params)[0]
 
-    def perturbation(self, problem: bellman.Lanes, params: Array) -> Array:
+    def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
         """The parameters in reward units."""
         return params / problem.regulariser.beta[None]
 
-    def ascent(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array, count: Array) -> Array:
+    def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """Along the boundary: `pi` less the boundary's normal."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         return natural(problem, policy, normal)
 
-    def price(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """The regulariser: this is how the set was defined."""
         return problem.regulariser._value(policy), jnp.zeros(problem.batch, problem.dtype)
 
 
-def curvature(problem: bellman.Lanes, policy: Array) -> Array:
+def curvature(problem: bellman.BoundProblem, policy: Array) -> Array:
     """`w = p0^{alpha-1} p^{2-alpha}`, how far p moves with its q in units of 1/beta, `[A, S, *B]`; 0 off support."""
     # KL has no order of its own.
     order = getattr(problem.regulariser, "alpha", jnp.ones_like(problem.regulariser.beta))
@@ -142,7 +142,7 @@ def curvature(problem: bellman.Lanes, policy: Array) -> Array:
     return jnp.where(on, jnp.exp(prior + (2 - order)[None] * (jnp.log(jnp.where(on, policy, 1)) - prior)), 0)
 
 
-def natural(problem: bellman.Lanes, policy: Array, normal: Array) -> Array:
+def natural(problem: bellman.BoundProblem, policy: Array, normal: Array) -> Array:
     """`(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`."""
     w = curvature(problem, jnp.maximum(policy, normal))
     return jnp.where(w > 0, (policy - normal) / jnp.where(w > 0, w, 1), 0)
@@ -190,7 +190,7 @@ class Box(Whole):
         bound = bound.reshape((1, 1)) if bound.ndim == 0 else bound
         return Box(pytrees.lanes_last(bound, batch_ndim, 2))
 
-    def retract(self, problem: bellman.Lanes, params: Array) -> Array:
+    def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
         """`clip(x - c, -bound, bound)` with the number c per state that puts it on the boundary of R."""
         reg, masked = problem.regulariser, is_masked(problem)
         x, bound = params / reg.beta[None], jnp.broadcast_to(self.bound, params.shape)
@@ -222,7 +222,7 @@ class Box(Whole):
         dr = jnp.where(normal == 0, jnp.maximum(dr, jnp.minimum(reg._worst_case(normal), bound)), dr)
         return jnp.where(masked, 0, reg.beta[None] * dr)
 
-    def ascent(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array, count: Array) -> Array:
+    def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """`pi` less the part of it that the boundary of R bears; the box bears the rest."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         dr = self.perturbation(problem, params)
@@ -231,7 +231,7 @@ class Box(Whole):
         share = pytrees.total(jnp.where(free, policy, 0)) / jnp.where(borne > 0, borne, 1)
         return natural(problem, policy, jnp.where(borne > 0, share, 1)[None] * normal)
 
-    def price(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """`l Omega(p) + sum_a bound |pi - l p|` for the best multiple l of the normal p at the adversary's choice."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         own = problem.regulariser._value(normal)
@@ -259,23 +259,23 @@ class StatesOnly(Adversary):
 
     _responses = 1
 
-    def start(self, problem: bellman.Lanes) -> Array:
+    def start(self, problem: bellman.BoundProblem) -> Array:
         """`beta u`, `[S, *B]`."""
         return jnp.zeros(shape(problem)[1:], problem.dtype)
 
-    def retract(self, problem: bellman.Lanes, params: Array) -> Array:
+    def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
         """Not above 0."""
         return jnp.minimum(params, 0)
 
-    def perturbation(self, problem: bellman.Lanes, params: Array) -> Array:
+    def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
         """`u(s)` for every action, 0 on masked ones."""
         dr = jnp.broadcast_to((params / problem.regulariser.beta)[None], shape(problem))
         return jnp.where(is_masked(problem), 0, dr)
 
-    def ascent(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array, count: Array) -> Array:
+    def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """Every visit pays u."""
         return jnp.sum(policy, axis=0)
 
-    def price(self, problem: bellman.Lanes, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """Nothing: `u <= 0`."""
         return jnp.zeros(visits.shape, problem.dtype), jnp.zeros(problem.batch, problem.dtype)

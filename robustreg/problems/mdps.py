@@ -20,14 +20,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from robustreg._core import checks, containers, forks, pytrees
 from robustreg._core.names import Names, by_name, distribution
-from robustreg.problems import function_checks, rewards
-from robustreg.problems.successors import Successors
-from robustreg.problems.transitions import Dense, MatrixFree, Transitions
-from robustreg.regularisers import masks
+from robustreg.problems import arguments, rewards
+from robustreg.problems.transitions import Transitions
 
 
 @pytrees.dataclass
@@ -92,15 +90,43 @@ class MDP:
         """
         return by_name(self.names, self.available, (self.n_states, self.n_actions), x)
 
-    def _prepared(self) -> "MDP":
+    def prepared(self) -> "MDP":
+        """Find out beforehand what `solve` makes of transitions that it can look at, and keep it with the MDP.
+
+        Successor lists have patterns that make products cheaper (see `problems.sparsity`). An MDP that is an argument
+        of your own `jax.jit` cannot be looked at any more where it is solved: prepare it before it goes in, and solving
+        it takes as long as if the function closed over it.
+
+        Returns:
+            The same MDP, equal in everything else. Its successor lists must not be changed (`dataclasses.replace`)
+            without preparing it again.
+        """
+        return dataclasses.replace(self, transitions=self.transitions.prepared())
+
+    def replace(self, **changes: Any) -> "MDP":
+        """Replace some of `reward`, `discount`, `initial` and `termination`, checked as `mdp` checks them.
+
+        Args:
+            changes: by name; a reward `[*B, S, A]` or `[S]`, the others as in `mdp`. They may be traced.
+
+        Returns:
+            An MDP of the same transitions, mask, names and dtype.
+
+        Raises:
+            ValueError: a name that is none of these, or what `mdp` raises. A new `termination` has to leave the rows of
+                the transitions summing to `1 - termination`, within the precision of the latter.
+        """
+        return _replaced(self, changes)
+
+    def _with_sparsity(self) -> "MDP":
         """Cast to the working precision, and add what can be known of transitions before they are traced."""
         forks.refuse()
         m = self._canonical()
         # Names are left off: they would compile everything anew.
-        return dataclasses.replace(m, transitions=m.transitions._prepared(m.dtype), names=None, raw=True)
+        return dataclasses.replace(m, transitions=m.transitions._with_sparsity(m.dtype), names=None, raw=True)
 
     def _canonical(self) -> "MDP":
-        """Cast every floating leaf to the working precision; see `_host.canonical`."""
+        """Cast every floating leaf to the working precision; see `checks.canonical`."""
         return checks.canonical(self, self.dtype)
 
 
@@ -154,19 +180,19 @@ def mdp(
         )
     )
     dtype = checks.working_dtype(came.data, reward, initial, termination)  # a discount only follows
-    kernel, margin, available = _kernel(came, layout, available)
-    termination = _termination(termination, kernel, available)
-    kernel = _stochastic(kernel, termination, margin, normalise, dtype, available)
-    discount, complement = _discount(discount, dtype)
+    kernel, margin, available = arguments.kernel_of(came, layout, available)
+    termination = arguments.termination_of(termination, kernel, available)
+    kernel = arguments.stochastic(kernel, termination, margin, normalise, dtype, available)
+    discount, complement = arguments.discount_of(discount, dtype)
     names = came.names(kernel.n_states, kernel.n_actions)
     initial = initial if names is None else distribution(initial, {name: s for s, name in enumerate(names.states)})
     m = MDP(
-        _cast_kernel(kernel, dtype),
-        _cast(rewards.expected(reward, kernel, available, came.per_action), dtype),
+        arguments.cast_kernel(kernel, dtype),
+        arguments.cast(rewards.expected(reward, kernel, available, came.per_action), dtype),
         discount,
         complement,
-        _cast(_initial(initial, kernel.n_states, normalise), dtype),
-        None if termination is None else _cast(termination, dtype),
+        arguments.cast(arguments.initial_of(initial, kernel.n_states, normalise), dtype),
+        None if termination is None else arguments.cast(termination, dtype),
         available=None if available is None else jnp.asarray(available),
         names=names,
     )
@@ -174,17 +200,36 @@ def mdp(
     return m
 
 
-def _cast(x: Any, dtype: np.dtype) -> Array:
-    """One array with an explicit dtype: a weakly typed leaf would retrace."""
-    return lax.convert_element_type(x, dtype) if checks.is_traced(x) else jnp.asarray(x.astype(dtype))
+def _replaced(m: MDP, changes: dict[str, Any]) -> MDP:
+    """See `MDP.replace`."""
+    allowed = ("reward", "discount", "initial", "termination")
+    unknown = [name for name in changes if name not in allowed]
+    if unknown:
+        raise ValueError(f"replace takes {', '.join(allowed)}, not {unknown[0]}; build another MDP with rr.mdp")
+    new: dict[str, Any] = {
+        name: containers.plain(name, x, None if m.names is None else m.names.states) for name, x in changes.items()
+    }
+    available = m.available if checks.is_traced(m.available) or m.available is None else np.asarray(m.available)
+    if "termination" in new:
+        new["termination"] = _ends(m, arguments.termination_of(new["termination"], m, available), available)
+    if "reward" in new:
+        new["reward"] = arguments.cast(rewards.expected(new["reward"], m.transitions, available, False), m.dtype)
+    if "discount" in new:
+        new["discount"], new["complement"] = arguments.discount_of(new["discount"], m.dtype)
+    if "initial" in new:
+        names = {} if m.names is None else {name: s for s, name in enumerate(m.names.states)}
+        start = distribution(new["initial"], names) if names else new["initial"]
+        new["initial"] = arguments.cast(arguments.initial_of(start, m.n_states, False), m.dtype)
+    m = dataclasses.replace(m, **new)
+    checks.check_batches(_batch_axes(m))
+    return m
 
 
-def _cast_kernel(kernel: Any, dtype: np.dtype) -> Transitions:
-    if isinstance(kernel, Dense):
-        return Dense(_cast(kernel.probabilities, dtype))
-    if isinstance(kernel, Successors):
-        return Successors(_cast(kernel.indices, np.dtype(np.int32)), _cast(kernel.probabilities, dtype))
-    return kernel
+def _ends(m: MDP, termination: Any, available: Any) -> Any:
+    """A termination of the working precision, refused where the rows of an MDP do not leave room for it."""
+    margin = checks.tolerance(m.transitions.probabilities if hasattr(m.transitions, "probabilities") else None)
+    arguments.stochastic(arguments.at_hand(m.transitions), termination, margin, False, m.dtype, available)
+    return None if termination is None else arguments.cast(termination, m.dtype)
 
 
 def _batch_axes(m: MDP) -> dict[str, tuple[int, ...]]:
@@ -196,160 +241,3 @@ def _batch_axes(m: MDP) -> dict[str, tuple[int, ...]]:
         "initial": m.initial.shape[:-1],
         **{name: x.shape[:-2] for name, x in some.items() if x is not None},
     }
-
-
-# ---- transitions
-
-
-def _kernel(came: containers.Kernel, layout: str | None, available: Any) -> tuple[Any, tuple[float, str], Any]:
-    """A kernel whose arrays are float64 or tracers, entries checked, the tolerance on its rows, and the mask.
-
-    (A mask without a single False is None.)
-    """
-    kernel, data = _read(came, layout)
-    if available is not None:
-        available = masks.checked(available, (kernel.n_states, kernel.n_actions))
-        available = None if not checks.is_traced(available) and available.all() else available
-    return _checked(kernel, available), checks.tolerance(data), available
-
-
-def _read(came: containers.Kernel, layout: str | None) -> tuple[Any, Any]:
-    """A kernel whose arrays are float64 or tracers, of the right shapes, and the data that it was made of."""
-    transitions = came.data
-    if layout not in (None, "sas", "ass"):
-        raise ValueError(f'layout must be "sas" ([S, A, S]) or "ass" ([A, S, S]), got {layout!r}')
-    if isinstance(transitions, Dense):
-        return _dense(transitions.probabilities, "sas"), transitions.probabilities
-    if isinstance(transitions, Successors):
-        return _successors(transitions), transitions.probabilities
-    if isinstance(transitions, MatrixFree):
-        return transitions, None
-    if hasattr(transitions, "tocoo"):
-        raise ValueError("transitions is one sparse matrix; pass a list with one [S, S] matrix per action")
-    if isinstance(transitions, (list, tuple)) and any(hasattr(p, "tocoo") for p in transitions):
-        packed: Any = checks.pack_sparse(transitions)
-        return _successors(Successors(*packed)), transitions
-    return _dense(transitions, "ass" if came.per_action else layout), transitions
-
-
-def _dense(p: Any, layout: str | None) -> Dense:
-    p = checks.number("transitions", p)
-    layout = checks.layout_of(p, layout)
-    return Dense(p.swapaxes(-3, -2) if layout == "ass" else p)
-
-
-def _successors(kernel: Successors) -> Successors:
-    indices: Any = kernel.indices if checks.is_traced(kernel.indices) else np.asarray(kernel.indices)
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"transitions.indices has dtype {indices.dtype}; successors are state numbers: use int32")
-    if indices.ndim != 3 or 0 in indices.shape:
-        raise ValueError(f"transitions.indices has shape {indices.shape}; expected [S, A, K], shared by all lanes")
-    p = checks.number("transitions.probabilities", kernel.probabilities)
-    checks.expect_shape("transitions.probabilities", p.shape, indices.shape, "S, A, K", "one per entry of indices")
-    return Successors(indices, p)
-
-
-def _checked(kernel: Any, available: Any) -> Any:
-    """A kernel without impossible entries; where there is no action, the state stays."""
-    if isinstance(kernel, Dense):
-        p = masks.fill(kernel.probabilities, available, np.eye(kernel.n_states)[:, None], 3)
-        checks.refuse_improper("transitions", p, ("s", "a", "s'"))
-        return Dense(p)
-    if not isinstance(kernel, Successors):
-        return kernel
-    n = kernel.n_states
-    indices: Any = masks.fill(kernel.indices, available, np.arange(n)[:, None, None], 3)
-    if not checks.is_traced(indices):
-        rule = f"successors are 0..{n - 1}; pad a row with index 0 and probability 0"
-        outside = (indices < 0) | (indices >= n)
-        checks.refuse("transitions.indices", indices, outside, ("s", "a", "k"), rule)
-    first = np.eye(1, indices.shape[-1])[None]
-    p = masks.fill(kernel.probabilities, available, first, 3)
-    checks.refuse_improper("transitions.probabilities", p, ("s", "a", "k"))
-    return Successors(indices, p)
-
-
-def _stochastic(kernel: Any, termination: Any, margin: Any, normalise: bool, dtype: Any, available: Any) -> Any:
-    """The kernel with rows that sum to `1 - termination` to rounding; refuses rows not close to it."""
-    if isinstance(kernel, MatrixFree):
-        return function_checks.checked(kernel, termination, normalise, dtype, available)
-    p = kernel.probabilities
-    if termination is not None:
-        checks.check_batches({"transitions": p.shape[:-3], "termination": termination.shape[:-2]})
-    if checks.is_traced(p, termination):
-        if not normalise:
-            return kernel
-        p = _cast(p, dtype)
-        termination = None if termination is None else _cast(termination, dtype)
-        rescaled = _rescaled(jnp, p, p.sum(-1), termination)
-    else:
-        target = 1.0 if termination is None else 1.0 - termination
-        sums = p.sum(-1)
-        checks.check_rows(sums, target, termination is not None, margin, normalise)
-        if np.size(target) > sums.size and not normalise:
-            return kernel  # rows shared by lanes stay shared: within tolerance they meet every lane's target
-        rescaled = _rescaled(np, p, sums, termination)
-    return Dense(rescaled) if isinstance(kernel, Dense) else Successors(kernel.indices, rescaled)
-
-
-def _rescaled(xp: Any, p: Any, sums: Any, termination: Any) -> Any:
-    factor = 1.0 / xp.where(sums > 0, sums, 1.0)
-    if termination is not None:
-        factor, termination = xp.broadcast_arrays(factor, termination)
-        factor = factor * (1.0 - termination)
-    factor = factor[..., None]
-    return p.reshape((1,) * (factor.ndim - p.ndim) + p.shape) * factor
-
-
-# ---- reward, termination, initial, discount
-
-
-def _termination(termination: Any, kernel: Any, available: Any) -> Any:
-    if termination is None:
-        return None
-    margin, _ = checks.tolerance(termination)
-    termination = checks.number("termination", termination)
-    core = (kernel.n_states, kernel.n_actions)
-    if termination.shape == core[:1]:
-        termination = termination[:, None] + np.zeros((1, core[1]), termination.dtype)
-    checks.expect_shape("termination", termination.shape, core, "S, A", "one probability per (s, a), or [S]")
-    termination = masks.fill(termination, available, [[0.0]])
-    if checks.is_traced(termination):
-        return termination
-    checks.refuse_improper("termination", termination, ("s", "a"))
-    above = termination > 1 + margin
-    checks.refuse("termination", termination, above, ("s", "a"), "a probability is at most 1; clip or correct it")
-    return np.minimum(termination, 1.0) if termination.any() else None
-
-
-def _initial(initial: Any, n_states: int, normalise: bool) -> Any:
-    if initial is None:
-        return np.full((n_states,), 1.0 / n_states)
-    margin, said = checks.tolerance(initial)
-    initial = checks.number("initial", initial)
-    checks.expect_shape("initial", initial.shape, (n_states,), "S", "a distribution over states, or None for uniform")
-    traced = checks.is_traced(initial)
-    if traced and not normalise:
-        return initial
-    sums = initial.sum(-1)
-    if not traced:
-        checks.refuse_improper("initial", initial, ("s",))
-        bad = sums <= 0 if normalise else np.abs(sums - 1) > margin
-        lane = checks.first(bad)
-        if lane is not None:
-            total = f"{checks.place('initial', lane, ())} sums to {checks.show(sums[lane], 1.0)}"
-            raise ValueError(f"{total}, not 1 ({said}); divide by the sum, or pass normalise=True")
-    return initial / sums[..., None]
-
-
-def _discount(discount: Any, dtype: np.dtype) -> tuple[Array, Array]:
-    """The discount and its complement, the latter from double precision where the discount has it."""
-    g = checks.number("discount", discount)
-    if checks.is_traced(g):
-        g = _cast(g, dtype)
-        return g, 1 - g
-    rule = "it must lie in [0, 1): use 0.999 for a long horizon, and termination for episodes that end"
-    checks.refuse("discount", g, ~((g >= 0) & (g < 1)), (), rule)
-    rule = f"in {dtype} that is 1: pass float64 arrays with jax_enable_x64 on, or a smaller discount"
-    checks.refuse("discount", g, g.astype(dtype) >= 1, (), rule)
-    return _cast(g, dtype), _cast(1.0 - g, dtype)

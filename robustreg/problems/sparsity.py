@@ -43,14 +43,16 @@ class Pattern:
         slot: `[K, A, S]`, which neighbour a successor is; None if every successor is a neighbour of its own and
             `u = k A + a`.
         sources: `[D, S]`, entries that lead to a state; -1 is padding.
-        rest, targets: `[M]` entries beyond those (-1 is padding), and the states that they lead to.
+        overflow, overflow_targets: `[M]` entries beyond those (-1 is padding), and the states that they lead to.
+        raw: whether these are leaves of integers, as the library's own programs take them (see `_core.discrete`).
     """
 
-    neighbours: Array
-    slot: Array | None
-    sources: Array
-    rest: Array
-    targets: Array
+    neighbours: Array = pytrees.discrete(int)
+    slot: Array | None = pytrees.discrete(int)
+    sources: Array = pytrees.discrete(int)
+    overflow: Array = pytrees.discrete(int)
+    overflow_targets: Array = pytrees.discrete(int)
+    raw: bool = pytrees.static(default=True, repr=False)
 
 
 def find(indices: Any) -> Pattern | None:
@@ -91,7 +93,7 @@ def _look(indices: Array) -> Pattern | None:
     else:
         return None
     neighbours = np.ascontiguousarray(neighbours.T)
-    sources, rest, targets = _reversed(neighbours, used)
+    sources, overflow, targets = _reversed(neighbours, used)
 
     def place(x: np.ndarray) -> Array:
         return jax.device_put(x.astype(np.int32), indices.sharding)
@@ -99,7 +101,7 @@ def _look(indices: Array) -> Pattern | None:
     # Not traced, where a caller is: what is kept has to outlive the trace.
     with jax.ensure_compile_time_eval():
         slot = None if slot is None else place(slot)
-        return Pattern(place(neighbours), slot, place(sources), place(rest), place(targets))
+        return Pattern(place(neighbours), slot, place(sources), place(overflow), place(targets))
 
 
 def _reversed(neighbours: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -120,8 +122,8 @@ def _reversed(neighbours: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.
     sources[place[listed], targets[listed]] = entries[listed]
     left = int(np.count_nonzero(~listed))
     padding = _rounded(max(left, sources.size // 32)) - left
-    rest = np.pad(entries[~listed], (0, padding), constant_values=-1)
-    return sources, rest, np.pad(targets[~listed], (0, padding))
+    overflow = np.pad(entries[~listed], (0, padding), constant_values=-1)
+    return sources, overflow, np.pad(targets[~listed], (0, padding))
 
 
 def _rounded(n: int) -> int:

@@ -4,6 +4,7 @@ What a policy makes of a kernel, its chain, is multiplied with vectors far more 
 indices have a pattern (see `robustreg.problems.sparsity`), it is a kernel of its own.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -28,7 +29,7 @@ class Successors(Transitions):
         indices: `[S, A, K]` integers, the successors; shared by all lanes. (Lanes with lists of their own,
             `[*B, S, A, K]`, as `jax.tree.map(jnp.stack, ...)` makes them, are joined in one list before they are used.)
         probabilities: `[*B, S, A, K]`; padding has probability 0. Repeated successors add up.
-        pattern: of these indices, see `robustreg.problems.sparsity`; `_prepared` finds it, leave it alone.
+        pattern: of these indices, see `robustreg.problems.sparsity`; `_with_sparsity` finds it, leave it alone.
         raw: whether indices are a leaf of integers, as the library's own programs take it (see `_core.discrete`).
     """
 
@@ -59,11 +60,21 @@ class Successors(Transitions):
         """See `Transitions`."""
         return self.indices.shape[-1]
 
-    def _prepared(self, dtype: Any) -> Transitions:
+    def _with_sparsity(self, dtype: Any) -> Transitions:
         """With the pattern of its indices."""
         if self.indices.ndim > 3:
-            return self._joined()._prepared(dtype)
-        return Successors(self.indices, self.probabilities, sparsity.find(self.indices), raw=True)
+            return self._joined()._with_sparsity(dtype)
+        prepared = self.prepared()
+        pattern = prepared.pattern and dataclasses.replace(prepared.pattern, raw=True)
+        return Successors(self.indices, self.probabilities, pattern, raw=True)
+
+    def prepared(self) -> "Successors":
+        """See `Transitions`: with the pattern of its indices, which are looked at where they are concrete."""
+        if self.indices.ndim > 3:
+            return self
+        traced = checks.is_traced(self.indices)
+        pattern = self.pattern if traced else sparsity.find(self.indices)
+        return dataclasses.replace(self, pattern=pattern and dataclasses.replace(pattern, raw=self.raw))
 
     def _joined(self) -> Transitions:
         """The kernel of lanes whose lists differ: with lists of the successors of all, or written out where shorter."""
@@ -185,7 +196,7 @@ class BoundSuccessors(Transitions):
         """See `Transitions`."""
         return self.indices.shape[0]
 
-    def _pick(self, index: tuple[Array, ...]) -> "BoundSuccessors":
+    def _take_lanes(self, index: tuple[Array, ...]) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, pytrees.pick_lanes(self.probabilities, index), self.pattern)
 
     def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
@@ -198,10 +209,10 @@ class BoundSuccessors(Transitions):
     def _lane_axes(self, ndim: int) -> tuple[int, ...]:
         return self.probabilities.shape[3:]
 
-    def _widen(self) -> "BoundSuccessors":
+    def _add_lane_axis(self) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, self.probabilities[..., None])
 
-    def _under(self, policy: Array) -> "tuple[BoundSuccessors, Array, Collected | None]":
+    def _induced(self, policy: Array) -> "tuple[BoundSuccessors, Array, Collected | None]":
         lanes, pattern = policy.shape[2:], self.pattern
         alone = not pytrees.more_than(math.prod(self.probabilities.shape[3:]), lanes)
         if pattern is None or not (alone or pattern.neighbours.shape[0] <= 2 * policy.shape[0]):
@@ -247,7 +258,7 @@ class Collected(Transitions):
 
     Attributes:
         sources: `[D, 1, S]` lists of them.
-        weights, origins, targets: `[M, *B]` and `[M]`: what is not in the lists, to be scattered (see `patterns`).
+        weights, origins, targets: `[M, *B]` and `[M]`: what is not in the lists, to be scattered (see `sparsity`).
     """
 
     sources: BoundSuccessors
@@ -263,5 +274,5 @@ class Collected(Transitions):
 def _collected(weights: Array, pattern: sparsity.Pattern) -> Collected:
     """From `weights [U, S, *B]` of neighbours, looked up once and not at every product."""
     listed, sources = sparsity.picked(weights, pattern.sources)
-    rest, origins = sparsity.picked(weights, pattern.rest)
-    return Collected(BoundSuccessors(sources[:, None], listed[:, None]), rest, origins, pattern.targets)
+    overflow, origins = sparsity.picked(weights, pattern.overflow)
+    return Collected(BoundSuccessors(sources[:, None], listed[:, None]), overflow, origins, pattern.overflow_targets)

@@ -8,7 +8,7 @@ and `push` moves mass forward (every occupancy). They are transposes of each oth
 * `Successors` (in `successors`): padded successor lists, a gather and a weighted sum; O(S A K) whatever S.
 * `MatrixFree`: the caller's function.
 
-Each class implements the two operators in the kernels' layout (`[S, *B]` and `[A, S, *B]`, see `_tree`);
+Each class implements the two operators in the kernels' layout (`[S, *B]` and `[A, S, *B]`, see `pytrees`);
 the public `expect` and `push` wrap them in the public, batch-first one.
 """
 
@@ -61,17 +61,17 @@ class Transitions:
         """`[A, S, *B]` to `[S, *B]`; only on a bound kernel."""
         raise TypeError(f"{type(self).__name__} does not define _push")
 
-    def _pick(self, index: tuple[Array, ...]) -> "Transitions":
+    def _take_lanes(self, index: tuple[Array, ...]) -> "Transitions":
         """Some lanes of a bound kernel, as one batch axis; `index` holds an array `[n]` per batch axis."""
-        raise TypeError(f"{type(self).__name__} does not define _pick")
+        raise TypeError(f"{type(self).__name__} does not define _take_lanes")
 
     def _expect_tangent(self, change: "Transitions", v: Array) -> Array | None:
         """Change of `_expect(v)` with the kernel's own, `[A, S, *B]`; None if it does not change. Only when bound."""
         raise TypeError(f"{type(self).__name__} does not define _expect_tangent")
 
-    def _widen(self) -> "Transitions":
+    def _add_lane_axis(self) -> "Transitions":
         """A bound kernel for lanes with one more, trailing, batch axis."""
-        raise TypeError(f"{type(self).__name__} does not define _widen")
+        raise TypeError(f"{type(self).__name__} does not define _add_lane_axis")
 
     def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
         """Sums of a bound kernel's rows, and of their absolute values, `[A, S, *b]` with `ndim` axes of lanes."""
@@ -87,7 +87,7 @@ class Transitions:
         """Sizes of a bound kernel's own lanes' axes, of which there are `ndim`; 1 where lanes share it."""
         return (1,) * ndim
 
-    def _under(self, policy: Array) -> "tuple[Transitions, Array, Transitions | None]":
+    def _induced(self, policy: Array) -> "tuple[Transitions, Array, Transitions | None]":
         """A kernel and a policy on it that make the same chain as `policy` makes of this one, at less cost a product.
 
         Also the chain from the other end, a kernel with one action to `_push` with, or None where that is no cheaper.
@@ -95,7 +95,11 @@ class Transitions:
         """
         return self, policy, None
 
-    def _prepared(self, dtype: Any) -> "Transitions":
+    def prepared(self) -> "Transitions":
+        """The same kernel with what can be found out of it while its arrays are concrete; see `MDP.prepared`."""
+        return self
+
+    def _with_sparsity(self, dtype: Any) -> "Transitions":
         """The same kernel, to be used in `dtype`, as a program may take it; `solve` and its like see to it."""
         return self
 
@@ -176,7 +180,7 @@ class Dense(Transitions):
         p = self.probabilities.astype(dtype)
         return Dense(p.reshape((1,) * (batch_ndim - len(self.batch_shape)) + p.shape))
 
-    def _under(self, policy: Array) -> "tuple[Dense, Array, None]":
+    def _induced(self, policy: Array) -> "tuple[Dense, Array, None]":
         if self.n_actions == 1 or pytrees.more_than(math.prod(self.batch_shape), policy.shape[2:]):
             return self, policy, None
         lanes = "bcdefghijk"[: len(self.batch_shape)]
@@ -184,7 +188,7 @@ class Dense(Transitions):
         rows = jnp.einsum(spec, self.probabilities, policy, precision=lax.Precision.HIGHEST)
         return Dense(rows[..., None, :]), jnp.ones((1,) * policy.ndim, policy.dtype), None
 
-    def _pick(self, index: tuple[Array, ...]) -> "Dense":
+    def _take_lanes(self, index: tuple[Array, ...]) -> "Dense":
         lanes_last = jnp.moveaxis(self.probabilities, (-3, -2, -1), (0, 1, 2))
         return Dense(jnp.moveaxis(pytrees.pick_lanes(lanes_last, index), -1, 0))
 
@@ -199,7 +203,7 @@ class Dense(Transitions):
     def _lane_axes(self, ndim: int) -> tuple[int, ...]:
         return self.batch_shape
 
-    def _widen(self) -> "Dense":
+    def _add_lane_axis(self) -> "Dense":
         return Dense(self.probabilities.reshape(*self.batch_shape, 1, *self.probabilities.shape[-3:]))
 
     def _expect(self, v: Array) -> Array:
@@ -287,7 +291,7 @@ class MatrixFree(Transitions):
     def bind(self, batch_ndim: int, dtype: Any) -> "MatrixFree":
         return self
 
-    def _prepared(self, dtype: Any) -> "MatrixFree":
+    def _with_sparsity(self, dtype: Any) -> "MatrixFree":
         """With the traced arrays that the functions close over among the parameters.
 
         Functions are static to the programs of the library, and such a program must not hold what is traced outside.
@@ -316,10 +320,10 @@ class MatrixFree(Transitions):
         static = self.tree_flatten()[1]
         return self.tree_unflatten(static, (jax.tree.map(put, self.parameters),))
 
-    def _pick(self, index: tuple[Array, ...]) -> "MatrixFree":
+    def _take_lanes(self, index: tuple[Array, ...]) -> "MatrixFree":
         return self
 
-    def _widen(self) -> "MatrixFree":
+    def _add_lane_axis(self) -> "MatrixFree":
         return self
 
     def _expect(self, v: Array) -> Array:

@@ -27,8 +27,8 @@ from robustreg._core import loops, pytrees
 from robustreg.regularisers.divergences import (
     Scales,
     alpha_divergence_at,
-    eps,
-    lam,
+    deformed_exp,
+    deformed_log,
     missing,
     weighted,
 )
@@ -173,7 +173,7 @@ def loss(raw: Array, ratio: Array, level: Array, rows: Rows, reduce: pytrees.Red
     gap, log_prior, prior, mass, alpha, h = rows
     short = reduce.total(missing(raw, prior, ratio))
     price = alpha_divergence_at(raw, log_prior, alpha, ratio, reduce)
-    total = weighted(raw, gap, reduce.total) + price + short * eps(level, h)
+    total = weighted(raw, gap, reduce.total) + price + short * deformed_exp(level, h)
     return unless_tiny(total, rows, reduce)
 
 
@@ -216,7 +216,7 @@ def ratios(level: Array, gap: Array, h: Array, reduce: pytrees.Reducers = pytree
     h = reduce.over(h)
     x = -h * scaled
     rho = jnp.maximum(1 + x, 0)
-    near = reduce.over(level) + lam(-scaled, h)
+    near = reduce.over(level) + deformed_log(-scaled, h)
     overflow = jnp.isposinf(x)
     far = jnp.log(jnp.where(overflow, -h * gap, 1)) / jnp.where(overflow, h, 1)
     return jnp.where(overflow, far, near), rho
@@ -348,7 +348,7 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: pytrees.R
         excess, slope = measure(level)
         low = jnp.where(excess < 0, level, low)
         high = jnp.where(excess > 0, level, high)
-        newton = level + lam(eps(-excess, h) / slope, h)
+        newton = level + deformed_log(deformed_exp(-excess, h) / slope, h)
         slow = jnp.abs(excess) > 0.5 * last
         outside = ~((newton > low) & (newton < high))
         # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.

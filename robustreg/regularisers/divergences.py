@@ -57,7 +57,7 @@ class Scales(NamedTuple):
 
 
 @jax.custom_jvp
-def eps(x: Array, h: Array) -> Array:
+def deformed_exp(x: Array, h: Array) -> Array:
     """`(exp(h x) - 1)/h`, continuous at `h = 0` where it is `x`. Broadcasts; shape of `x` with `h`.
 
     Where `x` is infinite, the derivatives in `x` count as 0.
@@ -68,7 +68,7 @@ def eps(x: Array, h: Array) -> Array:
 
 def _eps_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, h), (dx, dh) = primals, (pytrees.given(t) for t in tangents)
-    out = eps(x, h)
+    out = deformed_exp(x, h)
     finite = jnp.isfinite(x)
     x = jnp.where(finite, x, 0)
     total = jnp.zeros_like(out)
@@ -76,14 +76,14 @@ def _eps_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tup
         total = total + jnp.where(finite, jnp.exp(h * x), 0) * dx
     if dh is not None:
         limit = jnp.where(h > 0, 1 / jnp.where(h > 0, h, 1) ** 2, 0)  # of eps_h(-inf) = -1/h
-        total = total + jnp.where(finite, eps_slope(x, h), limit) * dh
+        total = total + jnp.where(finite, deformed_exp_slope(x, h), limit) * dh
     return out, total
 
 
-eps.defjvp(_eps_jvp, symbolic_zeros=True)
+deformed_exp.defjvp(_eps_jvp, symbolic_zeros=True)
 
 
-def eps_slope(x: Array, h: Array) -> Array:
+def deformed_exp_slope(x: Array, h: Array) -> Array:
     """`d eps_h(x)/dh = x^2 f(h x)` with `f(y) = (y e^y - e^y + 1)/y^2`, for finite x; a series near `y = 0`."""
     y = h * x
     near = jnp.abs(y) < 1
@@ -95,7 +95,7 @@ def eps_slope(x: Array, h: Array) -> Array:
 
 
 @jax.custom_jvp
-def lam(x: Array, h: Array) -> Array:
+def deformed_log(x: Array, h: Array) -> Array:
     """`log(1 + h x)/h`, continuous at `h = 0` where it is `x`; minus infinity at or below `h x = -1` for `h > 0`.
 
     Where it is infinite, its derivatives count as 0.
@@ -106,18 +106,18 @@ def lam(x: Array, h: Array) -> Array:
 
 def _lam_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, h), (dx, dh) = primals, (pytrees.given(t) for t in tangents)
-    out = lam(x, h)
+    out = deformed_log(x, h)
     infinite = jnp.isinf(out)
     inside = jnp.where(infinite, 0, out)
     total = jnp.zeros_like(out)
     if dx is not None:
         total = total + dx
     if dh is not None:
-        total = total - eps_slope(inside, h) * dh  # of x = eps_h(lam)
+        total = total - deformed_exp_slope(inside, h) * dh  # of x = eps_h(lam)
     return out, jnp.where(infinite, 0, jnp.exp(-h * inside) * total)
 
 
-lam.defjvp(_lam_jvp, symbolic_zeros=True)
+deformed_log.defjvp(_lam_jvp, symbolic_zeros=True)
 
 
 def _nonzero(h: Array) -> tuple[Array, Array]:
@@ -139,7 +139,7 @@ def log_ratio(policy: Array, log_prior: Array) -> Array:
 
 
 def weighted(weight: Array, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
-    """`sum_a weight x` in which weight 0 silences an infinite `x`; `add` is `_tree.plain_sum` for tangents."""
+    """`sum_a weight x` in which weight 0 silences an infinite `x`; `add` is `pytrees.plain_sum` for tangents."""
     return add(weight * jnp.where(weight == 0, 0, x))
 
 
@@ -166,7 +166,7 @@ def alpha_divergence_at(
     prior = jnp.exp(log_prior)
     upper, order, scale = _regular_form(alpha)
     heavy = jnp.where(reduce.over(upper), policy, prior)
-    divergence = weighted(heavy, eps(ratio, reduce.over(order)), reduce.total) + reduce.total(
+    divergence = weighted(heavy, deformed_exp(ratio, reduce.over(order)), reduce.total) + reduce.total(
         missing(policy, prior, ratio)
     )
     divergence = divergence / scale
@@ -190,7 +190,7 @@ def divergence_terms(policy: Array, prior: Array, alpha: Array, ratio: Array) ->
     """
     upper, order, scale = _regular_form(alpha)
     heavy = jnp.where(upper, policy, prior)
-    return (heavy * eps(jnp.where(heavy == 0, 0, ratio), order) + missing(policy, prior, ratio)) / scale
+    return (heavy * deformed_exp(jnp.where(heavy == 0, 0, ratio), order) + missing(policy, prior, ratio)) / scale
 
 
 def rounding(policy: Array, log_prior: Array, alpha: Array) -> Array:
@@ -212,11 +212,11 @@ def rounding(policy: Array, log_prior: Array, alpha: Array) -> Array:
     logs = jnp.where(taken, jnp.abs(jnp.log(jnp.where(taken, policy, 1))) + jnp.abs(log_prior) + jnp.abs(ratio), 0)
     n = policy.shape[0]
     few = 6 + min(n, 4 * n**0.5)
-    terms = few * (heavy * jnp.abs(eps(ratio, order)) + jnp.abs(policy - prior)) + powers * jnp.abs(ratio)
+    terms = few * (heavy * jnp.abs(deformed_exp(ratio, order)) + jnp.abs(policy - prior)) + powers * jnp.abs(ratio)
     slopes = logs * jnp.abs(powers - jnp.minimum(policy, prior))
     unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
     moved = jnp.abs(pytrees.total(policy) - 1) + n * unit
-    tilt = pytrees.total(jnp.where(taken, policy * jnp.abs(eps(ratio, h[None])), 0))
+    tilt = pytrees.total(jnp.where(taken, policy * jnp.abs(deformed_exp(ratio, h[None])), 0))
     # At the prior itself only the square of the rounding of logarithms is left.
     square = pytrees.total((policy + prior) * jnp.where(taken, 2 + logs, 0) ** 2) * (unit * (2 + jnp.abs(alpha))) ** 2
     return unit * pytrees.total(terms + jnp.where(taken, slopes, 0)) / scale + moved * tilt + square
@@ -251,10 +251,12 @@ def divergence_tangent(
     if dp is not None:
         h = alpha - 1
         edge = reduce.over(jnp.where(h > 0, -1 / jnp.where(h > 0, h, 1), 0))
-        slope = jnp.where(jnp.isneginf(ratio), edge, eps(jnp.where(jnp.isneginf(ratio), 0, ratio), reduce.over(h)))
+        slope = jnp.where(
+            jnp.isneginf(ratio), edge, deformed_exp(jnp.where(jnp.isneginf(ratio), 0, ratio), reduce.over(h))
+        )
         terms.append(reduce.plain_sum(slope * dp))
     if dlog_prior is not None:
-        moved = eps(ratio, reduce.over(alpha))
+        moved = deformed_exp(ratio, reduce.over(alpha))
         moved = jnp.where(jnp.isfinite(moved), moved, 0)
         terms.append(-reduce.plain_sum(jnp.exp(log_prior) * moved * dlog_prior))
     if dalpha is not None:

@@ -45,7 +45,7 @@ from robustreg.regularisers.conjugates import (
     resolution,
     unless_tiny,
 )
-from robustreg.regularisers.divergences import divergence_terms, eps, lam, missing
+from robustreg.regularisers.divergences import deformed_exp, deformed_log, divergence_terms, missing
 
 # Of the loop: bisection alone would need about 60 turns in float64.
 _MAX_TURNS = 80
@@ -112,7 +112,7 @@ def _loss(level: Array, rows: Rows) -> Array:
     terms = terms + divergence_terms(policy, rows.prior, rows.alpha[..., None], ratio)
     # (What is missing is summed before it is multiplied by what may be 1e24.)
     short = LAST.total(missing(policy, rows.prior, ratio))
-    return unless_tiny(LAST.total(terms) + short * eps(level, rows.h), rows, LAST)
+    return unless_tiny(LAST.total(terms) + short * deformed_exp(level, rows.h), rows, LAST)
 
 
 def _evaluation(rows: Rows, start: Array, h: Array) -> Evaluate:
@@ -189,7 +189,7 @@ def _bracket(rows: Rows, mean: Array) -> tuple[Array, Array]:
     # All actions together keep the sum at or above that of a best one alone, so l <= log(mass/its prior).
     top = LAST.largest(jnp.where(rows.gap == 0, rows.log_prior, -jnp.inf))
     high = jnp.maximum(jnp.log(rows.mass) - jnp.where(jnp.isneginf(top), 0, top), 0)
-    near = lam(mean, rows.h)
+    near = deformed_log(mean, rows.h)
     return jnp.where(rows.h > 1, 0, jnp.where(near < high, near, high)), high
 
 
@@ -213,7 +213,7 @@ def _advance(state: State, sums: tuple[Array, ...], rows: Rows) -> State:
     excess = jnp.log(total / rows.mass)
     low, high = jnp.where(excess < 0, level, state.low), jnp.where(excess > 0, level, state.high)
     spread = width / total  # E_p[1/rho]
-    newton = level + lam(eps(-excess, h) / spread, h)
+    newton = level + deformed_log(deformed_exp(-excess, h) / spread, h)
     slow = jnp.abs(excess) > 0.5 * state.last
     outside = ~((newton > low) & (newton < high))
     # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.

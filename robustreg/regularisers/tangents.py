@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from robustreg._core import pytrees
-from robustreg.regularisers.divergences import alpha_divergence, divergence_tangent, eps, eps_slope, log_ratio, weighted
+from robustreg.regularisers.divergences import (
+    alpha_divergence,
+    deformed_exp,
+    deformed_exp_slope,
+    divergence_tangent,
+    log_ratio,
+    weighted,
+)
 
 
 class Change(NamedTuple):
@@ -79,9 +86,9 @@ def policy_tangent(
     if dq is not None:
         z = z + reduce.over(beta) * jnp.where(on, dq, 0)
     if dbeta is not None:
-        z = z + eps(ratio, h) * reduce.over(dbeta / beta)
+        z = z + deformed_exp(ratio, h) * reduce.over(dbeta / beta)
     if dalpha is not None:
-        z = z - eps_slope(ratio, h) * reduce.over(dalpha)
+        z = z - deformed_exp_slope(ratio, h) * reduce.over(dalpha)
     # A constant in z cancels. Taken relative to the action of largest weight, it does so before rounding.
     z = z - reduce.over(_at_heaviest(w, z, reduce))
     t = w * z

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from robustreg._core import pytrees
-from robustreg.regularisers.divergences import eps, eps_slope, log_ratio
+from robustreg.regularisers.divergences import deformed_exp, deformed_exp_slope, log_ratio
 
 
 def from_log_policy(
@@ -107,7 +107,7 @@ def _slope(ratio: Array, h: Array) -> tuple[Array, Array]:
 def _order_slope(ratio: Array, h: Array) -> tuple[Array, Array]:
     """`d eps_h(L)/dh`, and where it is infinite (1 is returned there)."""
     finite = jnp.isfinite(ratio)
-    inside = eps_slope(jnp.where(finite, ratio, 0), h)
+    inside = deformed_exp_slope(jnp.where(finite, ratio, 0), h)
     limit = jnp.where(h > 0, 1 / jnp.where(h > 0, h, 1) ** 2, 0)  # of eps_h(-inf) = -1/h
     lost = ~jnp.isfinite(inside) | (ratio == jnp.inf) | (jnp.isneginf(ratio) & (h <= 0))
     return jnp.where(lost, 1, jnp.where(finite, inside, jnp.where(jnp.isnan(ratio), jnp.nan, limit))), lost
@@ -116,7 +116,7 @@ def _order_slope(ratio: Array, h: Array) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _tilt(log_policy: Array, log_prior: Array, h: Array) -> Array:
     """`eps_h(L)`, `[A, ...]`, of an `h` that broadcasts against it."""
-    return eps(_ratio(log_policy, log_prior), h)
+    return deformed_exp(_ratio(log_policy, log_prior), h)
 
 
 def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -158,7 +158,7 @@ def _times_eps(weight: Array, log_prior: Array, ratio: Array, h: Array, alpha: A
     steep = (h * ratio > 1) & jnp.isfinite(ratio)
     product = jnp.exp(jnp.where(steep, log_prior + alpha * jnp.where(steep, ratio, 0), 0))
     far = (product - weight) / jnp.where(steep, h, 1)
-    return jnp.where(steep, far, weight * eps(jnp.where(steep | (weight == 0), 0, ratio), h))
+    return jnp.where(steep, far, weight * deformed_exp(jnp.where(steep | (weight == 0), 0, ratio), h))
 
 
 def _divergence(policy: Array, log_prior: Array, alpha: Array, ratio: Array, reduce: pytrees.Reducers) -> Array:
@@ -256,7 +256,7 @@ _power.defjvp(_power_jvp, symbolic_zeros=True)
 @jax.custom_jvp
 def _tilt_of(policy: Array, log_prior: Array, h: Array) -> Array:
     """`eps_h(log(p/p0))`, `[A, ...]`, with derivatives in p: `p^(h-1) p0^-h`, infinite at `p = 0` for h < 1."""
-    return eps(log_ratio(policy, log_prior), h)
+    return deformed_exp(log_ratio(policy, log_prior), h)
 
 
 def _tilt_of_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:

@@ -48,13 +48,13 @@ from robustreg.solvers import ranges
 
 
 @pytrees.dataclass
-class Lanes:
+class BoundProblem:
     """A regularised MDP in the kernels' layout: actions first, lanes last, every leaf aligned with `[A, S, *B]`.
 
     Attributes:
         transitions, regulariser: bound to the layout.
         reward: `[A, S, *b]`.
-        leave: exit rate `(1-g) + g termination`, `[A, S, *b]` with axes of 1 where nothing depends on them.
+        exit_rate: exit rate `(1-g) + g termination`, `[A, S, *b]` with axes of 1 where nothing depends on them.
         discount, complement: g and 1 - g, `[*b]`.
         horizon: bound on the discounted steps of an episode, at most 1/(1-g), `[*b]`.
         deviation: largest share by which a row of P misses `1 - termination`, beyond rounding, `[*b]`.
@@ -67,7 +67,7 @@ class Lanes:
     transitions: Transitions
     regulariser: Regulariser
     reward: Array
-    leave: Array
+    exit_rate: Array
     discount: Array
     complement: Array
     horizon: Array
@@ -89,14 +89,14 @@ class Lanes:
         return self.reward.dtype
 
 
-def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: bool = False) -> Lanes:
+def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: bool = False) -> BoundProblem:
     """Lay an MDP and a regulariser out for the kernels.
 
     Args:
         mdp: any batch axes.
         regulariser: any batch axes.
         *others: batch shapes of further arrays (a policy, an initial value) that broadcast with them.
-        strict: see `Lanes`.
+        strict: see `BoundProblem`.
 
     Raises:
         ValueError: batch axes that do not broadcast.
@@ -112,21 +112,21 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: 
     if bound.beta.shape[0] not in (1, mdp.n_states) or bound._prior.shape[1] not in (1, mdp.n_states):
         raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
     discount, complement = (pytrees.lanes_last(x, n, 0) for x in (mdp.discount, _complement(mdp)))
-    leave = complement[None, None]
+    exit_rate = complement[None, None]
     if mdp.termination is not None:
-        leave = leave + discount[None, None] * pytrees.lanes_last(mdp.termination.astype(dtype), n, 2)
+        exit_rate = exit_rate + discount[None, None] * pytrees.lanes_last(mdp.termination.astype(dtype), n, 2)
     reward = pytrees.lanes_last(mdp.reward, n, 2)
     if mdp.available is not None:
         reward = jnp.where(pytrees.lanes_last(mdp.available, n, 2), reward, 0)
     transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
-    fixed = lax.stop_gradient((transitions, bound, reward, leave, discount, complement))
+    fixed = lax.stop_gradient((transitions, bound, reward, exit_rate, discount, complement))
     horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
     deviation, valid = ranges.validity(*fixed, ends)
-    return Lanes(
+    return BoundProblem(
         transitions=transitions,
         regulariser=bound,
         reward=reward,
-        leave=leave,
+        exit_rate=exit_rate,
         discount=discount,
         complement=complement,
         horizon=horizon,
@@ -139,7 +139,7 @@ def lanes(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: 
     )
 
 
-def with_operator(problem: Lanes, operator: Regulariser, reward: Array) -> Lanes:
+def with_operator(problem: BoundProblem, operator: Regulariser, reward: Array) -> BoundProblem:
     """Put another bound regulariser and another reward in the place of a problem's own."""
     problem, operator, reward = loops.alike((problem, operator, reward))
     known = ranges.magnitudes(*lax.stop_gradient((operator, reward)), problem.horizon)
@@ -153,25 +153,25 @@ def _complement(mdp: MDP) -> Array:
     return jnp.where(fits, mdp.complement, difference)
 
 
-def q_values(problem: Lanes, h: Array, c: Array) -> Array:
+def q_values(problem: BoundProblem, h: Array, c: Array) -> Array:
     """`r + g P V - c` at `V = h + c`, `[A, S, *B]`, from `h [S, *B]` and `c [*B]`."""
     ahead = problem.discount[None, None] * problem.transitions._expect(h)
-    return (problem.reward - c[None, None] * problem.leave) + ahead
+    return (problem.reward - c[None, None] * problem.exit_rate) + ahead
 
 
-def backup(problem: Lanes, h: Array, c: Array) -> tuple[Array, Array, Array]:
+def backup(problem: BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
     """`T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
     q = q_values(problem, h, c)
     th, policy = maximise(problem.regulariser, q)
     return th, policy, q
 
 
-def cost(problem: Lanes, th: Array, q: Array) -> Array:
+def cost(problem: BoundProblem, th: Array, q: Array) -> Array:
     """`max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
     return jnp.max(problem.regulariser._excess(q, th), axis=0)
 
 
-def sound(problem: Lanes) -> Array:
+def sound(problem: BoundProblem) -> Array:
     """Tell whether the numbers of a lane are in range, `[*B]`. NaN in a reward shows in the first backup."""
     return jnp.broadcast_to(problem.valid, problem.batch)
 
@@ -183,7 +183,7 @@ class Chain:
     Attributes:
         transitions, policy: bound to the kernels' layout, `[A, S, *B]`; whichever kernel and policy on it make `P_pi`.
         discount: `[*b]`.
-        leave: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
+        exit_rate: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
         longest: the problem's own bound on discounted steps, `[*b]`.
         backwards: `P_pi` from the other end, or None; see `Transitions`.
     """
@@ -191,7 +191,7 @@ class Chain:
     transitions: Transitions
     policy: Array
     discount: Array
-    leave: Array
+    exit_rate: Array
     longest: Array
     backwards: Transitions | None
     ends: bool = pytrees.static()
@@ -199,13 +199,13 @@ class Chain:
     @property
     def horizon(self) -> Array:
         """Bound on discounted steps, `[*B]`: on `(I - K)^{-1} 1`, hence on how much the inverse enlarges anything."""
-        return jnp.minimum(1 / jnp.min(self.leave, axis=0), self.longest)
+        return jnp.minimum(1 / jnp.min(self.exit_rate, axis=0), self.longest)
 
     def pick(self, index: tuple[Array, ...]) -> "Chain":
         """The lanes at `index`, one array `[n]` per batch axis."""
-        own = (self.policy, self.discount, self.leave, self.longest)
-        policy, discount, leave, longest = (pytrees.pick_lanes(x, index) for x in own)
-        return Chain(self.transitions._pick(index), policy, discount, leave, longest, None, self.ends)
+        own = (self.policy, self.discount, self.exit_rate, self.longest)
+        policy, discount, exit_rate, longest = (pytrees.pick_lanes(x, index) for x in own)
+        return Chain(self.transitions._take_lanes(index), policy, discount, exit_rate, longest, None, self.ends)
 
     def apply(self, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
         """`K x`, `[S, *B]`. `add` sums over actions; to transpose this function, give one that has a transpose."""
@@ -219,21 +219,21 @@ class Chain:
 
     def matrix(self) -> Array:
         """`K` written out, `[*B, S, S]` (row: state, column: successor)."""
-        n, batch = self.leave.shape[0], self.leave.shape[1:]
+        n, batch = self.exit_rate.shape[0], self.exit_rate.shape[1:]
         unit = jnp.eye(n, dtype=self.policy.dtype).reshape((n,) + (1,) * len(batch) + (n,))
         # A further lane for each unit vector: P is then one matrix-matrix product for all of them.
-        expected = self.transitions._widen()._expect(jnp.broadcast_to(unit, (n, *batch, n)))
+        expected = self.transitions._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *batch, n)))
         rows = self.discount[None, ..., None] * jnp.sum(self.policy[..., None] * expected, axis=0)
         return jnp.moveaxis(rows, 0, -2)
 
 
-def chain(problem: Lanes, policy: Array) -> Chain:
+def chain(problem: BoundProblem, policy: Array) -> Chain:
     """The chain of a policy `[A, S, *B]`."""
-    leave = pytrees.total(policy * problem.leave) if problem.ends else problem.leave[0]
-    leave = jnp.broadcast_to(leave, policy.shape[1:])
-    transitions, policy, backwards = problem.transitions._under(policy)
+    exit_rate = pytrees.total(policy * problem.exit_rate) if problem.ends else problem.exit_rate[0]
+    exit_rate = jnp.broadcast_to(exit_rate, policy.shape[1:])
+    transitions, policy, backwards = problem.transitions._induced(policy)
     longest = jnp.broadcast_to(problem.horizon, problem.discount.shape) if not problem.ends else problem.horizon
-    return Chain(transitions, policy, problem.discount, leave, longest, backwards, problem.ends)
+    return Chain(transitions, policy, problem.discount, exit_rate, longest, backwards, problem.ends)
 
 
 def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
@@ -249,13 +249,13 @@ def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
     return jnp.where(broken > 0, jnp.nan, low), jnp.where(broken > 0, jnp.nan, high)
 
 
-def ratio(problem: Lanes) -> Array:
+def ratio(problem: BoundProblem) -> Array:
     """`g/(1-g)`, or less where episodes end sooner, `[*b]`: what a residual still costs after the backup."""
     plain = problem.discount / problem.complement
     return jnp.minimum(plain, problem.horizon - 1) if problem.ends else plain
 
 
-def value_bounds(problem: Lanes, h: Array, c: Array, th: Array, cost: Array) -> tuple[Array, Array]:
+def value_bounds(problem: BoundProblem, h: Array, c: Array, th: Array, cost: Array) -> tuple[Array, Array]:
     """Certified bounds on V*, `[S, *B]` each, from one backup `th = T V - c` at `V = h + c`; rounding included."""
     low, high = extremes(th - h, problem.ends)
     share, size = ratio(problem), jnp.max(jnp.abs(h), axis=0)
@@ -267,7 +267,7 @@ def value_bounds(problem: Lanes, h: Array, c: Array, th: Array, cost: Array) -> 
     return middle + (share * low - slack)[None], middle + (share * high + slack)[None]
 
 
-def deviation_cost(problem: Lanes, size: Array) -> Array:
+def deviation_cost(problem: BoundProblem, size: Array) -> Array:
     """Bound what rows of P that miss `1 - termination` by `x` change in a value of `size`, `[*B]`.
 
     With such rows T is off by at most `g x size`, and contracts by `g (1 + x)`, where `g x <= (1 - g)/2` (else the lane
@@ -276,7 +276,7 @@ def deviation_cost(problem: Lanes, size: Array) -> Array:
     return 4 * problem.discount * problem.deviation * size / problem.complement
 
 
-def rounding(problem: Lanes, size: Array, c: Array, cost: Array) -> Array:
+def rounding(problem: BoundProblem, size: Array, c: Array, cost: Array) -> Array:
     """Bound the error that floating point adds to each side of the certificate, `[*B]`.
 
     The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are

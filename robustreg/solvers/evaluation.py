@@ -23,7 +23,7 @@ from robustreg.solvers.solution import Status
 
 
 @pytrees.dataclass
-class Fixed(Regulariser):
+class FixedPolicy(Regulariser):
     """The affine operator of one policy as a bound regulariser: `Omega*(q) = <p, q> - cost`."""
 
     policy: Array
@@ -45,20 +45,20 @@ class Fixed(Regulariser):
         """q with 0 in the place of what is infinite at actions never taken."""
         return jnp.where((self.policy == 0) & ~jnp.isfinite(q), 0, q)
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "Fixed") -> Array:
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "FixedPolicy") -> Array:
         dp, dcost = pytrees.given(change.policy), pytrees.given(change.cost)
         total = jnp.zeros(q.shape[1:], q.dtype) if dcost is None else -dcost
         if dq is not None:
             total = total + jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
         return total if dp is None else total + jnp.sum(dp * self._where_taken(q), axis=0)
 
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: "Fixed") -> Array:
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "FixedPolicy") -> Array:
         dp = pytrees.given(change.policy)
         return jnp.zeros_like(policy) if dp is None else dp
 
 
 @pytrees.dataclass
-class Unregularised(Regulariser):
+class HardMax(Regulariser):
     """The maximum as a bound regulariser: `Omega*(q) = max q`, whose subgradient is the first best action."""
 
     has_reference = False
@@ -73,16 +73,16 @@ class Unregularised(Regulariser):
     def _largest_weight(self, reward: Array, gap: Array) -> Array:
         return jnp.where(gap > 0, 0, jnp.ones_like(gap))
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "Unregularised") -> Array:
+    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "HardMax") -> Array:
         zero = jnp.zeros(q.shape[1:], q.dtype)
         return zero if dq is None else jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
 
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: "Unregularised") -> Array:
+    def _policy_tangent(self, policy: Array, dq: Array | None, change: "HardMax") -> Array:
         return jnp.zeros_like(policy)
 
 
 @pytrees.dataclass
-class _Nothing(Regulariser):
+class NoRegulariser(Regulariser):
     """Stands for "no regulariser": binds to no cost at all, an infinite beta in the rounding bound."""
 
     has_reference = False
@@ -91,15 +91,15 @@ class _Nothing(Regulariser):
     log_prior: Array | None = None
     state_scale: Array | None = None
 
-    def _rebuild(self, beta: Array, log_prior: Array, place: object, dtype: object) -> Unregularised:
-        return Unregularised(beta, log_prior)
+    def _rebuild(self, beta: Array, log_prior: Array, place: object, dtype: object) -> HardMax:
+        return HardMax(beta, log_prior)
 
 
-def _nothing(mdp: MDP) -> _Nothing:
-    return _Nothing(jnp.asarray(jnp.finfo(mdp.dtype).max, mdp.dtype))
+def _no_regulariser(mdp: MDP) -> NoRegulariser:
+    return NoRegulariser(jnp.asarray(jnp.finfo(mdp.dtype).max, mdp.dtype))
 
 
-def unlimited(problem: bellman.Lanes) -> Array:
+def unlimited(problem: bellman.BoundProblem) -> Array:
     """A beta without an end for an operator that has no logarithms to round, in the layout of the problem's own."""
     return jnp.full_like(problem.regulariser.beta, jnp.finfo(problem.dtype).max)
 
@@ -131,7 +131,7 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
         reward = checks.array("reward", reward, mdp.dtype)
         checks.expect_shape("reward", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     readings.refuse_states_as_lanes(mdp, reg, *(readings.shape_of(x, 2) for x in (policy, reward)))
-    return _evaluate(mdp._prepared(), policy, reg, reward)
+    return _evaluate(mdp._with_sparsity(), policy, reg, reward)
 
 
 def evaluate_from(mdp: MDP, policy: Array, start: Array, tol: Array | None) -> Array:
@@ -139,7 +139,7 @@ def evaluate_from(mdp: MDP, policy: Array, start: Array, tol: Array | None) -> A
 
     None, or a tolerance that the precision does not support, is as accurate as `evaluate`.
     """
-    return _evaluate(mdp._prepared(), policy, None, None, start, tol)
+    return _evaluate(mdp._with_sparsity(), policy, None, None, start, tol)
 
 
 @jax.jit
@@ -152,7 +152,7 @@ def _evaluate(
     tol: Array | None = None,
 ) -> Array:
     others = (policy.shape[:-2],) + (() if reward is None else (reward.shape[:-2],))
-    problem = bellman.lanes(mdp, _nothing(mdp) if reg is None else reg, *others)
+    problem = bellman.bind(mdp, _no_regulariser(mdp) if reg is None else reg, *others)
     n = len(problem.batch)
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     cost, ruined = _cost(problem, p, reg is None)
@@ -161,12 +161,12 @@ def _evaluate(
         cost = jnp.where(wrong & ~ruined, jnp.nan, cost)
     # Actions never taken are masked: a perturbed reward may be infinite there.
     reward = problem.reward if reward is None else pytrees.lanes_last(reward, n, 2)
-    fixed = Fixed(p, cost, unlimited(problem), jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
+    fixed = FixedPolicy(p, cost, unlimited(problem), jnp.where(p == 0, -jnp.inf, 0).astype(p.dtype))
     value = fixed_point(problem, fixed, reward, None if start is None else pytrees.lanes_last(start, n, 1), tol)
     return value if reg is None else jnp.where(pytrees.batch_first(ruined, 1), -jnp.inf, value)
 
 
-def _cost(problem: bellman.Lanes, policy: Array, free: bool) -> tuple[Array, Array]:
+def _cost(problem: bellman.BoundProblem, policy: Array, free: bool) -> tuple[Array, Array]:
     """Cost of a policy `[S, *B]`, and the states from which it comes to one of infinite cost, where it is 0 instead.
 
     Where no cost is infinite, which is nearly always, the loop below does not turn once.
@@ -209,17 +209,17 @@ def nominal_optimum(mdp: MDP, reg: Regulariser | None = None) -> Array:
     if reg is not None:
         checks.expect_type(reg, Regulariser, "second argument", "kl")
     readings.refuse_states_as_lanes(mdp)
-    return _nominal_optimum(mdp._prepared(), None if reg is None else reg.log_prior)
+    return _nominal_optimum(mdp._with_sparsity(), None if reg is None else reg.log_prior)
 
 
 @jax.jit
 def _nominal_optimum(mdp: MDP, log_prior: Array | None) -> Array:
-    problem = bellman.lanes(mdp, dataclasses.replace(_nothing(mdp), log_prior=log_prior))
+    problem = bellman.bind(mdp, dataclasses.replace(_no_regulariser(mdp), log_prior=log_prior))
     return fixed_point(problem, problem.regulariser, problem.reward)
 
 
 def fixed_point(
-    problem: bellman.Lanes,
+    problem: bellman.BoundProblem,
     operator: Regulariser,
     reward: Array,
     start: Array | None = None,
@@ -241,7 +241,7 @@ def fixed_point(
     zeros = jnp.zeros((problem.n_states, *problem.batch), dtype)
     start = zeros if start is None else jnp.broadcast_to(start, zeros.shape)
     fixed = lax.stop_gradient(problem)
-    solver = _evaluation(fixed) if isinstance(operator, Fixed) else methods.automatic(fixed)
+    solver = _evaluation(fixed) if isinstance(operator, FixedPolicy) else methods.automatic(fixed)
     loop = lax.stop_gradient(iterate(fixed, solver, tol, limit, start))
     h, c, failed = _settled(fixed, loop)
     h, c, zero = (jnp.where(failed, 0, x) for x in (h, c, jnp.zeros_like(c)))
@@ -250,7 +250,7 @@ def fixed_point(
     return pytrees.batch_first(implicit.mark(h + c[None], failed), 1)
 
 
-def _evaluation(problem: bellman.Lanes) -> Solver:
+def _evaluation(problem: bellman.BoundProblem) -> Solver:
     """Newton's method for the operator of one policy, which is affine: one linear system, solved well at once.
 
     A step or two more take off what rounding left. Where `_settled` can eliminate, a chain that needs many is not its
@@ -265,7 +265,7 @@ def _evaluation(problem: bellman.Lanes) -> Solver:
     )
 
 
-def _settled(problem: bellman.Lanes, loop: Loop) -> tuple[Array, Array, Array]:
+def _settled(problem: bellman.BoundProblem, loop: Loop) -> tuple[Array, Array, Array]:
     """The fixed point `h + c` that a loop found, and the lanes in which it found none, `[*B]`.
 
     No status goes with a bare value: one that missed half its digits must not pass for one that has them. The value of
@@ -275,7 +275,7 @@ def _settled(problem: bellman.Lanes, loop: Loop) -> tuple[Array, Array, Array]:
     lost = loop.status >= int(Status.NONFINITE_INPUT)
     half = float(jnp.finfo(problem.dtype).eps) ** 0.5
     poor = (loop.status != int(Status.CONVERGED)) & (loop.half_width > half * size)
-    if isinstance(problem.regulariser, Fixed):
+    if isinstance(problem.regulariser, FixedPolicy):
         reward, policy = problem.regulariser._maximiser(problem.reward)
         certain = lost | (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size)
         value = h + c[None]
@@ -299,7 +299,7 @@ def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
     """
     policy = _policy(mdp, policy)
     readings.refuse_states_as_lanes(mdp, None, readings.shape_of(policy, 2))
-    return _occupancy(mdp._prepared(), policy)
+    return _occupancy(mdp._with_sparsity(), policy)
 
 
 def _policy(mdp: MDP, policy: ArrayLike) -> Array:
@@ -313,7 +313,7 @@ def _policy(mdp: MDP, policy: ArrayLike) -> Array:
 
 @jax.jit
 def _occupancy(mdp: MDP, policy: Array) -> Array:
-    problem = bellman.lanes(mdp, _nothing(mdp), policy.shape[:-2])
+    problem = bellman.bind(mdp, _no_regulariser(mdp), policy.shape[:-2])
     n = len(problem.batch)
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     if mdp.available is not None:

@@ -38,7 +38,7 @@ Optimum = tuple[Array, Array, Array, Array]
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attach(
     method: Method,
-    problem: bellman.Lanes,
+    problem: bellman.BoundProblem,
     h: Array,
     c: Array,
     accuracy: Array,
@@ -85,7 +85,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     return found, (dh, dh, dpolicy, jnp.broadcast_to(dq, q.shape))
 
 
-def _explicit(problem: bellman.Lanes, change: bellman.Lanes, v: Array) -> Array | None:
+def _explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Array) -> Array | None:
     """Change of `r + g P v` at fixed v, `[A, S, *B]`; None if nothing in it changes."""
     terms = []
     if (dr := pytrees.given(change.reward)) is not None:
@@ -117,7 +117,7 @@ def _mark_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tupl
 mark.defjvp(_mark_jvp)
 
 
-def harmless(problem: bellman.Lanes, lost: Array) -> bellman.Lanes:
+def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem:
     """Put an empty problem into the lanes that are lost, `[*B]`: finite numbers, discount 0."""
 
     def put(x: Array, value: float) -> Array:
@@ -138,14 +138,14 @@ def harmless(problem: bellman.Lanes, lost: Array) -> bellman.Lanes:
         transitions=problem.transitions._silenced(lost),
         regulariser=dataclasses.replace(reg, **leaves),
         reward=put(problem.reward, 0.0),
-        leave=put(problem.leave, 1.0),
+        exit_rate=put(problem.exit_rate, 1.0),
         discount=put(problem.discount, 0.0),
         complement=put(problem.complement, 1.0),
         horizon=put(problem.horizon, 1.0),
     )
 
 
-def policy_error(problem: bellman.Lanes, half_width: Array) -> Array:
+def policy_error(problem: bellman.BoundProblem, half_width: Array) -> Array:
     """Bound the relative error of an occupancy, in the 1-norm, that is due to the error of V, `[*B]`.
 
     Action values that err by `g w` move a policy by at most some x in the 1-norm, as its regulariser says. With another

@@ -25,15 +25,15 @@ from robustreg.solvers import bellman
 # 64 to 256 KiB measured alike, with half as many lanes as the upper bound or a single lane far worse.
 _BYTES, _FEWEST, _MOST = 2**17, 8, 256
 
-Run = Callable[[bellman.Lanes, Array, Array], Any]
+Run = Callable[[bellman.BoundProblem, Array, Array], Any]
 
 
-def width(problem: bellman.Lanes) -> int:
+def width(problem: bellman.BoundProblem) -> int:
     """Lanes of a group on a CPU."""
     return int(np.clip(2 ** round(np.log2(_BYTES / (problem.n_states * problem.dtype.itemsize))), _FEWEST, _MOST))
 
 
-def in_groups(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
+def in_groups(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> Any:
     """`run(problem, tol, h)`, whose leaves end in the lanes' axes, in groups where that is faster.
 
     Args:
@@ -47,7 +47,7 @@ def in_groups(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
     return lax.platform_dependent(problem, tol, h, cpu=lambda *x: _grouped(run, *x), default=run)
 
 
-def _grouped(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
+def _grouped(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> Any:
     size, lanes = width(problem), math.prod(problem.batch)
     order = _by_hardness(problem)
     # The last group repeats its last lane.
@@ -55,7 +55,7 @@ def _grouped(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
 
     def solve(cells: Array) -> Any:
         index = jnp.unravel_index(cells, problem.batch)
-        return run(_pick(problem, index), pytrees.pick_lanes(tol, index), pytrees.pick_lanes(h, index))
+        return run(_take_lanes(problem, index), pytrees.pick_lanes(tol, index), pytrees.pick_lanes(h, index))
 
     found = lax.map(solve, padded)
     place = jnp.argsort(order)
@@ -67,7 +67,7 @@ def _grouped(run: Run, problem: bellman.Lanes, tol: Array, h: Array) -> Any:
     return jax.tree.map(put_back, found)
 
 
-def _by_hardness(problem: bellman.Lanes) -> Array:
+def _by_hardness(problem: bellman.BoundProblem) -> Array:
     """Flat numbers of the lanes, `[n]`, the easy ones first."""
     reg: Any = problem.regulariser
     keys = [reg.beta] + ([reg.alpha] if hasattr(reg, "alpha") else []) + [problem.discount]
@@ -80,13 +80,23 @@ def _by_hardness(problem: bellman.Lanes) -> Array:
     return jnp.lexsort([flat(x) for x in keys])
 
 
-def _pick(problem: bellman.Lanes, index: tuple[Array, ...]) -> bellman.Lanes:
+def _take_lanes(problem: bellman.BoundProblem, index: tuple[Array, ...]) -> bellman.BoundProblem:
     """The lanes at `index`, one array `[n]` per batch axis."""
 
     def pick(tree: Any) -> Any:
         return jax.tree.map(lambda x: pytrees.pick_lanes(x, index), tree)
 
-    names = ("regulariser", "reward", "leave", "discount", "complement", "horizon", "deviation", "valid", "magnitudes")
+    names = (
+        "regulariser",
+        "reward",
+        "exit_rate",
+        "discount",
+        "complement",
+        "horizon",
+        "deviation",
+        "valid",
+        "magnitudes",
+    )
     leaves: Any = {name: pick(getattr(problem, name)) for name in names}
-    kernel = problem.transitions._pick(index)
+    kernel = problem.transitions._take_lanes(index)
     return dataclasses.replace(problem, transitions=kernel, batch=index[0].shape, **leaves)

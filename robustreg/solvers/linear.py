@@ -153,7 +153,9 @@ def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) ->
         x = direct(chain, b)
     else:
         # (I - K) 1 is the exit rate.
-        x = _refined(chain, chain.apply, b, accuracy, jnp.ones_like(b), chain.leave, jnp.sum(chain.leave, axis=0))
+        x = _refined(
+            chain, chain.apply, b, accuracy, jnp.ones_like(b), chain.exit_rate, jnp.sum(chain.exit_rate, axis=0)
+        )
     return _checked(chain, chain.apply, b, x, accuracy, False)
 
 
@@ -163,7 +165,7 @@ def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -
     else:
         start = jnp.full_like(b, 1 / b.shape[0])
         # The mass of (I - K^T) y is <exit rate, y>, which is known better than the difference: 1 - g has been rounded.
-        mass = jnp.mean(chain.leave, axis=0)
+        mass = jnp.mean(chain.exit_rate, axis=0)
         y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start), mass)
     return _checked(chain, chain.transpose, b, y, accuracy, True)
 
@@ -230,7 +232,7 @@ def _eliminated(
         x, error, solved, todo = state
         lane = jnp.argmax(todo)
         alone = chain.pick(tuple(i[None] for i in jnp.unravel_index(lane, batch)))
-        found = elimination.solve(alone.matrix()[0], alone.leave[:, 0], right[:, lane], transpose)[:, None]
+        found = elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], right[:, lane], transpose)[:, None]
         product = alone.transpose(found) if transpose else alone.apply(found)
         left, size = (_norm(v, transpose)[0] for v in (right[:, lane, None] - (found - product), found))
         # Elimination errs by a few S units in every entry. What the residual says of it (a bound larger by the horizon)

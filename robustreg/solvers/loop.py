@@ -2,8 +2,8 @@
 
 Each turn evaluates the backup once, reads the certificate off its residual, stops the lanes whose certified error is
 small enough, and lets the solver propose the next value for the others. A stopped lane is frozen: nothing that happens
-in another lane changes a bit of it. On a CPU many lanes are solved a group after the other (see `groups`). The loop
-itself carries values only; policy and perturbation come from one more backup at the value that is returned.
+in another lane changes a bit of it. On a CPU many lanes are solved a group after the other (see `lane_groups`). The
+loop itself carries values only; policy and perturbation come from one more backup at the value that is returned.
 
 **Stopping.** With the half-width `w = g/(1-g) span(d)/2` and the rounding bound `u` of `bellman.rounding`, a lane
 stops when `w + u <= tol`, and returns the midpoint of its interval, so that `max_s |value - V*| <= tol`. (If episodes
@@ -87,7 +87,7 @@ def solve(
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
     limit = checks.operand("max_steps", max_steps, np.int32)
     probe = None if adjoint_error is None else checks.operand("adjoint_error", adjoint_error, dtype)
-    return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=checks.flag("strict", strict))
+    return _solve(mdp._with_sparsity(), reg, solver, tol, limit, start, probe, strict=checks.flag("strict", strict))
 
 
 def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
@@ -122,7 +122,7 @@ def _solve(
     strict: bool = False,
 ) -> Solution:
     shapes = [x.shape[: x.ndim - core] for x, core in ((tol, 0), (init, 1), (probe, 0)) if x is not None]
-    problem = bellman.lanes(mdp, reg, *shapes, strict=strict)
+    problem = bellman.bind(mdp, reg, *shapes, strict=strict)
     batch = problem.batch
     tol = jnp.broadcast_to(tol, batch)
     init = jnp.zeros((mdp.n_states,), mdp.dtype) if init is None else init
@@ -163,7 +163,7 @@ class Loop:
     memory: object
 
 
-def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
+def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
     """Run a solver until every lane has stopped.
 
     Args:
@@ -174,10 +174,10 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
         h: start, `[S, *B]`.
     """
 
-    def run(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+    def run(problem: bellman.BoundProblem, tol: Array, h: Array) -> Loop:
         return dataclasses.replace(_iterate(problem, solver, tol, limit, h), memory=())
 
-    def loop(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+    def loop(problem: bellman.BoundProblem, tol: Array, h: Array) -> Loop:
         return lane_groups.in_groups(run, problem, tol, h)
 
     problem, tol, limit, h = loops.alike((problem, tol, limit, h))
@@ -186,7 +186,7 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
         return loop(problem, tol, h)
     platform, engine = found
 
-    def kernel(problem: bellman.Lanes, tol: Array, h: Array) -> Loop:
+    def kernel(problem: bellman.BoundProblem, tol: Array, h: Array) -> Loop:
         x = engine(problem, tol, limit, h)
         size, count = jnp.zeros_like(x.half_width), jnp.zeros_like(x.steps)
         return Loop(x.h, x.c, size, x.noise, x.h, x.c, x.half_width, count, x.steps, x.status, ())
@@ -194,7 +194,7 @@ def iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h:
     return lax.platform_dependent(problem, tol, h, **{platform: kernel}, default=loop)
 
 
-def _iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
+def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
     batch, dtype = problem.batch, problem.dtype
     # A caller's jit may close over the MDP. Its arrays are then constants, which the compiler moves into the loop and
     # lays out anew at every turn: three times slower on a grid of 1,024 states. A start of zeros is one as well, which
@@ -213,7 +213,7 @@ def _iterate(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, h
     return loops.while_loop(running, functools.partial(_turn, problem, solver, tol, limit), start)
 
 
-def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
+def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
     """One backup, one look at the certificate, one proposal."""
     th, policy, q = bellman.backup(problem, state.h, state.c)
     d, shift, largest, width = _centre(problem, th - state.h)
@@ -258,7 +258,7 @@ def _turn(problem: bellman.Lanes, solver: Solver, tol: Array, limit: Array, stat
         status=status,
         memory=memory,
     )
-    return keep(state.status != _RUNNING, state, new)
+    return freeze(state.status != _RUNNING, state, new)
 
 
 def _verdict(
@@ -275,7 +275,7 @@ def _verdict(
     return jnp.where(jnp.isfinite(width + noise), status, broken).astype(jnp.int32)
 
 
-def _centre(problem: bellman.Lanes, d: Array) -> tuple[Array, Array, Array, Array]:
+def _centre(problem: bellman.BoundProblem, d: Array) -> tuple[Array, Array, Array, Array]:
     """Residual, shift of the offset, `max |residual|` and half-width of the error of `T V = h + d + offset`.
 
     If no episode ends, moving V by m/(1-g) with m the midrange of d leaves the policy alone and centres d: the
@@ -298,7 +298,7 @@ def _recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:
     return h - middle[None], c + middle, 0.5 * (high - low)
 
 
-def keep(frozen: Array, old: Any, new: Any) -> Any:
+def freeze(frozen: Array, old: Any, new: Any) -> Any:
     """Old leaves where a lane is frozen; every leaf ends in the lanes' axes."""
 
     def choose(a: Array, b: Array) -> Array:
@@ -308,7 +308,7 @@ def keep(frozen: Array, old: Any, new: Any) -> Any:
 
 
 def _finish(
-    problem: bellman.Lanes, loop: Loop, initial: Array, tol: Array, probe: Array | None, method: linear.Method
+    problem: bellman.BoundProblem, loop: Loop, initial: Array, tol: Array, probe: Array | None, method: linear.Method
 ) -> Solution:
     """Policy and perturbation from one more backup at each lane's answer, in the public layout, with derivatives."""
     # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
@@ -342,7 +342,7 @@ def _finish(
     )
 
 
-def _honest(problem: bellman.Lanes, loop: Loop, tol: Array) -> Array:
+def _honest(problem: bellman.BoundProblem, loop: Loop, tol: Array) -> Array:
     """Take CONVERGED off lanes that were not told how close, and ended with an interval wider than half their value."""
     size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
     wide = (tol < 0) & (loop.half_width > 0.25 * size) & (problem.magnitudes.reward > 0)

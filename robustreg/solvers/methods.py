@@ -217,6 +217,6 @@ def _least_squares(columns: Array, b: Array) -> Array:
     return weights / jnp.where(length[:, 0] > 0, length[:, 0], 1)
 
 
-def automatic(problem: bellman.Lanes) -> Solver:
+def automatic(problem: bellman.BoundProblem) -> Solver:
     """The solver that `solve` takes if none is given: the only one that is good on every problem measured so far."""
     return Newton()

@@ -2,7 +2,7 @@
 
 Leaves that were traced, or came by the class itself, have passed no factory. So each solve measures, once and inside
 the compiled program: whether rows of P sum to `1 - termination` (`validity`), how long episodes last (`horizon`), and
-how large the summands of a backup are (`magnitudes`). All are functions of what `bellman.lanes` has laid out.
+how large the summands of a backup are (`magnitudes`). All are functions of what `bellman.bind` has laid out.
 """
 
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def validity(
     transitions: Transitions,
     regulariser: Regulariser,
     reward: Array,
-    leave: Array,
+    exit_rate: Array,
     discount: Array,
     complement: Array,
     ends: bool,
@@ -87,7 +87,11 @@ def validity(
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
     # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.
     safe = jnp.where(discount > 0, discount, 1)
-    target = jnp.where((discount > 0)[None, None], (1 - leave) / safe[None, None], 1) if ends else jnp.ones_like(leave)
+    target = (
+        jnp.where((discount > 0)[None, None], (1 - exit_rate) / safe[None, None], 1)
+        if ends
+        else jnp.ones_like(exit_rate)
+    )
     missing = jnp.maximum(jnp.abs(total - target), size - target)
     missing = jnp.where(masked | (discount == 0)[None, None], 0, missing)
     deviation = jnp.max(missing, axis=(0, 1))
@@ -98,7 +102,7 @@ def validity(
     valid = (discount >= 0) & (discount < 1) & (complement > 0) & jnp.all(regulariser.beta > 0, axis=0)
     valid = valid & (deviation <= _MISSING) & (discount * deviation <= 0.5 * complement)
     if ends:
-        close = (leave >= (1 - 1e-5) * complement[None, None]) & (leave <= 1 + 1e-5)
+        close = (exit_rate >= (1 - 1e-5) * complement[None, None]) & (exit_rate <= 1 + 1e-5)
         valid = valid & jnp.all(close | masked, axis=(0, 1))
     if regulariser.has_reference:
         mass = jnp.sum(jnp.exp(regulariser._prior), axis=0)

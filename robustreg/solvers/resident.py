@@ -58,10 +58,10 @@ class Found(NamedTuple):
     products: Array
 
 
-Engine = Callable[[bellman.Lanes, Array, Array, Array], Found]
+Engine = Callable[[bellman.BoundProblem, Array, Array, Array], Found]
 
 
-def find(problem: bellman.Lanes, solver: Any) -> tuple[str, Engine] | None:
+def find(problem: bellman.BoundProblem, solver: Any) -> tuple[str, Engine] | None:
     """Find the kernel for a problem.
 
     Args:
@@ -80,7 +80,7 @@ def find(problem: bellman.Lanes, solver: Any) -> tuple[str, Engine] | None:
     return place.platform, functools.partial(_solve, sizes, place, solver)
 
 
-def _eligible(problem: bellman.Lanes, solver: Any) -> Sizes | None:
+def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
     reg, rows, (n_actions, n_states) = problem.regulariser, problem.transitions, problem.reward.shape[:2]
     if type(reg) not in (KL, Alpha) or type(solver) is not methods.Newton or solver.linear != "krylov":
         return None
@@ -107,7 +107,7 @@ def _eligible(problem: bellman.Lanes, solver: Any) -> Sizes | None:
     return sizes if sizes.blocks else None
 
 
-def entries(problem: bellman.Lanes) -> int:
+def entries(problem: bellman.BoundProblem) -> int:
     """Successors of a state: those of all its actions one after the other, or those that its actions share."""
     rows = problem.transitions
     own = isinstance(rows, BoundSuccessors) and rows.indices.shape[1] == problem.reward.shape[0]
@@ -115,7 +115,13 @@ def entries(problem: bellman.Lanes) -> int:
 
 
 def _solve(
-    sizes: Sizes, place: Carrier, solver: methods.Newton, problem: bellman.Lanes, tol: Array, limit: Array, h: Array
+    sizes: Sizes,
+    place: Carrier,
+    solver: methods.Newton,
+    problem: bellman.BoundProblem,
+    tol: Array,
+    limit: Array,
+    h: Array,
 ) -> Found:
     """Lay a problem out for the kernel, run it, and lay its answers out like the loop's."""
     batch, n = problem.batch, math.prod(problem.batch)
@@ -140,7 +146,7 @@ def _each(x: Array, batch: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x, batch).ravel()
 
 
-def _numbers(problem: bellman.Lanes, tol: Array) -> Array:
+def _numbers(problem: bellman.BoundProblem, tol: Array) -> Array:
     """The numbers of each lane, `[n, 14]`, in the order of `Numbers` in certificate.cu."""
     reg, known = problem.regulariser, problem.magnitudes
     order = reg.alpha[0] - 1 if type(reg) is Alpha else jnp.zeros((), problem.dtype)
@@ -175,7 +181,7 @@ def _rows_of_lanes(own: tuple[int, ...], batch: tuple[int, ...]) -> Array:
     return row
 
 
-def _tables(sizes: Sizes, problem: bellman.Lanes) -> list[tuple[Array, Array]]:
+def _tables(sizes: Sizes, problem: bellman.BoundProblem) -> list[tuple[Array, Array]]:
     """The tables in the order of `TABLES`: each with its lanes' axes last, and as rows `[M, ...]` for the kernel."""
     reg, kernel, axes = problem.regulariser, problem.transitions, len(problem.batch)
     none = jnp.zeros((1,) * (1 + axes), problem.dtype)
@@ -198,6 +204,6 @@ def _tables(sizes: Sizes, problem: bellman.Lanes) -> list[tuple[Array, Array]]:
         near = jnp.swapaxes(kernel.indices, 0, 1).reshape(sizes.entries, sizes.states).astype(jnp.int32)
         near = near.reshape(near.shape + (1,) * axes)
         p = jnp.swapaxes(kernel.probabilities, 0, 1)
-    leave = whole(problem.leave) if sizes.ends else none
+    exit_rate = whole(problem.exit_rate) if sizes.ends else none
     beta = reg.beta if sizes.state_beta else none
-    return [rows(x) for x in (near, p, whole(problem.reward), leave, reg._prior, beta)]
+    return [rows(x) for x in (near, p, whole(problem.reward), exit_rate, reg._prior, beta)]

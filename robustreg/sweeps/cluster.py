@@ -32,7 +32,7 @@ from robustreg.sweeps.table import Table
 _BEATS = 5
 
 
-class Group:
+class Peers:
     """The processes of a sweep, as one of them sees the others.
 
     Attributes:
@@ -40,7 +40,7 @@ class Group:
     """
 
     def __init__(self, folder: Path, index: int, count: int, timeout: float):
-        """Take part; `gather` finds the arguments.
+        """Take part; `join_cluster` finds the arguments.
 
         Args:
             folder: shared by all, with one file per process.
@@ -56,7 +56,7 @@ class Group:
         self._looked = -float("inf")
         self._thread = threading.Thread(target=self._beats, daemon=True)
 
-    def __enter__(self) -> "Group":
+    def __enter__(self) -> "Peers":
         self._thread.start()
         return self
 
@@ -135,13 +135,13 @@ class Group:
 
 
 @contextlib.contextmanager
-def gather(
+def join_cluster(
     out: Path,
     coordinator: str | None = None,
     count: int | None = None,
     index: int | None = None,
     timeout: float = 100.0,
-) -> Iterator[Group]:
+) -> Iterator[Peers]:
     """Meet the other processes; before anything else touches a device.
 
     Args:
@@ -170,11 +170,11 @@ def gather(
         raise SweepError(f"cannot make the folder {out}: {error.strerror}") from error
     except RuntimeError as error:
         raise SweepError(f"the processes did not meet: {error}") from error
-    with Group(folder, index, count, timeout) as group, interrupts.saying(group.interrupted):
+    with Peers(folder, index, count, timeout) as group, interrupts.saying(group.interrupted):
         yield group
 
 
-def sweep(group: Group, run: Run, out: Path, resume: bool, progress: Any = False) -> Table | None:
+def sweep(group: Peers, run: Run, out: Path, resume: bool, progress: Any = False) -> Table | None:
     """Compute a sweep together.
 
     Args:

@@ -198,7 +198,9 @@ def prepare(
     # Of the working precision before it is placed: a Python float would be traced as one.
     asked = None if tol is None else np.asarray(tol, mdp.dtype)
     # Leaves that do not fit each other are found before a folder is made; the program that is traced is used later.
-    _cells.eval_shape(mdp._prepared(), plan.reg, asked, plan.lanes(0), plan.begins, solver, max_steps, _named(plan))
+    _cells.eval_shape(
+        mdp._with_sparsity(), plan.reg, asked, plan.lanes(0), plan.begins, solver, max_steps, _named(plan)
+    )
     return Run(plan, solver, asked, max_steps, where, chunk is not None)
 
 
@@ -249,7 +251,8 @@ def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report:
     """Solve chunks, as many at a time as devices and cores take, and hand each to `put`, in the calling thread."""
     threads_of = _fed(run.devices, len(jobs))
     placed = {
-        device: jax.device_put((run.plan.mdp._prepared(), run.plan.reg, run.tol), device) for device in set(threads_of)
+        device: jax.device_put((run.plan.mdp._with_sparsity(), run.plan.reg, run.tol), device)
+        for device in set(threads_of)
     }
     todo, stop = queue.SimpleQueue(), threading.Event()
     for job in jobs:
