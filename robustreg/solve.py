@@ -331,6 +331,7 @@ def _finish(
         value=public(value, 1),
         q=public(q + c[None, None], 2),
         policy=public(policy, 2),
+        log_policy=public(_log_policy(problem, policy, q, lost), 2),
         perturbation=public(perturbation, 2),
         lower=public(value - half_width[None], 1),
         upper=public(value + half_width[None], 1),
@@ -339,6 +340,13 @@ def _finish(
         steps=loop.steps,
         tol=jnp.where(tol < 0, loop.half_width, tol),
     )
+
+
+def _log_policy(problem: bellman.Lanes, policy: Array, q: Array, lost: Array) -> Array:
+    """Logarithm of the policy, `[A, S, *B]`, of a harmless one in lanes that are lost: see `implicit`."""
+    policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
+    q = jnp.where(lost[None, None], 0, q)
+    return implicit.harmless(problem, lost).regulariser._log_policy(policy, q)
 
 
 def _honest(problem: bellman.Lanes, loop: Loop, tol: Array) -> Array:
