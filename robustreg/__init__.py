@@ -9,7 +9,7 @@
 `robustreg.bellman` states the mathematics in a page.
 """
 
-from robustreg import adversary, baselines, problems
+from robustreg import adversary, baselines, losses, problems
 from robustreg.adversary import evaluate, nominal_optimum, occupancy, slack, worst_case
 from robustreg.archive import load, save
 from robustreg.baselines import Entropy, entropy
@@ -88,6 +88,7 @@ __all__ = [
     "guarantee",
     "kl",
     "load",
+    "losses",
     "mdp",
     "nominal_optimum",
     "occupancy",

@@ -105,7 +105,8 @@ def derivatives(*at):
     back = jax.grad(combined, leaves)(*at)
     given = tuple(None if x is None else d for x, d in zip(at, DIRECTIONS))
     some = lambda *x: combined(*(x if at[2] is not None else (*x[:2], None, x[2])))  # noqa: E731
-    along = jax.jvp(some, *(tuple(x for x in y if x is not None) for y in (at, given)))[1]
+    moving, along = (tuple(x for x in y if x is not None) for y in (at, given))
+    along = jax.jvp(some, moving, along)[1]
     turned = jax.jvp(lambda q: jax.grad(combined)(q, *at[1:]), (at[0],), (DIRECTIONS[0],))[1]
     return back, along, turned
 
