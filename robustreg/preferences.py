@@ -10,6 +10,7 @@ where `eps_h(L) = (e^{hL} - 1)/h` is L itself for KL (DPO), and where links of s
 difference of two implicit rewards is that of two worst cases: the policy is fitted to the adversary that it implies.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from robustreg import _host
-from robustreg.divergences import eps
 from robustreg.regularisers import Regulariser
 from robustreg.samples import common, expect_alike, order_and_strength, reduced, silenced
+from robustreg.worst_cases import tilt
 
 
 def implicit_reward(reg: Regulariser, log_ratio: ArrayLike) -> Array:
@@ -44,7 +45,7 @@ def implicit_reward(reg: Regulariser, log_ratio: ArrayLike) -> Array:
     (ratio,) = common(log_ratio=log_ratio)
     order, beta = order_and_strength(reg, ratio.shape)
     order, beta = order.astype(ratio.dtype), beta.astype(ratio.dtype)
-    return eps(ratio, order - 1) / beta
+    return tilt(ratio, jnp.zeros_like(ratio), order - 1) / beta
 
 
 def log_ratio(log_prob: ArrayLike, reference: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
@@ -97,7 +98,8 @@ def dpo(
         weights: None, or of the pairs, `[*B]`: see the module.
 
     Returns:
-        `-(1-e) log sigmoid(margin) - e log sigmoid(-margin)`, `[*B]`, or the weighted mean, without units.
+        `-(1-e) log sigmoid(margin) - e log sigmoid(-margin)`, `[*B]`, or the weighted mean, without units. Where a link
+        overflows (`(p/p0)^h` beyond the largest number) in both answers, only a clip can tell which margin it is: NaN.
 
     Raises:
         TypeError: another regulariser.
@@ -145,17 +147,19 @@ def _margin(
         best.shape, "the shape of chosen", rejected=worst, weights=weight, label_smoothing=share
     )
     best, worst = silenced(weight, best, worst)
-    margin = _margin_of(parts, best, worst)
-    if clip is None:
-        return margin, weight, share
-    _host.require("clip", clip, lambda c: c > 0, "the largest margin that counts is positive")
-    # What is cut off has no derivative, where the link's own may be infinite.
-    beyond = lax.stop_gradient(~(jnp.abs(margin) < clip))
-    inside = _margin_of(parts, *(jnp.where(beyond, 0, x) for x in (best, worst)))
-    bound = jnp.clip(lax.stop_gradient(margin), -clip, clip)
-    return jnp.where(beyond, bound, inside), weight, share
+    margins = [_difference(part, best, worst, clip is not None) for part in parts]
+    margin = functools.reduce(jnp.add, margins)
+    if clip is not None:
+        _host.require("clip", clip, lambda c: c > 0, "the largest margin that counts is positive")
+        margin = jnp.clip(margin, -clip, clip)
+    return margin, weight, share
 
 
-def _margin_of(parts: tuple[Any, ...], best: Array, worst: Array) -> Array:
-    each = [implicit_reward(part, best) - implicit_reward(part, worst) for part in parts]
-    return sum(each[1:], each[0])
+def _difference(reg: Regulariser, best: Array, worst: Array, ordered: bool) -> Array:
+    """Difference of two implicit rewards; `ordered`: infinite, and not unknown, where both are beyond all numbers."""
+    high, low = implicit_reward(reg, best), implicit_reward(reg, worst)
+    if not ordered:
+        return high - low
+    alike = jnp.isinf(high) & (high == low)
+    order = jnp.where(best == worst, 0, jnp.where(best > worst, jnp.inf, -jnp.inf))
+    return jnp.where(alike, order, jnp.where(alike, 0, high) - jnp.where(alike, 0, low))

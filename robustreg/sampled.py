@@ -23,9 +23,10 @@ from jax.typing import ArrayLike
 
 from robustreg import calibration, gauge
 from robustreg.adversary import slack
-from robustreg.divergences import divergence_terms, eps
+from robustreg.divergences import divergence_terms
 from robustreg.regularisers import KL, Regulariser
 from robustreg.samples import common, expect_alike, leading, order_and_strength
+from robustreg.worst_cases import tilt
 
 
 def sampled_worst_case(
@@ -58,7 +59,7 @@ def sampled_worst_case(
         (known,) = expect_alike(ratio.shape[:-1], "[*B, ...]", divergence=known)
     # (What alpha = 1 multiplies by 0 may be infinite.)
     offset = (order - 1) * jnp.where(order == 1, 0, known[..., None])
-    return (eps(ratio, order - 1) - offset) / beta
+    return (tilt(ratio, jnp.zeros_like(ratio), order - 1) - offset) / beta
 
 
 def _expect_samples(x: Array) -> None:

@@ -54,7 +54,7 @@ def from_log_policy(
     absent = jnp.isneginf(log_prior) & jnp.isneginf(log_policy)
     if alpha is None or offset is None:
         return jnp.where(absent, 0, _log_tilt(log_policy, log_prior))
-    return _together(_tilt(log_policy, log_prior, reduce.over(alpha - 1)), offset, absent)
+    return _together(tilt(log_policy, log_prior, reduce.over(alpha - 1)), offset, absent)
 
 
 def _silent(log_policy: Array, log_prior: Array) -> Array:
@@ -82,10 +82,10 @@ def from_policy(
     return jnp.where(jnp.isnan(policy), jnp.nan, total)
 
 
-def _together(tilt: Array, offset: Array, absent: Array) -> Array:
+def _together(own: Array, offset: Array, absent: Array) -> Array:
     # At alpha <= 0 an omitted action makes D infinite, and (1 - alpha) D - inf undefined: the -inf of the omitted
     # action itself is kept, every other entry is +inf.
-    total = jnp.where(jnp.isneginf(tilt), tilt, tilt + offset)
+    total = jnp.where(jnp.isneginf(own), own, own + offset)
     return jnp.where(absent, 0, total)
 
 
@@ -133,14 +133,14 @@ def _order_slope(ratio: Array, h: Array) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
-def _tilt(log_policy: Array, log_prior: Array, h: Array) -> Array:
-    """`eps_h(L)`, `[A, ...]`, of an `h` that broadcasts against it."""
+def tilt(log_policy: Array, log_prior: Array, h: Array) -> Array:
+    """`eps_h(L)`, `[A, ...]`, of an `h` that broadcasts against it; derivatives are right or NaN for who asks."""
     return eps(_ratio(log_policy, log_prior), h)
 
 
 def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     (log_policy, log_prior, h), (dlog, dprior, dh) = primals, (_tree.given(t) for t in tangents)
-    out = _tilt(*primals)
+    out = tilt(*primals)
     ratio = _ratio(log_policy, log_prior)
     masked = jnp.isneginf(log_prior)
     total = _by_order(ratio, h, dh, out)
@@ -152,7 +152,7 @@ def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Ar
     return out, total
 
 
-_tilt.defjvp(_tilt_jvp, symbolic_zeros=True)
+tilt.defjvp(_tilt_jvp, symbolic_zeros=True)
 
 
 def _log_tilt(log_policy: Array, log_prior: Array) -> Array:

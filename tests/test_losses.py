@@ -265,8 +265,19 @@ def test_chi_po():
     wanted = -sigmoid(-margin) * b * (np.exp(PAIRS) + 1) * np.array([[1], [-1]]) * inside
     assert inside.any() and not inside.all()
     np.testing.assert_allclose(slope, wanted, rtol=1e-12)
-    far = jnp.asarray([[800.0], [900.0]])
-    assert (np.asarray(jax.grad(lambda x: jnp.sum(losses.dpo(reg, *x, clip=clip)))(far)) == 0).all()
+    far = jnp.asarray([[800.0, 900.0], [900.0, 800.0]])
+    got, slope = jax.value_and_grad(lambda x: jnp.sum(losses.dpo(reg, *x, clip=clip)))(far)
+    np.testing.assert_allclose(got, np.logaddexp(0, [clip, -clip]).sum(), rtol=1e-14)
+    assert (np.asarray(slope) == 0).all()
+
+
+def test_links_at_their_ends():
+    """Saturated pairs have no gradient, hopeless ones that of KL or NaN: never a silent 0 beside an infinite loss."""
+    slope = lambda reg, *x: np.asarray(jax.grad(lambda x: losses.dpo(reg, *x))(jnp.asarray(x, jnp.float32)))  # noqa: E731
+    one, two = rr.kl(np.float32(2)), rr.alpha(np.float32(2), np.float32(1))
+    np.testing.assert_allclose(slope(one, -np.inf, 0.0), [-0.5, 0.5])
+    np.testing.assert_array_equal(slope(two, 100.0, 0.0), [0, 0])
+    assert np.isnan(slope(two, 0.0, 100.0)[1])
 
 
 def test_gradients_of_preferences():
