@@ -263,7 +263,7 @@ def _act(reg: Regulariser, x: ArrayLike, method: str, action: ArrayLike | None =
         x = _host.array(name, x)
     if 0 in x.shape:
         raise ValueError(f"{name} has shape {x.shape}; expected [..., A], none empty")
-    if action is not None:
+    if action is not None and x.ndim:
         action = actions.checked("action", action, x.shape[:-1], x.shape[-1])
     return _acted(reg, x, method, action)
 

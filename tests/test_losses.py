@@ -163,6 +163,27 @@ def test_gradients_of_consistency(alpha):
     check_gradient(f, (*RNG.normal(size=(4, 2, 4)), RNG.normal(size=(2, 4, A)), BETA))
 
 
+@pytest.mark.parametrize("alpha", [None, 0.5, 1.5])
+def test_masked_actions_spoil_no_gradient(alpha):
+    """Logits of minus infinity where the prior is 0, in float32: finite, and 0 there; what is left is as without it."""
+    dtype = np.float32
+    given: Any = dict(value=dtype(0), next_value=dtype(0), reward=dtype(1), discount=0.9, action=np.array([2, 0]))
+    logits, there = RNG.normal(size=(2, 3)).astype(dtype), np.array([True, False, True])
+
+    @jax.grad
+    def slope(z, reg, action):
+        logs = jax.nn.log_softmax(z)
+        loss = losses.consistency_loss(reg, log_policy=logs, weights=1.0, **{**given, "action": action})
+        return loss + losses.fenchel_young(reg, logs, action, weights=1.0)
+
+    order = None if alpha is None else dtype(alpha)
+    masked = family(order, dtype(BETA), prior=np.array([0.5, 0, 0.5], dtype))
+    got = np.asarray(slope(np.where(there, logits, -np.inf).astype(dtype), masked, np.array([2, 0])))
+    wanted = slope(logits[:, there], family(order, dtype(BETA)), np.array([1, 0]))
+    np.testing.assert_allclose(got[:, there], wanted, rtol=1e-4, atol=1e-6)
+    assert (got[:, 1] == 0).all()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Fenchel and Young
 
