@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg import _host, _tree, actions
+from robustreg import _host, _tree, actions, axes
 from robustreg.preferences import dpo, implicit_reward, ipo, log_ratio
 from robustreg.regularisers import Regulariser
 from robustreg.sampled import sampled_critical_beta, sampled_guarantee, sampled_slack, sampled_worst_case
@@ -210,12 +210,20 @@ def fenchel_young(reg: Regulariser, q: ArrayLike, target: ArrayLike, *, weights:
     values, weight, t = common(q=q, weights=weights, target=None if numbers else wanted)
     if values.ndim == 0 or 0 in values.shape:
         raise ValueError(f"q has shape {list(values.shape)}; expected [*B, ..., A], none empty")
+    place = axes.align(reg._leaves, values.shape, True).shape
     bound, x = reg._public(values, refuse=True, reduce=_tree.LAST)
     if numbers:
-        t = jax.nn.one_hot(actions.checked("target", wanted, x.shape[:-1], x.shape[-1]), x.shape[-1], dtype=x.dtype)
-    values, t = expect_alike(x.shape, "the shape of q", q=values, target=t)
+        t = _one_hot(actions.checked("target", wanted, values.shape[:-1], x.shape[-1]), x)
+    (t,) = expect_alike(values.shape, "the shape of q", target=t)
     (weight,) = expect_alike(x.shape[:-1], "one for each row", weights=weight)
-    return reduced(_fenchel_young(reg, jnp.broadcast_to(bound._prior, x.shape), values, t, weight), weight)
+    prior, t = jnp.broadcast_to(bound._prior, x.shape), jnp.broadcast_to(t.reshape(place), x.shape)
+    return reduced(_fenchel_young(reg, prior, x, t, weight), weight)
+
+
+def _one_hot(action: Array, like: Array) -> Array:
+    """The policy that always takes an action; NaN where there is no such action."""
+    there = (action >= 0) & (action < like.shape[-1])
+    return jnp.where(there[..., None], jax.nn.one_hot(action, like.shape[-1], dtype=like.dtype), jnp.nan)
 
 
 def _fenchel_young(reg: Regulariser, log_prior: Array, q: Array, target: Array, weight: Array | None) -> Array:

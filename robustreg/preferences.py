@@ -64,7 +64,7 @@ def log_ratio(log_prob: ArrayLike, reference: ArrayLike, *, mask: ArrayLike | No
         ValueError: shapes that do not fit.
     """
     logs, base, counted = common(log_prob=log_prob, reference=reference, mask=mask)
-    logs, base, counted = expect_alike(logs.shape, "the shape of log_prob", l=logs, reference=base, mask=counted)
+    logs, base, counted = expect_alike(logs.shape, "the shape of log_prob", log_prob=logs, reference=base, mask=counted)
     base = lax.stop_gradient(base)
     if counted is None:
         return logs - base
