@@ -232,7 +232,8 @@ class Regulariser:
             the support. Differentiable in everything, to any order; derivatives are 0 where it is minus infinity, and
             NaN where they are beyond the largest number.
         """
-        return _act(self, q, "_log_argmax")
+        with jax.debug_infs(False):  # minus infinity is no fault here
+            return _act(self, q, "_log_argmax")
 
     def worst_case(
         self,

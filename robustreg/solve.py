@@ -86,7 +86,10 @@ def solve(
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
     limit = _host.operand("max_steps", max_steps, np.int32)
     probe = None if adjoint_error is None else _host.operand("adjoint_error", adjoint_error, dtype)
-    return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=_host.flag("strict", strict))
+    strict = _host.flag("strict", strict)
+    # The logarithm of an action never played is minus infinity: no fault, for whoever looks for infinities.
+    with jax.debug_infs(False):
+        return _solve(mdp._prepared(), reg, solver, tol, limit, start, probe, strict=strict)
 
 
 def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
