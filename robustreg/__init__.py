@@ -9,7 +9,7 @@
 `robustreg.solvers.bellman` states the mathematics in a page.
 """
 
-from robustreg import adversary, problems
+from robustreg import adversary, losses, problems
 from robustreg._core.names import Names
 from robustreg.adversary import attacks as baselines
 from robustreg.adversary.calibration import calibrate, critical_beta
@@ -91,6 +91,7 @@ __all__ = [
     "guarantee",
     "kl",
     "load",
+    "losses",
     "mdp",
     "nominal_optimum",
     "occupancy",

@@ -149,7 +149,14 @@ def _rebuild(tree: Any, archive: Arrays) -> Any:
             fields[field.name] = read(value) if read and value is not None else value
         elif field.name in tree["fields"]:
             fields[field.name] = _rebuild(part, archive)
+    if kind is Solution and "log_policy" not in fields:
+        fields["log_policy"] = _logarithm(fields["policy"])
     return kind(**fields)
+
+
+def _logarithm(policy: jax.Array) -> jax.Array:
+    """`Solution.log_policy` for a file that was written without it: NaN where the policy may have underflowed."""
+    return jnp.where(policy > 0, jnp.log(jnp.where(policy > 0, policy, 1)), jnp.nan)
 
 
 def _jsonable(value: Any) -> Any:

@@ -151,6 +151,7 @@ def test_masks_pass_where_infinities_are_looked_for():
         m = rr.problems.bandit([1.0, 2.0])
         for reg in (rr.kl(1.0, prior=certain), rr.alpha(1.0, 1.5, prior=certain)):
             assert rr.solve(m, reg).converged
+            reg.log_policy(np.array([1.0, 2.0]))
         mask = np.array([[True, False], [True, True]])
         assert rr.solve(rr.mdp(np.full((2, 2, 2), 0.5), np.ones((2, 2)), 0.9, available=mask), rr.kl(1.0)).converged
 

@@ -15,7 +15,7 @@ LAYERS = (
     ("problems",),
     ("solvers",),
     ("adversary",),
-    ("game", "sweeps"),
+    ("game", "losses", "sweeps"),
     ("archive", "solution"),
     ("figures",),
     ("cli",),
@@ -112,7 +112,7 @@ KL MDP Alpha Anderson Box Certificate Dense Entropy Features Game Guarantee Half
 ModifiedPolicyIteration Names Newton Orthant Regulariser RobustSet SharedBudget Solution SolveError StatesOnly Status
 Successors SweepError Table Transitions UnnormalisedSet ValueIteration adversary aggregated_slack alpha baselines
 calibrate certify critical_beta entropy evaluate from_cassandra from_gymnasium from_prism from_table guarantee kl load
-mdp nominal_optimum occupancy problems restricted save shard slack solve solve_game stack sweep worst_case
+losses mdp nominal_optimum occupancy problems restricted save shard slack solve solve_game stack sweep worst_case
 """
 
 

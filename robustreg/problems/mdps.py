@@ -227,7 +227,7 @@ def _replaced(m: MDP, changes: dict[str, Any]) -> MDP:
 
 def _ends(m: MDP, termination: Any, available: Any) -> Any:
     """A termination of the working precision, refused where the rows of an MDP do not leave room for it."""
-    margin = checks.tolerance(m.transitions.probabilities if hasattr(m.transitions, "probabilities") else None)
+    margin = checks.tolerance(getattr(m.transitions, "probabilities", None))
     arguments.stochastic(arguments.at_hand(m.transitions), termination, margin, False, m.dtype, available)
     return None if termination is None else arguments.cast(termination, m.dtype)
 

@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import forks, pytrees
-from robustreg.regularisers import conjugates, divergences, layer, parameters, tangents, worst_cases
+from robustreg.regularisers import conjugates, divergences, layer, log_policies, parameters, tangents, worst_cases
 from robustreg.regularisers.regulariser import Regulariser
 
 
@@ -63,11 +63,16 @@ class KL(_Divergence):
             return super()._policy_tangent(policy, dq, change)
         return tangents.kl_policy_tangent(policy, self._prior, self.beta, self._change(dq, change), self.reduce)
 
-    def _worst_case(self, policy: Array) -> Array:
-        return worst_cases.over(worst_cases.from_policy(policy, self._prior), self.reduce.over(self.beta))
+    def _log_policy(self, policy: Array, q: Array) -> Array:
+        return log_policies.of_maximiser(policy, q, self.beta, self._prior, None, self.reduce)
 
-    def _worst_case_of_logs(self, log_policy: Array) -> Array:
-        return worst_cases.over(worst_cases.from_log_policy(log_policy, self._prior), self.reduce.over(self.beta))
+    def _worst_case(self, policy: Array, action: Array | None = None) -> Array:
+        gradient = worst_cases.from_policy(policy, self._prior, None, self.reduce, action)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
+
+    def _worst_case_of_logs(self, log_policy: Array, action: Array | None = None) -> Array:
+        gradient = worst_cases.from_log_policy(log_policy, self._prior, None, self.reduce, action)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
 
 
 @pytrees.dataclass
@@ -91,12 +96,15 @@ class Alpha(_Divergence):
             return layer.alpha_maximiser(q, self.beta, self._prior, self.alpha)
         return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha, self.reduce)
 
-    def _worst_case(self, policy: Array) -> Array:
-        gradient = worst_cases.from_policy(policy, self._prior, self.alpha, self.reduce)
+    def _log_policy(self, policy: Array, q: Array) -> Array:
+        return log_policies.of_maximiser(policy, q, self.beta, self._prior, self.alpha, self.reduce)
+
+    def _worst_case(self, policy: Array, action: Array | None = None) -> Array:
+        gradient = worst_cases.from_policy(policy, self._prior, self.alpha, self.reduce, action)
         return worst_cases.over(gradient, self.reduce.over(self.beta))
 
-    def _worst_case_of_logs(self, log_policy: Array) -> Array:
-        gradient = worst_cases.from_log_policy(log_policy, self._prior, self.alpha, self.reduce)
+    def _worst_case_of_logs(self, log_policy: Array, action: Array | None = None) -> Array:
+        gradient = worst_cases.from_log_policy(log_policy, self._prior, self.alpha, self.reduce, action)
         return worst_cases.over(gradient, self.reduce.over(self.beta))
 
 

@@ -30,7 +30,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import checks, forks, pytrees
-from robustreg.regularisers import axes, divergences, parameters, tangents
+from robustreg.regularisers import actions, axes, divergences, parameters, tangents
 
 
 class Regulariser:
@@ -59,7 +59,14 @@ class Regulariser:
     def _argmax(self, q: Array) -> Array:
         return maximise(self, q)[1]
 
-    def _worst_case(self, policy: Array) -> Array:
+    def _log_argmax(self, q: Array) -> Array:
+        return self._log_policy(maximise(self, q)[1], q)
+
+    def _log_policy(self, policy: Array, q: Array) -> Array:
+        """`log p` of the maximiser `policy` for `q`, `[A, ...]`; here to what a probability can hold."""
+        return jnp.where(policy == 0, -jnp.inf, jnp.log(jnp.where(policy == 0, 1, policy)))
+
+    def _worst_case(self, policy: Array, action: Array | None = None) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case")
 
     def _policy_change(self, dq: Array) -> Array:
@@ -74,7 +81,7 @@ class Regulariser:
         """`max_a q - th`, `[...]`: how far values that are averaged lie apart."""
         return pytrees.largest(jnp.where(jnp.isneginf(self._prior), -jnp.inf, q)) - th
 
-    def _worst_case_of_logs(self, log_policy: Array) -> Array:
+    def _worst_case_of_logs(self, log_policy: Array, action: Array | None = None) -> Array:
         raise TypeError(f"{type(self).__name__} does not define _worst_case_of_logs")
 
     def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
@@ -203,14 +210,34 @@ class Regulariser:
         """
         return _act(self, q, "_argmax")
 
-    def worst_case(self, policy: ArrayLike | None = None, *, log_policy: ArrayLike | None = None) -> Array:
-        """Perturbation that hurts a policy the most within the robust set; see `adversary.worst_case`."""
+    def log_policy(self, q: ArrayLike) -> Array:
+        """Take the logarithm of `argmax(q)`, which does not underflow with it.
+
+        Args:
+            q: action values, `[*B, ..., A]`; entries of masked actions are ignored.
+
+        Returns:
+            `log argmax(q)`, `[*B, ..., A]`: minus infinity for masked actions and, with alpha > 1, for those outside
+            the support. Differentiable in everything, to any order; derivatives are 0 where it is minus infinity, and
+            NaN where they are beyond the largest number.
+        """
+        with jax.debug_infs(False):  # minus infinity is no fault here
+            return _act(self, q, "_log_argmax")
+
+    def worst_case(
+        self,
+        policy: ArrayLike | None = None,
+        *,
+        log_policy: ArrayLike | None = None,
+        action: ArrayLike | None = None,
+    ) -> Array:
+        """Find the perturbation that hurts a policy the most within the robust set; see `adversary.worst_case`."""
         if (policy is None) == (log_policy is None):
             raise ValueError("give a policy as probabilities or as log_policy, one of the two")
         if log_policy is None:
             assert policy is not None
-            return _act(self, policy, "_worst_case")
-        return _act(self, log_policy, "_worst_case_of_logs")
+            return _act(self, policy, "_worst_case", action)
+        return _act(self, log_policy, "_worst_case_of_logs", action)
 
 
 def by_rows(bound: Any) -> Any:
@@ -219,24 +246,31 @@ def by_rows(bound: Any) -> Any:
     return dataclasses.replace(bound, reduce=pytrees.ROWS) if own else bound
 
 
-def _act(reg: Regulariser, x: ArrayLike, method: str) -> Any:
+def _act(reg: Regulariser, x: ArrayLike, method: str, action: ArrayLike | None = None) -> Any:
     """A kernel on an array in the public layout, as one compiled program."""
     name = _ARGUMENTS.get(method, "q")
     if not isinstance(x, jax.Array):  # a compiled program would say nothing of its name, or of swapped bytes
         x = checks.array(name, x)
     if 0 in x.shape:
         raise ValueError(f"{name} has shape {x.shape}; expected [..., A], none empty")
-    return _acted(reg, x, method)
+    if action is not None and x.ndim:
+        action = actions.checked("action", action, x.shape[:-1], x.shape[-1])
+    return _acted(reg, x, method, action)
 
 
 _ARGUMENTS = {"_value": "policy", "_worst_case": "policy", "_worst_case_of_logs": "log_policy"}
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _acted(reg: Regulariser, x: ArrayLike, method: str) -> Any:
-    given = jax.dtypes.canonicalize_dtype(jnp.asarray(x).dtype)
+def _acted(reg: Regulariser, x: Array, method: str, action: Array | None = None) -> Any:
+    given, shape = jax.dtypes.canonicalize_dtype(x.dtype), x.shape
     bound, x = reg._public(x, refuse=True, reduce=pytrees.LAST)
-    out = getattr(bound, method)(x)
+    if action is None:
+        out = getattr(bound, method)(x)
+    else:
+        place = axes.align(reg._leaves, shape, True).shape[:-1]
+        action = jnp.broadcast_to(action.reshape(place), x.shape[:-1])[..., None]
+        out = getattr(bound, method)(x, action)[..., 0]
     return out.astype(given) if jnp.issubdtype(given, jnp.floating) else out
 
 

@@ -90,16 +90,16 @@ def policy_tangent(
     if dalpha is not None:
         z = z - deformed_exp_slope(ratio, h) * reduce.over(dalpha)
     # A constant in z cancels. Taken relative to the action of largest weight, it does so before rounding.
-    z = z - reduce.over(_at_heaviest(w, z, reduce))
+    z = z - reduce.over(at_heaviest(w, z, reduce))
     t = w * z
     if dlog_prior is not None:
         t = t + policy * jnp.where(on, dlog_prior, 0)
     return t - w * reduce.over(reduce.plain_sum(t) / reduce.plain_sum(w))
 
 
-def _at_heaviest(w: Array, z: Array, reduce: pytrees.Reducers) -> Array:
+def at_heaviest(w: Array, z: Array, reduce: pytrees.Reducers) -> Array:
     """`z` of the action of largest weight, `[...]`: of the first of several in a solve, their mean in a layer."""
-    if reduce is pytrees.LAST:  # (a search for an index is a slow reduction over a contiguous axis)
+    if reduce.axis == -1:  # (a search for an index is a slow reduction over a contiguous axis)
         ties = w == reduce.over(reduce.largest(w))
         return reduce.plain_sum(jnp.where(ties, z, 0)) / reduce.plain_sum(ties.astype(z.dtype))
     heaviest = jnp.argmax(w, axis=0)[None] == jnp.arange(w.shape[0]).reshape((-1,) + (1,) * (w.ndim - 1))

@@ -27,11 +27,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from robustreg._core import pytrees
+from robustreg.regularisers import actions
 from robustreg.regularisers.divergences import deformed_exp, deformed_exp_slope, log_ratio
 
 
 def from_log_policy(
-    log_policy: Array, log_prior: Array, alpha: Array | None = None, reduce: pytrees.Reducers = pytrees.LANES
+    log_policy: Array,
+    log_prior: Array,
+    alpha: Array | None = None,
+    reduce: pytrees.Reducers = pytrees.LANES,
+    action: Array | None = None,
 ) -> Array:
     """The worst case at strength 1 of `exp(log_policy)`, `[A, ...]`, differentiable in everything, to any order.
 
@@ -41,32 +46,47 @@ def from_log_policy(
         log_prior: broadcastable to `[A, ...]`.
         alpha: broadcastable to `[...]`; None is 1, KL, for which D plays no part.
         reduce: sums over actions.
+        action: which one is wanted, with an axis of 1 for actions, as has then what is returned; None: all.
     """
-    absent = jnp.isneginf(log_prior) & ((jnp.exp(log_policy) == 0) | jnp.isneginf(log_policy))
-    log_policy = jnp.where(absent, -jnp.inf, log_policy)
-    if alpha is None:
+    offset = None if alpha is None else reduce.over(_offset(_silent(log_policy, log_prior), log_prior, alpha, reduce))
+    if action is not None:
+        log_policy, log_prior = (actions.take(x, action, reduce.axis) for x in (log_policy, log_prior))
+    log_policy = _silent(log_policy, log_prior)
+    absent = jnp.isneginf(log_prior) & jnp.isneginf(log_policy)
+    if alpha is None or offset is None:
         return jnp.where(absent, 0, _log_tilt(log_policy, log_prior))
-    offset = reduce.over(_offset(log_policy, log_prior, alpha, reduce))
-    return _together(_tilt(log_policy, log_prior, reduce.over(alpha - 1)), offset, absent)
+    return _together(tilt(log_policy, log_prior, reduce.over(alpha - 1)), offset, absent)
+
+
+def _silent(log_policy: Array, log_prior: Array) -> Array:
+    """Minus infinity for masked actions whose probability underflows."""
+    absent = jnp.isneginf(log_prior) & ((jnp.exp(log_policy) == 0) | jnp.isneginf(log_policy))
+    return jnp.where(absent, -jnp.inf, log_policy)
 
 
 def from_policy(
-    policy: Array, log_prior: Array, alpha: Array | None = None, reduce: pytrees.Reducers = pytrees.LANES
+    policy: Array,
+    log_prior: Array,
+    alpha: Array | None = None,
+    reduce: pytrees.Reducers = pytrees.LANES,
+    action: Array | None = None,
 ) -> Array:
     """The same of probabilities `policy`, whose derivatives are right or NaN."""
+    offset = None if alpha is None else reduce.over(_offset_of(policy, log_prior, alpha, reduce))
+    if action is not None:
+        policy, log_prior = (actions.take(x, action, reduce.axis) for x in (policy, log_prior))
     absent = jnp.isneginf(log_prior) & (policy == 0)
-    if alpha is None:
+    if alpha is None or offset is None:
         total = jnp.where(absent, 0, _log_tilt_of(policy, log_prior))
     else:
-        tilt = _tilt_of(policy, log_prior, reduce.over(alpha - 1))
-        total = _together(tilt, reduce.over(_offset_of(policy, log_prior, alpha, reduce)), absent)
+        total = _together(_tilt_of(policy, log_prior, reduce.over(alpha - 1)), offset, absent)
     return jnp.where(jnp.isnan(policy), jnp.nan, total)
 
 
-def _together(tilt: Array, offset: Array, absent: Array) -> Array:
+def _together(own: Array, offset: Array, absent: Array) -> Array:
     # At alpha <= 0 an omitted action makes D infinite, and (1 - alpha) D - inf undefined: the -inf of the omitted
     # action itself is kept, every other entry is +inf.
-    total = jnp.where(jnp.isneginf(tilt), tilt, tilt + offset)
+    total = jnp.where(jnp.isneginf(own), own, own + offset)
     return jnp.where(absent, 0, total)
 
 
@@ -114,14 +134,14 @@ def _order_slope(ratio: Array, h: Array) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
-def _tilt(log_policy: Array, log_prior: Array, h: Array) -> Array:
-    """`eps_h(L)`, `[A, ...]`, of an `h` that broadcasts against it."""
+def tilt(log_policy: Array, log_prior: Array, h: Array) -> Array:
+    """`eps_h(L)`, `[A, ...]`, of an `h` that broadcasts against it; derivatives are right or NaN for who asks."""
     return deformed_exp(_ratio(log_policy, log_prior), h)
 
 
 def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     (log_policy, log_prior, h), (dlog, dprior, dh) = primals, (pytrees.given(t) for t in tangents)
-    out = _tilt(*primals)
+    out = tilt(*primals)
     ratio = _ratio(log_policy, log_prior)
     masked = jnp.isneginf(log_prior)
     total = _by_order(ratio, h, dh, out)
@@ -133,7 +153,7 @@ def _tilt_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Ar
     return out, total
 
 
-_tilt.defjvp(_tilt_jvp, symbolic_zeros=True)
+tilt.defjvp(_tilt_jvp, symbolic_zeros=True)
 
 
 def _log_tilt(log_policy: Array, log_prior: Array) -> Array:

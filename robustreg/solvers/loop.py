@@ -87,7 +87,10 @@ def solve(
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
     limit = checks.operand("max_steps", max_steps, np.int32)
     probe = None if adjoint_error is None else checks.operand("adjoint_error", adjoint_error, dtype)
-    return _solve(mdp._with_sparsity(), reg, solver, tol, limit, start, probe, strict=checks.flag("strict", strict))
+    strict = checks.flag("strict", strict)
+    # The logarithm of an action never played is minus infinity: no fault, for whoever looks for infinities.
+    with jax.debug_infs(False):
+        return _solve(mdp._with_sparsity(), reg, solver, tol, limit, start, probe, strict=strict)
 
 
 def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
@@ -332,6 +335,7 @@ def _finish(
         value=public(value, 1),
         q=public(q + c[None, None], 2),
         policy=public(policy, 2),
+        log_policy=public(_log_policy(problem, policy, q, lost), 2),
         perturbation=public(perturbation, 2),
         lower=public(value - half_width[None], 1),
         upper=public(value + half_width[None], 1),
@@ -340,6 +344,13 @@ def _finish(
         steps=loop.steps,
         tol=jnp.where(tol < 0, loop.half_width, tol),
     )
+
+
+def _log_policy(problem: bellman.BoundProblem, policy: Array, q: Array, lost: Array) -> Array:
+    """Logarithm of the policy, `[A, S, *B]`, of a harmless one in lanes that are lost: see `implicit`."""
+    policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
+    q = jnp.where(lost[None, None], 0, q)
+    return implicit.harmless(problem, lost).regulariser._log_policy(policy, q)
 
 
 def _honest(problem: bellman.BoundProblem, loop: Loop, tol: Array) -> Array:

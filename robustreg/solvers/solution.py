@@ -69,6 +69,8 @@ class Solution:
         value: the minimax value V*, `[*B, S]`, in reward units; within `tol` of it where converged.
         q: `r + g P value`, `[*B, S, A]`.
         policy: the robust policy `grad Omega*(q)`, `[*B, S, A]`.
+        log_policy: its logarithm, `[*B, S, A]`, exact where entries of the policy underflow: finite for every action
+            that is played however rarely, minus infinity for the others; see `Regulariser.log_policy`.
         perturbation: the adversary's worst case Delta_r against that policy, `[*B, S, A]`: the perturbed reward is
             `reward - perturbation`. It is `q - Omega*(q)` (and `Omega*(q)` is `value` up to `tol`), which lies on the
             boundary of the robust set and stays exact where entries of the policy underflow. 0 on masked actions.
@@ -82,6 +84,7 @@ class Solution:
     value: Array
     q: Array
     policy: Array
+    log_policy: Array
     perturbation: Array
     lower: Array
     upper: Array

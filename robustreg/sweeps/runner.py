@@ -250,10 +250,8 @@ def _fed(devices: Sequence[Any], jobs: int) -> list[Any]:
 def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report: Any, check: Any) -> None:
     """Solve chunks, as many at a time as devices and cores take, and hand each to `put`, in the calling thread."""
     threads_of = _fed(run.devices, len(jobs))
-    placed = {
-        device: jax.device_put((run.plan.mdp._with_sparsity(), run.plan.reg, run.tol), device)
-        for device in set(threads_of)
-    }
+    problem = run.plan.mdp._with_sparsity(), run.plan.reg, run.tol
+    placed = {device: jax.device_put(problem, device) for device in set(threads_of)}
     todo, stop = queue.SimpleQueue(), threading.Event()
     for job in jobs:
         todo.put(job)

@@ -1,0 +1,69 @@
+"""Arguments of losses: arrays of one dtype and shape, the parameters of a regulariser in it, weights, and means."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from robustreg._core import checks
+from robustreg.adversary import reach
+from robustreg.regularisers import parameters
+
+
+def common(**given: Any) -> tuple[Any, ...]:
+    """Arguments that are given as arrays of the widest floating dtype among them, float32 or more; None stays None."""
+    arrays = {name: checks.canonical(checks.array(name, x)) for name, x in given.items() if x is not None}
+    strong = [x.dtype for x in arrays.values() if jnp.issubdtype(x.dtype, jnp.floating) and not x.weak_type and x.ndim]
+    strong = strong or [x.dtype for x in arrays.values() if jnp.issubdtype(x.dtype, jnp.floating) and not x.weak_type]
+    dtype = parameters.working(max(strong, key=lambda d: jnp.finfo(d).bits)) if strong else jnp.result_type(float)
+    return tuple(None if x is None else arrays[name].astype(dtype) for name, x in given.items())
+
+
+def expect_alike(shape: tuple[int, ...], what: str, **given: Array | None) -> tuple[Any, ...]:
+    """Broadcast what is given to a shape, or refuse it by name; `what` names the axes of the shape."""
+    for name, x in given.items():
+        if x is not None and (x.ndim > len(shape) or any(n not in (1, m) for n, m in zip(x.shape[::-1], shape[::-1]))):
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected {what} = {list(shape)}, or what broadcasts")
+    return tuple(None if x is None else jnp.broadcast_to(x, shape) for x in given.values())
+
+
+def order_and_strength(reg: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Alpha and beta of a KL or alpha regulariser, broadcast to the shape of some samples.
+
+    Raises:
+        TypeError: another regulariser.
+        ValueError: axes that do not fit.
+    """
+    reach.expect_reference(reg, "first argument")
+    if not hasattr(reg, "_order"):
+        raise TypeError(
+            f"a {type(reg).__name__} has no order alpha: of log-ratios alone only kl and alpha can tell a perturbation"
+        )
+    scaled = reg.state_scale is not None
+    beta = reg.beta[..., None] * reg.state_scale if scaled else reg.beta
+    order = reg._order[..., None] if scaled else reg._order
+    # The regulariser's axes lead, as everywhere.
+    beta, order = (leading(x, len(shape)) for x in (beta, order))
+    beta, order = expect_alike(shape, "the shape of log_ratio", beta=beta, alpha=order)
+    return order, beta
+
+
+def leading(leaf: Array, rank: int) -> Array:
+    """A leaf with axes of 1 behind its own, up to a rank."""
+    return leaf.reshape(leaf.shape + (1,) * (rank - leaf.ndim))
+
+
+def silenced(weight: Array | None, *arrays: Array | None) -> tuple[Any, ...]:
+    """Put 0 where there is no weight: nothing that stands there has a share in values or derivatives."""
+    if weight is None:
+        return arrays
+    return tuple(None if x is None else jnp.where(weight == 0, 0, x) for x in arrays)
+
+
+def reduced(loss: Array, weight: Array | None) -> Array:
+    """Return every loss, or the weighted mean; 0 if there is no weight at all."""
+    if weight is None:
+        return loss
+    weight = jnp.broadcast_to(weight, loss.shape)
+    total = jnp.sum(weight)
+    return jnp.sum(jnp.where(weight == 0, 0, weight * loss)) / jnp.where(total == 0, 1, total)
