@@ -1,6 +1,7 @@
 """The package is layered: a module imports only from lower layers, and never touches JAX's global settings."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,12 @@ LAYERS = (
     ("processes",),
     ("drawing",),
     ("config", "figures"),
+    ("small_tables",),
     ("paper", "sweep_figures"),
     ("paper_figures", "claims"),
     ("paper_config",),
+    ("examples",),
+    ("example_config",),
     ("cli",),
     ("__main__",),
 )
@@ -92,6 +96,21 @@ def test_imports_point_down(module):
             assert LAYER[other] < LAYER[module], (
                 f"{module} (layer {LAYER[module]}) imports {other} (layer {LAYER[other]})"
             )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_programs_of_a_user(path):
+    """They use public names, and the library's helpers for drawing; nothing but the command line uses them."""
+    tree = ast.parse(path.read_text())
+    allowed = {"robustreg", "robustreg.drawing", "robustreg.examples.report", "jax", "numpy", "optax"}
+    for node in ast.walk(tree):
+        named = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in named:
+            known = any(f"{name}.".startswith(f"{each}.") for each in allowed - {"robustreg"}) or name == "robustreg"
+            assert known or name.split(".")[0] in sys.stdlib_module_names, f"{path.stem} imports {name}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("rr."):
+            assert not node.attr.startswith("_"), f"{path.stem} uses {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in TOP])
