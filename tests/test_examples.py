@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from robustreg import cli, example_config
-from robustreg.examples import deploy
+from robustreg.examples import deploy, irl
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "examples"
 NAMES = sorted(example_config.KINDS)
@@ -104,3 +104,29 @@ def test_deploy_can_fail(changes, failing):
 def test_deploy_budgets_are_quantiles():
     assert deploy.budget(np.arange(1.0, 100.0), 0.9) == 90  # 0.9 of 100, not 91
     assert deploy.budget(np.arange(5.0), 0.9) == np.inf
+
+
+IRL = {
+    "mismatch": np.array([1e-9]),
+    "mismatch_exact": np.array(1e-9),
+    "kl_exact": np.array(1e-12),
+    "kl": np.array([[1.0], [0.1]]),
+    "drives": np.array([10, 100]),
+    "backups_warm": np.array([1]),
+    "backups_cold": np.array([2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({}, None),
+        ({"mismatch": np.array([1e-2])}, "features of demonstrations are matched to 1.0e-02"),
+        ({"kl_exact": np.array(1e-3)}, "recovered to a KL of 1.0e-03"),
+        ({"kl": np.array([[1.0], [0.9]])}, "KL falls by 1 with 10 times"),
+        ({"backups_cold": np.array([1])}, "warm starts take 1 backups"),
+    ],
+)
+def test_irl_can_fail(change, failing):
+    failed = [claim.sentence for claim in irl.claims({**IRL, **change}) if not claim.holds]
+    assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)
