@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from robustreg import cli, example_config
-from robustreg.examples import deploy, irl
+from robustreg.examples import deploy, finetune, irl
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "examples"
 NAMES = sorted(example_config.KINDS)
@@ -129,4 +129,31 @@ IRL = {
 )
 def test_irl_can_fail(change, failing):
     failed = [claim.sentence for claim in irl.claims({**IRL, **change}) if not claim.holds]
+    assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)
+
+
+FINETUNE = {
+    "guaranteed": np.array([[0.0], [0.999], [0.5]]),
+    "best": np.array([1.0]),
+    "short": np.array([0.001]),
+    "relative_error": np.array([0.01]),
+    "left": np.array([[1.2], [0.999]]),
+    "off_boundary": np.zeros((2, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({}, None),
+        ({"best": np.array([2.0]), "short": np.array([1.001])}, "training misses 50"),
+        ({"short": np.array([0.002])}, "that is KL(p : p*)/beta, to 1e-03"),
+        ({"relative_error": np.array([0.2])}, "the implicit reward is the reward model's to 20.0%"),
+        ({"left": np.array([[0.9], [0.999]])}, "2 attacks on the boundary"),
+        ({"off_boundary": np.ones((2, 1))}, "2 attacks on the boundary"),
+        ({"guaranteed": np.array([[0.0], [0.999], [1.5]])}, "the best-rated token is guaranteed less"),
+    ],
+)
+def test_finetune_can_fail(change, failing):
+    failed = [claim.sentence for claim in finetune.claims({**FINETUNE, **change}) if not claim.holds]
     assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)
