@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from robustreg import cli, example_config
-from robustreg.examples import deploy, finetune, irl
+from robustreg.examples import decide, deploy, finetune, irl
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "examples"
 NAMES = sorted(example_config.KINDS)
@@ -156,4 +156,29 @@ FINETUNE = {
 )
 def test_finetune_can_fail(change, failing):
     failed = [claim.sentence for claim in finetune.claims({**FINETUNE, **change}) if not claim.holds]
+    assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)
+
+
+DECIDE = {
+    "guaranteed": np.array([[1.0, 1.1, 1.0], [1.5, 1.7, 1.6], [2.0, 2.0, 2.0]]),
+    "likelihood": np.array([[-1.0, -1.0], [-1.1, -1.2]]),
+    "slope": np.array([1.0, 2.0]),
+    "difference": np.array([1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({}, None),
+        ({"slope": np.array([1.0, 2.1])}, "the gradient agrees with a finite difference to 5e-02"),
+        ({"guaranteed": np.array([[1.0, 1.1, 1.0], [0.9, 1.3, 0.9]])}, "models for the decision guarantee"),
+        (
+            {"likelihood": np.array([[-1.0, -1.3], [-1.1, -1.2]])},
+            "their mean log-likelihood is lower",
+        ),
+    ],
+)
+def test_decide_can_fail(change, failing):
+    failed = [claim.sentence for claim in decide.claims({**DECIDE, **change}) if not claim.holds]
     assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)

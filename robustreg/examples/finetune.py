@@ -14,8 +14,8 @@ short of it is exactly `KL(p : p*)/beta`, with `p* = p0 exp(beta (r - V))`. The 
 `log(p/p0)/beta` [Rafailov et al. 2023]; at the optimum it is `r - V`, the reward up to a constant per context. And it
 is the worst case of an adversary who may subtract from the reward any dr with `sum p0 exp(beta dr) <= 1`: after it,
 every token is worth V. So a tuned model is *guaranteed* `E_p[r] - KL/beta` under every reward model `r - dr` of that
-set. Always answering the best-rated token earns more by r, and is guaranteed much less: a rare token that r overrates is the
-cheapest one to take away.
+set. Always answering the best-rated token earns more by r, and is guaranteed much less: a rare token that r overrates
+is the cheapest one to take away.
 
 **What is claimed.** (1) Training reaches the optimum but for 1% of what there is to gain. (2) What it is short of is
 `KL(p : p*)/beta`, by NumPy. (3) The implicit reward is the reward model's up to a constant per context: where the model
