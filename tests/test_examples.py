@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from robustreg import cli, example_config
-from robustreg.examples import decide, deploy, finetune, irl
+from robustreg.examples import bandit, decide, deploy, finetune, irl
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "examples"
 NAMES = sorted(example_config.KINDS)
@@ -181,4 +181,26 @@ DECIDE = {
 )
 def test_decide_can_fail(change, failing):
     failed = [claim.sentence for claim in decide.claims({**DECIDE, **change}) if not claim.holds]
+    assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)
+
+
+BANDIT = {
+    "peace": np.array([[0.0], [1.5], [1.0]]),
+    "attacked": np.array([[0.0], [0.2], [0.999]]),
+    "best": np.array([1.0]),
+    "slopes": np.ones((2, 3)),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({}, None),
+        ({"slopes": np.array([[1.0, 2.0], [1.0, 2.1]])}, "the gradient of a round is"),
+        ({"best": np.array([2.0])}, "the network misses 50"),
+        ({"peace": np.array([[0.0], [0.9], [1.0]])}, "attacked, it keeps 1.00"),
+    ],
+)
+def test_bandit_can_fail(change, failing):
+    failed = [claim.sentence for claim in bandit.claims({**BANDIT, **change}) if not claim.holds]
     assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)
