@@ -23,10 +23,10 @@ import numpy as np
 
 from robustreg import config, drawing, small_tables
 from robustreg._files import write_whole
-from robustreg.examples import bandit, decide, deploy, finetune, irl
+from robustreg.examples import bandit, decide, deploy, finetune, irl, tune
 from robustreg.examples.report import Report
 
-_MODULES = (deploy, irl, finetune, decide, bandit)
+_MODULES = (deploy, irl, finetune, decide, bandit, tune)
 KINDS: dict[str, Callable[..., Report]] = {module.__name__.rpartition(".")[2]: module.run for module in _MODULES}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from robustreg import cli, example_config
-from robustreg.examples import bandit, decide, deploy, finetune, irl
+from robustreg.examples import bandit, decide, deploy, finetune, irl, tune
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "examples"
 NAMES = sorted(example_config.KINDS)
@@ -203,4 +203,25 @@ BANDIT = {
 )
 def test_bandit_can_fail(change, failing):
     failed = [claim.sentence for claim in bandit.claims({**BANDIT, **change}) if not claim.holds]
+    assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)
+
+
+TUNE = {
+    "earned": np.array([[1.0, 2.0, 3.0], [1.1, 2.2, 3.0], [1.5, 2.6, 3.5]]),
+    "slope": np.array([1.0, 2.0]),
+    "difference": np.array([1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({}, None),
+        ({"slope": np.array([1.0, 2.1])}, "the meta-gradient agrees with differences to 5e-02"),
+        ({"earned": np.array([[1.0, 2.0], [0.0, 0.1], [1.0, 2.0]])}, "more than none"),
+        ({"earned": np.array([[0.0, 0.1], [1.0, 2.0], [0.9, 2.1]])}, "more than the one to begin with"),
+    ],
+)
+def test_tune_can_fail(change, failing):
+    failed = [claim.sentence for claim in tune.claims({**TUNE, **change}) if not claim.holds]
     assert len(failed) == (failing is not None) and all(failing in sentence for sentence in failed)

@@ -153,9 +153,8 @@ def draw(numbers: dict[str, Any]) -> Any:
     """Draw the training, and what policies keep."""
     figure = drawing.new_figure(10.5, 4.3)
     training, kept = figure.subplots(1, 2)
-    training.semilogx(
-        1 + np.arange(len(numbers["round"])), numbers["round"], color=BLUE, linewidth=0.8, label="left by the adversary"
-    )
+    rounds, left = 1 + np.arange(len(numbers["round"])), numbers["round"]
+    training.semilogx(rounds, left, color=BLUE, linewidth=0.8, label="left by the adversary")
     training.axhline(numbers["best"].mean(), color=drawing.INK, linestyle="--", label="best guarantee")
     training.set(xlabel="round of the game", ylabel="reward (reward units)", title="Training")
     training.legend(frameon=False, loc="lower right")
