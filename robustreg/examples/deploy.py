@@ -384,7 +384,9 @@ def draw(numbers: dict[str, Any]) -> Any:
     left.barh(places, 100 * numbers["kept"], color=colours, height=0.62, xerr=error)
     left.axvline(100 * coverage, color=drawing.INK, linestyle="--", linewidth=1.2)
     left.set(
-        xlim=(0, 104), xlabel="worlds in which the promise is kept (%)", title=f"Promised: {coverage:.0%} (dashed)"
+        xlim=(0, 104),
+        xlabel="worlds in which the promise is kept (%)",
+        title=f"Orange: promised as it is;\nblue: calibrated to {coverage:.0%} (dashed)",
     )
     left.set_yticks(places, numbers["name"])
     low, middle, high = np.quantile(numbers["actual"], [0.05, 0.5, 0.95], axis=1)
