@@ -59,6 +59,7 @@ import robustreg as rr
 from robustreg import drawing
 from robustreg.examples.report import Claim, Problem, Report, standard_error
 
+BLUE, VERMILION = "#0072b2", "#d55e00"
 HARD = 1e4  # a beta at which a policy is deterministic for all purposes
 PENALTY = 3e-3  # on the distance of weights from where they began
 FLOOR = 0.02  # least disagreement, in reward units: an ensemble that agrees may still be wrong
@@ -293,8 +294,8 @@ def run(
     tried = {"unregularised": {HARD: deploy(m, families["KL"](HARD), found)}, **tried}
     raw = {"unregularised": (HARD, tried["unregularised"][HARD]), "entropy": (beta, deploy(m, rr.entropy(beta), found))}
     raw |= {name: (beta, tried[name][beta]) for name in families}
-    new = parts[2]
-    rows = [Row(name, b, d.objective[new], d.forfeit[new] <= 0, _some(d, new), False) for name, (b, d) in raw.items()]
+    raw = {name: (b, _some(d, parts[2])) for name, (b, d) in raw.items()}
+    rows = [Row(name, b, d.objective, d.forfeit <= 0, d, False) for name, (b, d) in raw.items()]
     rows += [_calibrated(name, rule, tried[name], parts, coverage) for rule in SCORES for name in tried]
     return report(rows, coverage, past)
 
@@ -378,7 +379,7 @@ def draw(numbers: dict[str, Any]) -> Any:
     """Draw how often promises are kept, and promises beside what was really earned."""
     figure = drawing.new_figure(11.0, 5.0)
     left, right = figure.subplots(1, 2, sharey=True)
-    places, coverage = np.arange(len(numbers["name"]))[::-1], float(numbers["coverage"])
+    places, coverage = np.arange(len(numbers["name"]))[::-1], numbers["coverage"]
     colours = np.where(np.char.find(numbers["name"], ", by ") >= 0, BLUE, VERMILION)
     error = [200 * standard_error(share, numbers["promise"].shape[1]) for share in numbers["kept"]]
     left.barh(places, 100 * numbers["kept"], color=colours, height=0.62, xerr=error)
@@ -396,6 +397,3 @@ def draw(numbers: dict[str, Any]) -> Any:
     right.set(xlabel="discounted return (reward units)", title="What was promised,\nand what was earned")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
-
-
-BLUE, VERMILION = "#0072b2", "#d55e00"
