@@ -23,10 +23,23 @@ LONGEST = """test_game test_gradients test_rounding test_robust_sets test_solver
 test_precision test_masks test_devices test_paper test_sweep""".split()
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest (for several processes, with `--no-loadscope-reorder`)."""
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of the cases of each test, run every N-th")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Begin with the files that take longest (for several processes, with `--no-loadscope-reorder`).
+
+    With `--every N` all tests run, but of those with many cases only the first, the (N+1)-th, and so on.
+    """
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    met: dict[str, int] = {}
+    for item in list(items):
+        test = item.nodeid.partition("[")[0]
+        met[test] = met.get(test, -1) + 1
+        if met[test] % config.getoption("every"):
+            items.remove(item)
 
 
 def pytest_configure(config):

@@ -1,6 +1,7 @@
 """The package is layered: a module imports only from lower layers, and never touches JAX's global settings."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ LAYERS = (
     ("game", "losses", "sweeps"),
     ("archive", "solution"),
     ("figures",),
+    ("examples",),
     ("cli",),
     ("__main__",),
 )
 LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # What stands above the public face, and may use it as users do.
-OUTSIDE = ("cli", "__main__")
+OUTSIDE = ("examples", "cli", "__main__")
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 ROOMS = sorted({path.parts[0].removesuffix(".py") for path in FILES})
 
@@ -105,6 +107,21 @@ def test_no_global_settings(room):
                 dotted = ast.unparse(node)
                 assert dotted not in ("jax.config.update", "config.update"), f"{path} writes jax.config"
                 assert dotted not in ("jnp.float64", "jax.numpy.float64"), f"{path} fixes a dtype"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_programs_of_a_user(path):
+    """They use public names, and the library's helpers for drawing; nothing but the command line uses them."""
+    tree = ast.parse(path.read_text())
+    allowed = {"robustreg", "robustreg.figures.style", "robustreg.examples.report", "jax", "numpy", "optax"}
+    for node in ast.walk(tree):
+        named = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        named += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in named:
+            known = any(f"{name}.".startswith(f"{each}.") for each in allowed - {"robustreg"}) or name == "robustreg"
+            assert known or name.split(".")[0] in sys.stdlib_module_names, f"{path.stem} imports {name}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("rr."):
+            assert not node.attr.startswith("_"), f"{path.stem} uses {ast.unparse(node)}"
 
 
 PUBLIC = """

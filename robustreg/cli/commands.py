@@ -1,4 +1,4 @@
-"""The command line: `robustreg solve`, `certify`, `sweep`, `merge`, `figure` and `info`.
+"""The command line: `robustreg solve`, `certify`, `sweep`, `merge`, `figure`, `example` and `info`.
 
 It reads a configuration, calls the library, prints and writes what comes back; it has no method of its own.
 
@@ -27,7 +27,7 @@ import robustreg as rr
 from robustreg import archive
 from robustreg._core import interrupts
 from robustreg._core.files import together
-from robustreg.cli import config, figure_config, parser, verdicts
+from robustreg.cli import config, example_config, figure_config, parser, verdicts
 from robustreg.figures import solution_figures, style, sweep_figures
 from robustreg.solvers import evaluation
 from robustreg.sweeps import cluster
@@ -223,6 +223,20 @@ def _figure(options: argparse.Namespace) -> int:
     return 0
 
 
+def _example(options: argparse.Namespace) -> int:
+    """Run a worked pipeline; the exit code says whether its claims hold."""
+    if options.list:
+        print(_table(example_config.listed()))
+        return 0
+    jax.config.update("jax_enable_x64", True)
+    with _folder(options.out), _named(options.name), _nothing_written(options.out), together():
+        _drawable()
+        report = example_config.load(options.name, options.small, options.seed)
+        paths = example_config.write(report, options.out, options.name)
+    print(report, *(f"wrote {path}" for path in paths), sep="\n")
+    return _failed(1, "; ".join(report.failed)) if report.failed else 0
+
+
 def _certify(options: argparse.Namespace) -> int:
     """Print what holds; the exit code is the verdict."""
     with _folder(options.out), _named(options.source), _nothing_written(options.out), waiting():
@@ -376,4 +390,5 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"solve": _solve, "sweep": _sweep, "merge": _merge, "figure": _figure, "certify": _certify, "info": _info}
+_RUN = (_solve, _sweep, _merge, _figure, _example, _certify, _info)
+_COMMANDS = {run.__name__.removeprefix("_"): run for run in _RUN}

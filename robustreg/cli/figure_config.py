@@ -21,15 +21,14 @@ the key, and what is allowed.
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from robustreg._core.files import write_whole
-from robustreg.cli import config
+from robustreg.cli import config, small_tables
 from robustreg.figures import paper_figures, paper_numbers
 from robustreg.figures.style import available, check_formulas
 
@@ -91,47 +90,15 @@ def load(path: str | Path, small: bool = False) -> Picture:
         ConfigError: the file cannot be read, or something in it is not allowed.
         SolveError: a problem in it could not be solved.
     """
-    table, where = config.read(path), f"{path}: [figure]"
-    config.refuse_unknown(table, ("figure", "problem", "small"), str(path))
-    replaced = table.pop("small", {})
-    sections = {**table, **{f"small.{name}": x for name, x in replaced.items()}} if isinstance(replaced, dict) else {}
-    for name, section in (sections or {"small": replaced}).items():
-        if not isinstance(section, dict):
-            raise config.ConfigError(f"{path}: {name} is {section!r}; expected a table [{name}]")
-    config.refuse_unknown(replaced, ("figure", "problem"), f"{path}: [small]")
-    for name in replaced if small else ():
-        table[name] = {**table.get(name, {}), **replaced[name]}
-    if "figure" not in table:
-        raise config.ConfigError(f"{path}: no [figure] table")
-    arguments = dict(table["figure"])
-    title = arguments.pop("title", "")
+    table, where = small_tables.read(path, "figure", small), f"{path}: [figure]"
+    title = table["figure"].pop("title", "")
     if not isinstance(title, str):
         raise config.ConfigError(f"{where} title is {title!r}; expected text")
     try:
         check_formulas(title)
     except ValueError as error:
         raise config.ConfigError(f"{where} title is {error}") from error
-    arguments = {key: _ranged(x, f"{where} {key}") for key, x in arguments.items()}
-    picture = config.construct(KINDS, arguments, where, supplied=_problem(arguments.get("kind"), table, str(path)))
+    arguments = small_tables.arguments(table, "figure", str(path))
+    supplied = small_tables.problem(KINDS, table, "figure", str(path))
+    picture = config.construct(KINDS, arguments, where, supplied=supplied)
     return dataclasses.replace(picture, name=Path(path).stem, title=title)
-
-
-def _ranged(x: Any, where: str) -> Any:
-    """A range as its values."""
-    return config.values(x, where).tolist() if isinstance(x, dict) else x
-
-
-def _problem(kind: Any, table: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The problem, for the kinds that take one."""
-    if kind not in KINDS:
-        return {}  # refused in a moment
-    needed = "problem" in inspect.signature(KINDS[kind]).parameters
-    if needed != ("problem" in table):
-        remedy = "needs a table [problem]" if needed else "takes no [problem]: remove that table"
-        raise config.ConfigError(f"{source}: [figure] kind {kind!r} {remedy}")
-    if not needed:
-        return {}
-    problem = config.problem_of(table["problem"], source)
-    if problem.mdp.batch_shape:
-        raise config.ConfigError(f"{source}: [problem] describes a batch of problems; a figure takes one")
-    return {"problem": problem}

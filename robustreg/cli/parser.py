@@ -84,6 +84,15 @@ def _figure(one: Any) -> None:
     _precision(one)
 
 
+def _example(one: Any) -> None:
+    which = one.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", metavar="NAME", nargs="?", type=_text, help="of a pipeline, or a TOML file like its own")
+    which.add_argument("--list", action="store_true", help="say which there are")
+    one.add_argument("--small", action="store_true", help="with the replacements of its [small] tables: seconds")
+    one.add_argument("--seed", metavar="N", type=_number, help="of the random numbers (default: the file's)")
+    one.add_argument("--out", metavar="DIR", type=_path, default=Path("."), help="write NAME.png and NAME.npz here")
+
+
 def _certify(one: Any) -> None:
     text = "a TOML file, or the result.npz of `robustreg solve`"
     one.add_argument("source", metavar="CONFIG|RESULT", type=_path, help=text)
@@ -98,6 +107,7 @@ _DESCRIBED: dict[str, tuple[str, Callable[[Any], None]]] = {
     "sweep": ("solve a configuration at every cell of its [sweep] grid", _sweep),
     "merge": ("join the parts of a sweep that ran with --shard", _merge),
     "figure": ("draw a figure of the paper from its configuration", _figure),
+    "example": ("run a worked pipeline from data to decision, and check what it claims", _example),
     "certify": ("check what a policy is guaranteed, under a deployed reward too", _certify),
     "info": ("print versions, devices and precisions", lambda one: None),
 }
@@ -109,6 +119,10 @@ def _path(text: str) -> Path:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
     return Path(text)
+
+
+def _text(text: str) -> str:
+    return str(_path(text))
 
 
 def _address(text: str) -> str:
