@@ -27,6 +27,7 @@ def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="of the cases of each test, run every N-th")
 
 
+@pytest.hookimpl(trylast=True)  # after `-m` has taken its own away
 def pytest_collection_modifyitems(config, items):
     """Begin with the files that take longest (for several processes, with `--no-loadscope-reorder`).
 
@@ -35,11 +36,15 @@ def pytest_collection_modifyitems(config, items):
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
     met: dict[str, int] = {}
-    for item in list(items):
+    left_out = []
+    for item in items:
         test = item.nodeid.partition("[")[0]
         met[test] = met.get(test, -1) + 1
         if met[test] % config.getoption("every"):
-            items.remove(item)
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_configure(config):
