@@ -83,7 +83,7 @@ def load(path: str | os.PathLike) -> Any:
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """What was given to `save` as `header`, with `versions` and `dtype` where it did not hold them.
+    """Read what was given to `save` as `header`, with `versions` and `dtype` where it did not hold them.
 
     Raises:
         ValueError: if the file is not one of `save`.

@@ -12,6 +12,7 @@ import pytest
 import robustreg as rr
 from robustreg import archive
 from robustreg.cli import commands, config
+from robustreg.sweeps import outputs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LAKE = CONFIGS / "frozen_lake.toml"
@@ -248,6 +249,15 @@ def test_who_closes_the_pipe_has_seen_enough(tmp_path):
         done = subprocess.run(line, shell=True, capture_output=True, text=True)
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert done.returncode == 1 and "cannot write standard output: No space left on device" in done.stderr
+
+
+def test_outputs_are_listed(capsys):
+    """Every one with its meaning, in a line that fits, without a configuration."""
+    with pytest.raises(SystemExit) as end:
+        commands.main(["sweep", "--list-outputs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not end.value.code and [line.split()[0] for line in lines] == list(outputs.OUTPUTS)
+    assert all(len(line.split(maxsplit=1)[1]) > 20 and len(line) < 130 for line in lines)
 
 
 def test_pictures_know_the_actions_that_the_prior_forbids(capsys, tmp_path, monkeypatch):

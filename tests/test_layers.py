@@ -124,6 +124,32 @@ def test_examples_are_programs_of_a_user(path):
             assert not node.attr.startswith("_"), f"{path.stem} uses {ast.unparse(node)}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_docstrings_say_what_a_function_does(path):
+    """A verb and its object first: no article, no formula and no question in its place. (Properties are nouns.)"""
+    nouns = {
+        "a",
+        "an",
+        "the",
+        "what",
+        "how",
+        "whether",
+        "where",
+        "which",
+        "same",
+        "largest",
+        "smallest",
+        "value",
+        "cost",
+    }
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        said = (ast.get_docstring(node) or "").split()
+        if said and not any(ast.unparse(mark) == "property" for mark in node.decorator_list):
+            assert said[0].lower() not in nouns and said[0][0].isalpha(), f"{path}: {node.name}: {' '.join(said[:8])}"
+
+
 PUBLIC = """
 KL MDP Alpha Anderson Box Certificate Dense Entropy Features Game Guarantee HalfSpace MatrixFree
 ModifiedPolicyIteration Names Newton Orthant Regulariser RobustSet SharedBudget Solution SolveError StatesOnly Status

@@ -37,12 +37,12 @@ def cores() -> int:
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether any array among `values` (pytrees) is a tracer."""
+    """Tell whether any array among `values` (pytrees) is a tracer."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
 def number(name: str, value: Any) -> Any:
-    """A tracer as it is, a container of tracers stacked, anything else as a float64 NumPy array.
+    """Read a number: tracers as they are, containers of tracers stacked, all else as a float64 NumPy array.
 
     Raises:
         TypeError: if `value` is not numeric.
@@ -62,7 +62,7 @@ def number(name: str, value: Any) -> Any:
 
 
 def working_dtype(*values: Any) -> np.dtype:
-    """The floating dtype that inputs ask for, at least float32, as JAX is configured to hold it.
+    """Return the floating dtype that inputs ask for, at least float32, as JAX is configured to hold it.
 
     Arrays with axes decide, scalars and Python lists only follow (a list of floats beside a float32 array
     does not promote it); with no floating array at all, JAX's default. float64 becomes float32 without x64.
@@ -96,7 +96,7 @@ def canonical(tree: _T, dtype: np.dtype | None = None) -> _T:
 
 
 def operand(name: str, x: Any, dtype: Any) -> Any:
-    """An argument of a compiled program in the dtype that it takes; names it where it is none, as `array` does.
+    """Read an argument of a compiled program in the dtype it takes; names it where it is none, as `array` does.
 
     Numbers stay with NumPy: to put one on a device takes 50 us, which is what a small solve takes as well.
     """
@@ -131,7 +131,7 @@ def _is_real(dtype: Any) -> bool:
 
 
 def flag(name: str, value: Any) -> bool:
-    """A truth value; anything that merely has one is a mistake, such as a number in the place of another argument."""
+    """Read a truth value; what merely has one is a mistake, such as a number in the place of another argument."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return bool(value)
@@ -161,7 +161,7 @@ def _cast(x: Any, wanted: dict[Any, Any]) -> Any:
 
 
 def tolerance(value: Any) -> tuple[float, str]:
-    """By how much probabilities may miss their sum, and how to say so: 1e-10 for float64 data, 1e-6 below.
+    """Say by how much probabilities may miss their sum, and in words: 1e-10 for float64 data, 1e-6 below.
 
     Data without a dtype (lists) and integers were made in double precision.
     """
@@ -171,14 +171,14 @@ def tolerance(value: Any) -> tuple[float, str]:
 
 
 def show(x: Any, unlike: Any = 0.0) -> str:
-    """A number with enough digits to see by how much it differs from `unlike`, and no more."""
+    """Write a number with enough digits to see by how much it differs from `unlike`, and no more."""
     x, allowed = float(x), 0.01 * abs(float(x) - float(unlike))
     shown = (f"{x:.{digits}g}" for digits in range(4, 17))
     return next((text for text in shown if abs(float(text) - x) <= allowed), repr(x))
 
 
 def place(name: str, index: tuple[int, ...], axes: tuple[str, ...]) -> str:
-    """`name[lane=2, s=3, a=1]`: leading axes beyond the named ones are batch lanes."""
+    """Write `name[lane=2, s=3, a=1]`: leading axes beyond the named ones are batch lanes."""
     lanes = index[: len(index) - len(axes)]
     lane = [f"lane={lanes[0] if len(lanes) == 1 else lanes}"] if lanes else []
     named = [f"{axis}={i}" for axis, i in zip(axes, index[len(lanes) :], strict=True)]
@@ -244,7 +244,7 @@ def expect_shape(name: str, shape: tuple[int, ...], core: tuple[int, ...], lette
 
 
 def layout_of(p: Any, layout: str | None) -> str:
-    """The layout of `p`, given or evident; refuses one that does not fit and one that cannot be told."""
+    """Find the layout of `p`, given or evident; refuses one that does not fit and one that cannot be told."""
     if p.ndim < 3 or 0 in p.shape:
         raise ValueError(
             f'transitions has shape {p.shape}; expected [S, A, S], or [A, S, S] with layout="ass", none empty'
@@ -343,7 +343,7 @@ def pack_sparse(matrices: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count(name: str, value: Any, least: int = 1) -> int:
-    """An integer of some size, whatever integer type it came in."""
+    """Read an integer of some size, whatever integer type it came in."""
     try:
         found = operator.index(value)
     except TypeError:

@@ -76,7 +76,7 @@ def _remove(partial: Path) -> None:
 
 
 def of_the_dead(partial: Path) -> bool:
-    """Whether a partial file was left by a process of this host that is no more."""
+    """Tell whether a partial file was left by a process of this host that is no more."""
     host, _, pid = partial.name.removesuffix(".partial").rpartition(".")
     # (Elsewhere signal 0 is no question, it interrupts.)
     if os.name != "posix" or not host.endswith(f".{socket.gethostname()}") or not pid.isdecimal():

@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 def static(write: Callable[[Any], Any] | None = None, read: Callable[[Any], Any] | None = None, **options: Any) -> Any:
-    """A dataclass field that is metadata of the compiled program instead of a leaf (must be hashable).
+    """Declare a field that is metadata of the compiled program instead of a leaf (must be hashable).
 
     With `repr=False` it is not shown. `write` makes JSON of a value that is not None, `read` makes the value again:
     programs that take the class and are serialised (`jax.export`) hold its metadata.
@@ -41,7 +41,7 @@ def static(write: Callable[[Any], Any] | None = None, read: Callable[[Any], Any]
 
 
 def discrete(kind: type, **options: Any) -> Any:
-    """A dataclass field that holds whole numbers (`int`) or truth values (`bool`), and is a leaf of floating numbers.
+    """Declare a field of whole numbers (`int`) or truth values (`bool`) that is a leaf of floating numbers.
 
     See `robustreg._core.discrete`. An instance with a true static field `raw` has it as a leaf as it is.
     """
@@ -124,18 +124,18 @@ def _summary(self: Any) -> str:
 
 
 def given(tangent: Any) -> Any:
-    """A tangent as a rule with `symbolic_zeros=True` receives it, or None where the argument does not change."""
+    """Return a tangent as a rule with `symbolic_zeros=True` receives it, or None where the argument does not change."""
     zero = is_symbolic_zero(tangent) or jnp.result_type(tangent) == jax.dtypes.float0
     return None if zero else tangent
 
 
 def is_symbolic_zero(x: Any) -> bool:
-    """Whether `x` is the placeholder of a zero tangent, which is a leaf."""
+    """Tell whether `x` is the placeholder of a zero tangent, which is a leaf."""
     return isinstance(x, SymbolicZero)
 
 
 def given_or_zero(tangent: Any, primal: Any) -> Any:
-    """A tangent that `jax.jvp` accepts, leaf by leaf."""
+    """Return a tangent that `jax.jvp` accepts, leaf by leaf."""
 
     def fill(t: Any, x: Any) -> Any:
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
@@ -169,13 +169,13 @@ def gate(t: Array, lost: Array) -> Array:
 
 
 def more_than(limit: int, shape: tuple[Any, ...]) -> bool:
-    """Whether an array has more entries than that; True in a program exported for any number of lanes."""
+    """Tell whether an array has more entries than that; True in a program exported for any number of lanes."""
     count = math.prod(shape)
     return jax.export.is_symbolic_dim(count) or count > limit
 
 
 def lanes_last(x: Array, batch_ndim: int, core_ndim: int) -> Array:
-    """`[*b, *core]` to `[*reversed(core), *b]` with `b` padded on its left to `batch_ndim` axes.
+    """Turn `[*b, *core]` into `[*reversed(core), *b]` with `b` padded on its left to `batch_ndim` axes.
 
     `core_ndim` 2 is `(S, A)`, 1 is `(S,)`, 0 a scalar per lane. Padding keeps every leaf aligned with every other
     when batch axes follow instead of lead.
@@ -192,7 +192,7 @@ def batch_first(x: Array, core_ndim: int) -> Array:
 
 
 def shared_by(lost: Array, sizes: tuple[int, ...]) -> Array:
-    """Of `lost [*B]`, whether all lanes are that share a leaf whose lanes' axes have these `sizes`: `[*b]`."""
+    """Tell of `lost [*B]` whether all lanes are that share a leaf whose lanes' axes have these `sizes`: `[*b]`."""
     return jnp.all(lost, axis=tuple(i for i, n in enumerate(sizes) if n == 1), keepdims=True)
 
 
@@ -205,7 +205,7 @@ def pick_lanes(x: Array, index: tuple[Array, ...]) -> Array:
 
 
 def materialised(x: Array) -> Array:
-    """`x` as one array in memory, so that all who read it read the same bits.
+    """Hold `x` as one array in memory, so that all who read it read the same bits.
 
     The compiler evaluates an expression anew in every kernel that reads it, and two evaluations may round differently
     (one with a fused multiply-add): a maximum is then none of the numbers that it was taken of.
@@ -230,7 +230,7 @@ def materialised(x: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def total(x: Array, axis: int = 0) -> Array:
-    """`jnp.sum(x, axis)`. Differentiable, but what is linear in a tangent, to be transposed, needs `plain_sum`."""
+    """Sum over `axis`. Differentiable, but what is linear in a tangent, to be transposed, needs `plain_sum`."""
     return lax.reduce(x, np.zeros((), x.dtype), lambda a, b: a - (-b), (axis,))
 
 
@@ -245,7 +245,7 @@ def plain_sum(x: Array) -> Array:
 
 
 def largest(x: Array, axis: int = 0) -> Array:
-    """`jnp.max(x, axis)`, without a derivative."""
+    """Find `jnp.max(x, axis)`, without a derivative."""
     return lax.reduce(x, np.asarray(-np.inf, x.dtype), lambda a, b: -lax.min(-a, -b), (axis,))
 
 
@@ -271,7 +271,7 @@ class Reducers(NamedTuple):
     axis: int = 0
 
     def over(self, x: Array) -> Array:
-        """`[...]` with an axis of 1 for actions."""
+        """Compute `[...]` with an axis of 1 for actions."""
         return jnp.expand_dims(x, self.axis)
 
     def plain_sum(self, x: Array) -> Array:
@@ -293,7 +293,7 @@ _REDUCERS = {"lanes": LANES, "rows": ROWS, "last": LAST}
 
 
 def reducers() -> Any:
-    """A static field that holds one of the three `Reducers`, `LANES` by default."""
+    """Return a static field that holds one of the three `Reducers`, `LANES` by default."""
     return static(
         write=lambda reduce: next(name for name, known in _REDUCERS.items() if known is reduce),
         read=_REDUCERS.__getitem__,

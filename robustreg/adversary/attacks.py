@@ -30,7 +30,7 @@ def _floating(name: str, x: ArrayLike) -> Array:
 
 
 def norm_attack(policy: ArrayLike, radius: ArrayLike, order: ArrayLike = 2.0) -> Array:
-    """The perturbation in a norm ball that lowers a fixed policy's return the most. It raises no reward.
+    """Find the perturbation in a norm ball that lowers a fixed policy's return the most. It raises no reward.
 
     Args:
         policy: `[*B, ..., A]`, normalised over its last axis.
@@ -148,7 +148,7 @@ class Decision:
 
 
 def single_decision(utility: ArrayLike, beta: ArrayLike, prior: ArrayLike | None = None) -> Decision:
-    """A single decision against an imagined adversary [Ortega and Lee 2014, thm 1], for beta of both signs.
+    """Solve a single decision against an imagined adversary [Ortega and Lee 2014, thm 1], for beta of both signs.
 
         F  =  ext_p min_C { <p, U - C> + (1/beta) (sum p0 exp(beta C) - 1) }
 

@@ -38,7 +38,7 @@ from robustreg.solvers.evaluation import occupancy
 def critical_beta(
     reg: Regulariser, perturbation: ArrayLike, *, weights: ArrayLike | None = None, per_state: bool = True
 ) -> Array:
-    """Largest beta, hence weakest regulariser, whose robust set holds a perturbation.
+    """Find the largest beta, hence the weakest regulariser, whose robust set holds a perturbation.
 
     Args:
         reg: the regulariser; its own beta does not matter (but for its batch axes), its `state_scale` does.

@@ -57,7 +57,7 @@ class Guarantee:
 
 
 def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike | None = None) -> Guarantee:
-    """What a fixed policy is guaranteed, and what it gets, when the reward it is deployed on is not the MDP's.
+    """Bound what a fixed policy earns, and compute what it does, where the reward it meets is not the MDP's.
 
     Args:
         mdp: the MDP with the reward that the policy was made for.
@@ -90,7 +90,7 @@ def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike
 
 
 def aggregated_slack(mdp: MDP, reg: Regulariser, policy: ArrayLike, perturbation: ArrayLike) -> Array:
-    """How far inside a policy's aggregated robust set a perturbation lies.
+    """Measure how far inside a policy's aggregated robust set a perturbation lies.
 
     Args:
         mdp, policy: whose discounted visits weigh the states; `policy` is `[*B, S, A]`.

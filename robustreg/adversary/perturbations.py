@@ -54,7 +54,7 @@ def worst_case(
 
 
 def slack(reg: Regulariser, perturbation: ArrayLike) -> Array:
-    """How far inside the robust set a perturbation lies.
+    """Measure how far inside the robust set a perturbation lies.
 
     Args:
         reg: the regulariser.

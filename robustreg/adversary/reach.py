@@ -48,7 +48,7 @@ def implicit_root(
     find: Callable[..., Array],
     exists: Callable[[Array], Array] = jnp.isfinite,
 ) -> Any:
-    """A root as a differentiable function of what determines it, to any order, whatever found it.
+    """Return a root as a differentiable function of what determines it, to any order, whatever found it.
 
     Args:
         level: `level(*arguments, t)`, elementwise in the shape of `t`, whose root in `t` is wanted.
@@ -190,7 +190,7 @@ def _bisected(level: Callable[[Array], Array], like: Array) -> Array:
 
 
 def proper(t: Array) -> Array:
-    """Whether a reach is a root, neither 0 nor infinite."""
+    """Tell whether a reach is a root, neither 0 nor infinite."""
     return jnp.isfinite(t) & (t != 0)
 
 
@@ -198,7 +198,7 @@ _reach = implicit_root(_level, _slope, lambda *arguments: lax.stop_gradient(_fin
 
 
 def reach(reg: Regulariser, x: Array, weight: Array | None = None) -> Array:
-    """Largest `t` for which `t x` is in the robust set of a bound regulariser.
+    """Find the largest `t` for which `t x` is in the robust set of a bound regulariser.
 
     Args:
         reg: a bound regulariser whose prior sums to 1.

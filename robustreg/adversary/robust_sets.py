@@ -43,24 +43,24 @@ class PerturbationSet:
     """
 
     def slack(self, perturbation: ArrayLike) -> Array:
-        """How much may be added to every action within the set, `[*B, ...]` in reward units; negative outside."""
+        """Tell how much may be added to every action within the set, `[*B, ...]` in reward units; negative outside."""
         raise TypeError(f"{type(self).__name__} does not define slack")
 
     def support(self, policy: ArrayLike) -> Array:
-        """The most that a member takes from a policy in expectation, `[*B, ...]` in reward units."""
+        """Return the most that a member takes from a policy in expectation, `[*B, ...]` in reward units."""
         raise TypeError(f"{type(self).__name__} does not define support")
 
     def radius(self, direction: ArrayLike) -> Array:
-        """Largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; infinite along a direction of recession."""
+        """Find the largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; infinite where there is no end."""
         raise TypeError(f"{type(self).__name__} does not define radius")
 
     def contains(self, perturbation: ArrayLike, tol: ArrayLike = 0.0) -> Array:
-        """Whether a perturbation is in the set, `[*B, ...]`; `tol` (reward units) forgives rounding on the boundary."""
+        """Tell whether a perturbation is in the set, `[*B, ...]`; `tol` forgives rounding on the boundary."""
         slack = self.slack(perturbation)
         return slack >= -jnp.asarray(tol, slack.dtype)
 
     def project(self, perturbation: ArrayLike) -> Array:
-        """The boundary point that differs from a perturbation by the same amount in every action, `[*B, ..., A]`."""
+        """Shift a perturbation by the same amount in every action to the boundary, `[*B, ..., A]`."""
         slack = self.slack(perturbation)
         x = jnp.asarray(perturbation, slack.dtype)
         return jnp.broadcast_to(x, slack.shape + x.shape[-1:]) + slack[..., None]
@@ -73,19 +73,19 @@ class RobustSet(PerturbationSet):
     regulariser: Regulariser
 
     def slack(self, perturbation: ArrayLike) -> Array:
-        """`-Omega*(dr)`; see `adversary.slack`."""
+        """Compute `-Omega*(dr)`; see `adversary.slack`."""
         return perturbations.slack(self.regulariser, perturbation)
 
     def support(self, policy: ArrayLike) -> Array:
-        """`Omega(p)`, attained at `worst_case`."""
+        """Compute `Omega(p)`, attained at `worst_case`."""
         return _price(self.regulariser, policy)
 
     def worst_case(self, policy: ArrayLike) -> Array:
-        """The member that takes `support`, `[*B, ..., A]`; see `adversary.worst_case`."""
+        """Return the member that takes `support`, `[*B, ..., A]`; see `adversary.worst_case`."""
         return perturbations.worst_case(self.regulariser, policy)
 
     def radius(self, direction: ArrayLike) -> Array:
-        """Largest `t >= 0` with `t * direction` in the set, `[*B, ...]`.
+        """Find the largest `t >= 0` with `t * direction` in the set, `[*B, ...]`.
 
         Infinite where no allowed action has a positive entry; 0 where the prior's mean is not negative (and some
         entry positive): 0 is a boundary point at which the prior is the outward normal. Not for `entropy`.
@@ -94,7 +94,7 @@ class RobustSet(PerturbationSet):
         return _kernel(_reach, self.regulariser, direction)
 
     def boundary(self, share: ArrayLike) -> Array:
-        """The boundary for two actions, in closed form.
+        """Return the boundary for two actions, in closed form.
 
         Args:
             share: `[*B, ...]` in [0, 1]: probability of the first action of the policy whose worst case is wanted.
@@ -141,22 +141,22 @@ class UnnormalisedSet(PerturbationSet):
     regulariser: Regulariser
 
     def slack(self, perturbation: ArrayLike) -> Array:
-        """How much may be added to every action within the set, `[*B, ...]`: the root of an increasing function."""
+        """Tell how much may be added to every action, `[*B, ...]`: the root of an increasing function."""
         reach.expect_reference(self.regulariser, "first argument")
         return _kernel(_shift, self.regulariser, perturbation)
 
     def support(self, policy: ArrayLike) -> Array:
-        """`(1/beta) eps_h(lam_{alpha h}(D))`, at most `Omega(p)`; equal for KL."""
+        """Compute `(1/beta) eps_h(lam_{alpha h}(D))`, at most `Omega(p)`; equal for KL."""
         reach.expect_reference(self.regulariser, "first argument")
         return _kernel(_unnormalised_support, self.regulariser, policy)
 
     def worst_case(self, policy: ArrayLike) -> Array:
-        """The member that takes `support`, `[*B, ..., A]`: `(1/beta) log_alpha(Z^{-1/alpha} p/p0)`."""
+        """Return the member that takes `support`, `[*B, ..., A]`: `(1/beta) log_alpha(Z^{-1/alpha} p/p0)`."""
         reach.expect_reference(self.regulariser, "first argument")
         return jnp.moveaxis(_kernel(_unnormalised_worst, self.regulariser, policy), 0, -1)
 
     def radius(self, direction: ArrayLike) -> Array:
-        """Largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; 0 and infinite as for the robust set."""
+        """Find the largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; 0 and infinite likewise."""
         reach.expect_reference(self.regulariser, "first argument")
         return _kernel(_unnormalised_reach, self.regulariser, direction)
 
@@ -169,11 +169,11 @@ class HalfSpace(PerturbationSet):
     policy: Array
 
     def slack(self, perturbation: ArrayLike) -> Array:
-        """`Omega(pi) - <pi, dr>`."""
+        """Compute `Omega(pi) - <pi, dr>`."""
         return _price(self.regulariser, self.policy) - _mean(self.policy, perturbation)
 
     def support(self, policy: ArrayLike) -> Array:
-        """`Omega(pi)` for `pi` itself, infinite for every other distribution (compared to rounding)."""
+        """Compute `Omega(pi)` for `pi` itself, infinite for every other distribution (compared to rounding)."""
         own = checks.canonical(jnp.asarray(self.policy))
         unit = 8 * float(jnp.finfo(own.dtype).eps)
         other = jnp.max(jnp.abs(jnp.asarray(policy, own.dtype) - own), axis=-1) > unit
@@ -181,7 +181,7 @@ class HalfSpace(PerturbationSet):
         return jnp.where(other, jnp.inf, price)
 
     def radius(self, direction: ArrayLike) -> Array:
-        """`Omega(pi)/<pi, direction>`, infinite where the direction costs the policy nothing."""
+        """Compute `Omega(pi)/<pi, direction>`, infinite where the direction costs the policy nothing."""
         price, gain = _price(self.regulariser, self.policy), _mean(self.policy, direction)
         return jnp.where(gain > 0, price / jnp.where(gain > 0, gain, 1), jnp.where(jnp.isnan(gain), gain, jnp.inf))
 
@@ -197,18 +197,18 @@ class Orthant(PerturbationSet):
     policy: Array
 
     def slack(self, perturbation: ArrayLike) -> Array:
-        """`min_a (worst_case - dr)` over the actions that the prior allows."""
+        """Compute `min_a (worst_case - dr)` over the actions that the prior allows."""
         corner, allowed = self._corner()
         room = jnp.where(allowed, corner - jnp.asarray(perturbation, corner.dtype), jnp.inf)
         return jnp.min(room, axis=-1)
 
     def support(self, policy: ArrayLike) -> Array:
-        """`<p, worst_case(pi)>`."""
+        """Compute `<p, worst_case(pi)>`."""
         corner, _ = self._corner()
         return _mean(jnp.asarray(policy, corner.dtype), corner)
 
     def radius(self, direction: ArrayLike) -> Array:
-        """Largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; minus infinity where there is none.
+        """Find the largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; minus infinity where there is none.
 
         The orthant holds 0 only for the policy that is the prior: every other worst case raises some reward.
         """

@@ -126,7 +126,7 @@ def load(path: str | Path) -> Job:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The tables of a file."""
+    """Read the tables of a file."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -152,7 +152,7 @@ def refuse_huge(x: Any, where: str) -> None:
 
 
 def load_sweep(path: str | Path) -> SweepJob:
-    """The same for a configuration with a [sweep] table, whose problem may be a batch of MDPs.
+    """Load a configuration with a [sweep] table, whose problem may be a batch of MDPs.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is not allowed.
@@ -213,7 +213,7 @@ def _brief(x: Any) -> str:
 
 
 def build(table: Mapping[str, Any], source: str = "configuration", batch: bool = False) -> Job:
-    """The same from tables already parsed; `source` names them in errors; `batch` allows many MDPs.
+    """Build what parsed tables describe; `source` names them in errors; `batch` allows many MDPs.
 
     Raises:
         ConfigError: something in the tables is not allowed.
@@ -247,7 +247,7 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
 
 
 def problem_of(section: Mapping[str, Any], source: str) -> Problem:
-    """What a [problem] table describes."""
+    """Build what a [problem] table describes."""
     problem = construct(PROBLEMS, section, f"{source}: [problem]")
     return problem if isinstance(problem, Problem) else Problem(problem, section["kind"].replace("_", " "))
 

@@ -56,7 +56,10 @@ def _sweep(one: Any) -> None:
     one.add_argument("config", metavar="CONFIG", type=_path, help="a TOML file with a [sweep] table")
     one.add_argument("--out", metavar="DIR", type=_path, required=True, help="stream results here, then table.csv")
     one.add_argument("--resume", action="store_true", help="go on with what DIR already holds")
-    one.add_argument("--shard", metavar="I/N", type=_part, help="only part I (from 0) of N")
+    one.add_argument("--shard", "--part", metavar="I/N", type=_part, help="only part I (from 0) of N")
+    one.add_argument(
+        "--list-outputs", action=_ListOutputs, nargs=0, help="say what [sweep] outputs there are, and stop"
+    )
     _precision(one)
     _device(one)
     several = one.add_argument_group("several processes", "start the same command in each, on one host or many")
@@ -67,6 +70,17 @@ def _sweep(one: Any) -> None:
     several.add_argument("--num-processes", metavar="N", type=_count, help="how many (JAX finds it on clusters)")
     several.add_argument("--process-id", metavar="I", type=_number, help="which, from 0 (JAX finds it on clusters)")
     several.add_argument("--lost-after", metavar="SECONDS", type=_seconds, default=100.0, help=_LOST_HELP)
+
+
+class _ListOutputs(argparse.Action):
+    """Print the outputs of a sweep and end, as `--help` does: nothing else is asked of the command line then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from robustreg.sweeps.outputs import MEANINGS
+
+        width = max(map(len, MEANINGS))
+        print(*(f"{name:{width}}  {meaning}" for name, meaning in MEANINGS.items()), sep="\n")
+        parser.exit()
 
 
 def _merge(one: Any) -> None:

@@ -79,7 +79,7 @@ class Verdict:
 
 
 def precision_of(source: str | Path) -> str:
-    """The precision that a result was solved in; float64 for a configuration."""
+    """Return the precision that a result was solved in; float64 for a configuration."""
     return str(_header(source).get("dtype", "float64")) if _is_result(source) else "float64"
 
 

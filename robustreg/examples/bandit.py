@@ -55,7 +55,7 @@ def played(weights: Any, base: Any, x: jax.Array, reward: jax.Array, beta: float
 
 
 def secured(weights: Any, base: Any, x: jax.Array, reward: jax.Array, beta: float) -> jax.Array:
-    """The guaranteed reward as a formula, with the divergence written out."""
+    """Compute the guaranteed reward from its formula, with the divergence written out."""
     log_p, log_p0 = jax.nn.log_softmax(outputs(weights, x)), jax.nn.log_softmax(outputs(base, x))
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (reward - (log_p - log_p0) / beta), -1))
 
@@ -121,7 +121,7 @@ def run(
 
 
 def judged(log_p: np.ndarray, reward: np.ndarray, log_p0: np.ndarray, beta: float) -> dict[str, np.ndarray]:
-    """Reward of policies `[P, N, A]` in each context, in peace and under the worst attack, `[P, N]` each, by NumPy."""
+    """Compute the reward of policies `[P, N, A]` by context, in peace and under attack, `[P, N]` each, by NumPy."""
     peace = (np.exp(log_p) * reward).sum(-1)
     return {"peace": peace, "attacked": peace - (np.exp(log_p) * (log_p - log_p0)).sum(-1) / beta}
 

@@ -71,19 +71,19 @@ def chances(slip: Any) -> Any:
 
 
 def planned(m: rr.MDP, field: Field, table: Any) -> rr.MDP:
-    """The MDP with other transitions, `[*B, S, A, S]`."""
+    """Give the MDP other transitions, `[*B, S, A, S]`."""
     alive = (field.cost != 0)[:, None]
     reward = field.cost[:, None] + alive * (table @ field.arrival)
     return dataclasses.replace(m, transitions=rr.Dense(jnp.asarray(table)), reward=jnp.asarray(reward))
 
 
 def of_slip(m: rr.MDP, field: Field, slip: jax.Array) -> rr.MDP:
-    """The model, `[N]` of them at once."""
+    """Build the model, `[N]` of them at once."""
     return planned(m, field, jnp.einsum("nk,ksat->nsat", chances(slip), field.leads))
 
 
 def true_table(field: Field, icy: float, dry: float) -> np.ndarray:
-    """The true transitions, which slip on ice more than elsewhere."""
+    """Build the true transitions, which slip on ice more than elsewhere."""
     return np.einsum("sk,ksat->sat", chances(np.where(field.icy, icy, dry)), field.leads)
 
 
@@ -95,7 +95,7 @@ def likelihood(field: Field, slip: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def decision(m: rr.MDP, field: Field, reg: Any, slip: jax.Array, counts: jax.Array) -> jax.Array:
-    """What the model's policy is guaranteed in the MDP of the counts, `[N]`."""
+    """Compute what the model's policy is guaranteed in the MDP of the counts, `[N]`."""
     policy = rr.solve(of_slip(m, field, slip), reg).policy
     frequencies = counts / counts.sum(-1, keepdims=True)
     return rr.evaluate(planned(m, field, frequencies), policy, reg) @ m.initial
@@ -115,7 +115,7 @@ def climb(objective: Callable[[jax.Array], jax.Array], start: jax.Array, steps: 
 
 
 def guaranteed(m: rr.MDP, policy: np.ndarray, table: np.ndarray, reward: np.ndarray, beta: float) -> np.ndarray:
-    """Regularised return of policies `[N, S, A]` in the true MDP, `[N]`, by NumPy's linear solve."""
+    """Compute the regularised return of policies `[N, S, A]` in the true MDP, `[N]`, by NumPy's linear solve."""
     logs = np.where(policy > 0, np.log(np.where(policy > 0, policy, 1) * policy.shape[-1]), 0)
     earned = (policy * (reward - logs / beta)).sum(-1)
     system = np.eye(len(table)) - float(m.discount) * np.einsum("nsa,sat->nst", policy, table)

@@ -123,7 +123,7 @@ def answers(key: jax.Array, cells: jax.Array, start: jax.Array, steps: jax.Array
 
 
 def network(weights: Any, places: jax.Array) -> jax.Array:
-    """What a network thinks that cells are worth, `[S]`."""
+    """Compute what a network thinks that cells are worth, `[S]`."""
     return jnp.tanh(places @ weights["in"] + weights["bias"]) @ weights["out"]
 
 
@@ -180,7 +180,7 @@ def make_worlds(m: rr.MDP, base: jax.Array, key: jax.Array, count: int, options:
 
 
 def transitions(m: rr.MDP) -> np.ndarray:
-    """The table `[S, A, S]`, whatever form the MDP keeps."""
+    """Read the table `[S, A, S]`, whatever form the MDP keeps."""
     return np.moveaxis(np.asarray(m.transitions.expect(jnp.eye(m.n_states, dtype=m.dtype))), 0, -1)
 
 

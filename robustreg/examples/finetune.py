@@ -59,7 +59,7 @@ def log_policy(task: Task, correction: jax.Array) -> jax.Array:
 
 
 def guaranteed(reg: Any, task: Task, log_p: jax.Array) -> jax.Array:
-    """What a model is guaranteed in each context, `[B]`: its reward less its own worst case."""
+    """Compute what a model is guaranteed in each context, `[B]`: its reward less its own worst case."""
     return jnp.sum(jnp.exp(log_p) * (task.reward - rr.worst_case(reg, log_policy=log_p)), -1)
 
 

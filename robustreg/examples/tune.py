@@ -39,7 +39,7 @@ def family(seed: int, count: int, sizes: dict[str, int], noise: float, lean: flo
 
 
 def regulariser(meta: dict[str, jax.Array]) -> Any:
-    """The regulariser of the meta-parameters: `log_beta` and `logits [A]`."""
+    """Build the regulariser of the meta-parameters: `log_beta` and `logits [A]`."""
     return rr.kl(beta=jnp.exp(meta["log_beta"]), log_prior=jax.nn.log_softmax(meta["logits"]))
 
 

@@ -119,7 +119,7 @@ _ARROW = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.8, "shrinkA": 0, "sh
 
 
 def sequential(numbers: Numbers, title: str = "") -> Any:
-    """A block of maps per strength, side by side: value, policy, and the worst case of each action on the grid."""
+    """Draw a block of maps per strength: value, policy, and the worst case of each action on the grid."""
     rows, columns = (int(n) for n in numbers["grid"])
     grid, marks, actions = (rows, columns), _marks(numbers), [str(name) for name in numbers["actions"]]
     blocks, down = len(numbers["beta"]), 1 + -(-len(actions) // 2)

@@ -147,7 +147,7 @@ def _boundary(reg: Regulariser, reward: jax.Array, window: float, points: int) -
 
 
 def sequential(problem: Problem, beta: Sequence[float], alpha: float = 1.0) -> Numbers:
-    """A grid world under several strengths.
+    """Solve a grid world under several strengths.
 
     Args:
         problem: whose states are cells of a grid.
@@ -219,7 +219,7 @@ def consistency(
 
 
 def price(problem: Problem, beta: Sequence[float], alpha: Sequence[float]) -> Numbers:
-    """What robustness costs and buys, against the strength.
+    """Compute what robustness costs and buys, against the strength.
 
     Args:
         problem: the MDP.
@@ -259,7 +259,7 @@ def attacks(
     samples: int = 32,
     seed: int = 0,
 ) -> Numbers:
-    """What attacks of growing size do to a robust policy, within the robust set and outside.
+    """Compute what attacks of growing size do to a robust policy, within the robust set and outside.
 
     Four attacks, each times `scale`: the worst case; one of the same norm in every state that only lowers rewards, the
     worst of them; uniform noise that costs what the worst case costs; and the worst case plus the same amount in every

@@ -135,7 +135,7 @@ def directions(m: MDP) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def value_map(value: ArrayLike, grid: Grid, *, title: str = "", marks: Marks = UNMARKED) -> Any:
-    """The value of every cell of a grid.
+    """Draw the value of every cell of a grid.
 
     Args:
         value: `[S]`, in reward units.
@@ -186,7 +186,7 @@ def perturbation_maps(
     marks: Marks = UNMARKED,
     actions: Sequence[str] = (),
 ) -> Any:
-    """The worst-case perturbation of every action on the grid, one map per action with one colour scale.
+    """Draw the worst-case perturbation of every action on the grid, one map each, with one colour scale.
 
     Args:
         perturbation: `[S, A]`, in reward units; the perturbed reward is `reward - perturbation`. NaN: an action that

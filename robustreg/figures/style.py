@@ -37,7 +37,7 @@ _ARROW = np.array([[0, 0.07], [0.55, 0.07], [0.55, 0.24], [1, 0], [0.55, -0.24],
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Tell whether matplotlib is installed."""
     try:
         new_figure(1.0, 1.0)
     except ModuleNotFoundError:
@@ -46,7 +46,7 @@ def available() -> bool:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of that size in inches."""
+    """Make an empty figure of that size in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -89,7 +89,7 @@ def heading(title: str, subject: str, between: str = "\n") -> str:
 
 
 def shown_number(x: float, form: str = "g") -> str:
-    """A number with a minus sign like those on axes, not a hyphen; none before zero."""
+    """Write a number with a minus sign like those on axes, not a hyphen; none before zero."""
     text = f"{x:{form}}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
@@ -132,7 +132,7 @@ def draw_arrows(axes: Any, policy: np.ndarray, steps: ArrayLike, grid: Grid, mar
 
 
 def inhabited(x: ArrayLike, grid: Grid, marks: Marks) -> np.ndarray:
-    """The cells `[rows, columns]` of `x [S]`, NaN where marked cells are filled: nobody acts there."""
+    """Lay `x [S]` out as cells `[rows, columns]`, NaN where marked cells are filled: nobody acts there."""
     cells = np.array(x, dtype=float)
     if cells.shape != (grid[0] * grid[1],):
         raise ValueError(f"a {grid[0]} x {grid[1]} grid has one number per cell, got shape {cells.shape}")
@@ -143,7 +143,7 @@ def inhabited(x: ArrayLike, grid: Grid, marks: Marks) -> np.ndarray:
 
 
 def diverging(x: np.ndarray) -> tuple[Any, str]:
-    """A colour scale with zero in its middle; logarithmic over two decades if few entries dwarf the rest."""
+    """Make a colour scale with zero in its middle; logarithmic over two decades if few entries dwarf the rest."""
     from matplotlib.colors import Normalize, SymLogNorm
 
     sizes = np.abs(x[np.isfinite(x)])
@@ -155,7 +155,7 @@ def diverging(x: np.ndarray) -> tuple[Any, str]:
 
 
 def colour_bar(figure: Any, image: Any, label: str, **where: Any) -> None:
-    """A colour bar whose ticks stay apart around the zero of a logarithmic scale; `where` as for `Figure.colorbar`."""
+    """Draw a colour bar whose ticks stay apart around a logarithmic zero; `where` as in `Figure.colorbar`."""
     bar = figure.colorbar(image, label=label, **where)
     if hasattr(image.norm, "linthresh"):
         powers = 10.0 ** np.arange(-30, 30)
@@ -222,7 +222,7 @@ def dress(axes: Any, grid: Grid, marks: Marks, cell: float, *, legend: bool = Tr
 
 
 def legend_of(marks: Marks, cell: float) -> str:
-    """What the marks mean, in a line."""
+    """Say what the marks mean, in a line."""
     frames = {"start": "□ (black)", "water": "□ (blue)"} if cell < _SMALL else {}
     return "   ".join(f"{frames.get(name, STYLES[name][0]) or 'grey:'} {name}" for name in marks)
 

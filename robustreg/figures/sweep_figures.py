@@ -101,14 +101,14 @@ def write(out: Path, table: Table, title: str = "") -> list[Path]:
 
 
 def returns(table: Table, *, title: str = "") -> Any:
-    """What a policy guarantees (`objective`) and earns undisturbed (`nominal_return`), whichever the table has."""
+    """Draw what a policy guarantees (`objective`) and earns undisturbed (`nominal_return`), as the table has it."""
     styles = {"objective": ("-", "guaranteed\n(objective)"), "nominal_return": ("--", "undisturbed\n(nominal return)")}
     present = {name: style for name, style in styles.items() if name in table.columns}
     return _lines(table, present, heading(title, "return against strength", ": "), "return (reward units)")
 
 
 def price(table: Table, *, title: str = "") -> Any:
-    """What the best unregularised policy would earn on top of the robust one, undisturbed."""
+    """Draw what the best unregularised policy would earn on top of the robust one, undisturbed."""
     style = {"price_of_robustness": ("-", "optimum less\nnominal return")}
     subject = heading(title, "price of robustness against strength", ": ")
     return _lines(table, style, subject, "price of robustness (reward units)")

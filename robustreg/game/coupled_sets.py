@@ -64,7 +64,7 @@ class Features(Adversary):
                 )
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Features":
-        """The features as `[F, A, S, *b]`."""
+        """Return the features as `[F, A, S, *b]`."""
         return Features(pytrees.lanes_last(jnp.asarray(self.features, dtype), batch_ndim, 3))
 
     def start(self, problem: bellman.BoundProblem) -> Array:
@@ -81,7 +81,7 @@ class Features(Adversary):
         return x, *maximise(problem.regulariser, x)
 
     def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
-        """`features @ w` less what its hardest state exceeds."""
+        """Compute `features @ w` less what its hardest state exceeds."""
         x, excess, _ = self._combined(problem, params)
         return x - jnp.max(excess, axis=0)[None, None]
 
@@ -227,7 +227,7 @@ class SharedBudget(Adversary):
         return SharedBudget(pytrees.lanes_last(budget, batch_ndim, 0), pytrees.lanes_last(weights, batch_ndim, 1))
 
     def start(self, problem: bellman.BoundProblem) -> dict[str, Array]:
-        """`beta dr` within R, and logarithms of the states' shares in the budget."""
+        """Compute `beta dr` within R, and logarithms of the states' shares in the budget."""
         zero = jnp.zeros(shape(problem), problem.dtype)
         return {"within": zero, "share": zero[0]}
 
@@ -236,7 +236,7 @@ class SharedBudget(Adversary):
         return {"within": Whole().retract(problem, params["within"]), "share": jax.nn.log_softmax(params["share"], 0)}
 
     def perturbation(self, problem: bellman.BoundProblem, params: dict[str, Array]) -> Array:
-        """A member of R, and each state's share of the budget on all its actions alike."""
+        """Return a member of R, and each state's share of the budget on all its actions alike."""
         extra = self.budget[None] * jnp.exp(params["share"]) / self.weights
         dr = Whole().perturbation(problem, params["within"]) + extra[None]
         return jnp.where(is_masked(problem), 0, dr)
@@ -258,5 +258,5 @@ class SharedBudget(Adversary):
     def price(
         self, problem: bellman.BoundProblem, params: dict[str, Array], policy: Array, visits: Array
     ) -> tuple[Array, Array]:
-        """The support function itself: the whole budget goes to the state of most visits per weight."""
+        """Return the support function itself: the whole budget goes to the state of most visits per weight."""
         return problem.regulariser._value(policy), self.budget * jnp.max(visits / self.weights, axis=0)

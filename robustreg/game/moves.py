@@ -78,7 +78,7 @@ class Position:
 
 
 def opening(setup: Setup) -> Position:
-    """The prior against no perturbation."""
+    """Set the prior against no perturbation."""
     problem, rules = setup.problem, setup.rules
     zero = jnp.zeros(shape(problem), problem.dtype)
     logits, policy = boundary(problem, zero)

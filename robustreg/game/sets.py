@@ -46,7 +46,7 @@ def is_masked(problem: bellman.BoundProblem) -> Array:
 
 
 def shape(problem: bellman.BoundProblem) -> tuple[int, ...]:
-    """`[A, S, *B]` in full."""
+    """Compute `[A, S, *B]` in full."""
     return (*problem.reward.shape[:2], *problem.batch)
 
 
@@ -73,7 +73,7 @@ class Adversary:
         """Refuse leaves that do not fit an MDP of these sizes."""
 
     def bind(self, batch_ndim: int, dtype: Any) -> Any:
-        """The same set in the kernels' layout."""
+        """Return the same set in the kernels' layout."""
         return self
 
     def start(self, problem: bellman.BoundProblem) -> Any:
@@ -85,7 +85,7 @@ class Adversary:
         raise NotImplementedError
 
     def perturbation(self, problem: bellman.BoundProblem, params: Any) -> Array:
-        """The member `dr`, `[A, S, *B]`, that retracted parameters stand for."""
+        """Return the member `dr`, `[A, S, *B]`, that retracted parameters stand for."""
         raise NotImplementedError
 
     def ascent(self, problem: bellman.BoundProblem, params: Any, policy: Array, visits: Array, count: Array) -> Any:
@@ -93,12 +93,12 @@ class Adversary:
         raise NotImplementedError
 
     def price(self, problem: bellman.BoundProblem, params: Any, policy: Array, visits: Array) -> tuple[Array, Array]:
-        """`cost [S, *B]` and `extra [*B]` with `max { <mu, dr> : dr in the set } <= sum_s d cost + extra`."""
+        """Compute `cost [S, *B]` and `extra [*B]` with `max { <mu, dr> : dr in the set } <= sum_s d cost + extra`."""
         raise NotImplementedError
 
 
 def boundary(problem: bellman.BoundProblem, x: Array) -> tuple[Array, Array]:
-    """The highest point of R's boundary with the normal that `x/beta` has, in units of 1/beta, and that normal.
+    """Return the highest point of R's boundary with the normal that `x/beta` has, in units of 1/beta, and that normal.
 
     Where the normal is 0 the boundary is flat: every lower entry has the same normal, takes less, and would hold up
     whoever needs that action later.
@@ -121,7 +121,7 @@ class Whole(Adversary):
         return boundary(problem, params)[0]
 
     def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
-        """The parameters in reward units."""
+        """Return the parameters in reward units."""
         return params / problem.regulariser.beta[None]
 
     def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
@@ -130,12 +130,12 @@ class Whole(Adversary):
         return natural(problem, policy, normal)
 
     def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
-        """The regulariser: this is how the set was defined."""
+        """Return the regulariser: this is how the set was defined."""
         return problem.regulariser._value(policy), jnp.zeros(problem.batch, problem.dtype)
 
 
 def curvature(problem: bellman.BoundProblem, policy: Array) -> Array:
-    """`w = p0^{alpha-1} p^{2-alpha}`, how far p moves with its q in units of 1/beta, `[A, S, *B]`; 0 off support."""
+    """Compute `w = p0^{alpha-1} p^{2-alpha}`, how far p moves with beta q, `[A, S, *B]`; 0 off support."""
     # KL has no order of its own.
     order = getattr(problem.regulariser, "alpha", jnp.ones_like(problem.regulariser.beta))
     prior, on = jnp.where(is_masked(problem), 0, problem.regulariser._prior), policy > 0
@@ -143,7 +143,7 @@ def curvature(problem: bellman.BoundProblem, policy: Array) -> Array:
 
 
 def natural(problem: bellman.BoundProblem, policy: Array, normal: Array) -> Array:
-    """`(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`."""
+    """Compute `(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`."""
     w = curvature(problem, jnp.maximum(policy, normal))
     return jnp.where(w > 0, (policy - normal) / jnp.where(w > 0, w, 1), 0)
 
@@ -185,13 +185,13 @@ class Box(Whole):
             checks.refuse("Box.bound", bound, ~((bound > 0) & np.isfinite(bound)), ("s", "a")[: bound.ndim], rule)
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Box":
-        """The bound as `[A or 1, S or 1, *b]`."""
+        """Return the bound as `[A or 1, S or 1, *b]`."""
         bound = jnp.asarray(self.bound, dtype)
         bound = bound.reshape((1, 1)) if bound.ndim == 0 else bound
         return Box(pytrees.lanes_last(bound, batch_ndim, 2))
 
     def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
-        """`clip(x - c, -bound, bound)` with the number c per state that puts it on the boundary of R."""
+        """Compute `clip(x - c, -bound, bound)` with the number c per state that puts it on the boundary of R."""
         reg, masked = problem.regulariser, is_masked(problem)
         x, bound = params / reg.beta[None], jnp.broadcast_to(self.bound, params.shape)
         exact = 8 * float(jnp.finfo(x.dtype).eps) * (pytrees.largest(bound) + 1 / reg.beta)
@@ -223,7 +223,7 @@ class Box(Whole):
         return jnp.where(masked, 0, reg.beta[None] * dr)
 
     def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
-        """`pi` less the part of it that the boundary of R bears; the box bears the rest."""
+        """Compute `pi` less the part of it that the boundary of R bears; the box bears the rest."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         dr = self.perturbation(problem, params)
         free = (jnp.abs(dr) < self.bound) & ~is_masked(problem)
@@ -232,7 +232,7 @@ class Box(Whole):
         return natural(problem, policy, jnp.where(borne > 0, share, 1)[None] * normal)
 
     def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
-        """`l Omega(p) + sum_a bound |pi - l p|` for the best multiple l of the normal p at the adversary's choice."""
+        """Compute `l Omega(p) + sum_a bound |pi - l p|` for the best multiple l of the normal p."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         own = problem.regulariser._value(normal)
         # Convex and piecewise linear in l: the least value is at a kink.
@@ -260,7 +260,7 @@ class StatesOnly(Adversary):
     _responses = 1
 
     def start(self, problem: bellman.BoundProblem) -> Array:
-        """`beta u`, `[S, *B]`."""
+        """Compute `beta u`, `[S, *B]`."""
         return jnp.zeros(shape(problem)[1:], problem.dtype)
 
     def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
@@ -268,7 +268,7 @@ class StatesOnly(Adversary):
         return jnp.minimum(params, 0)
 
     def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
-        """`u(s)` for every action, 0 on masked ones."""
+        """Compute `u(s)` for every action, 0 on masked ones."""
         dr = jnp.broadcast_to((params / problem.regulariser.beta)[None], shape(problem))
         return jnp.where(is_masked(problem), 0, dr)
 

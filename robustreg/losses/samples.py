@@ -49,7 +49,7 @@ def order_and_strength(reg: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
 
 
 def leading(leaf: Array, rank: int) -> Array:
-    """A leaf with axes of 1 behind its own, up to a rank."""
+    """Return a leaf with axes of 1 behind its own, up to a rank."""
     return leaf.reshape(leaf.shape + (1,) * (rank - leaf.ndim))
 
 

@@ -32,7 +32,7 @@ def cast_kernel(kernel: Any, dtype: np.dtype) -> Transitions:
 
 
 def at_hand(kernel: Any) -> Any:
-    """A kernel with its probabilities in NumPy, where they are concrete."""
+    """Return a kernel with its probabilities in NumPy, where they are concrete."""
     p = getattr(kernel, "probabilities", None)
     if p is None or checks.is_traced(p):
         return kernel
@@ -43,7 +43,7 @@ def at_hand(kernel: Any) -> Any:
 
 
 def kernel_of(came: containers.Kernel, layout: str | None, available: Any) -> tuple[Any, tuple[float, str], Any]:
-    """A kernel whose arrays are float64 or tracers, entries checked, the tolerance on its rows, and the mask.
+    """Return a kernel whose arrays are float64 or tracers, entries checked, the tolerance on its rows, and the mask.
 
     (A mask without a single False is None.)
     """
@@ -111,7 +111,7 @@ def _checked(kernel: Any, available: Any) -> Any:
 
 
 def stochastic(kernel: Any, termination: Any, margin: Any, normalise: bool, dtype: Any, available: Any) -> Any:
-    """The kernel with rows that sum to `1 - termination` to rounding; refuses rows not close to it."""
+    """Return the kernel with rows that sum to `1 - termination` to rounding; refuses rows not close to it."""
     if isinstance(kernel, MatrixFree):
         return function_checks.checked(kernel, termination, normalise, dtype, available)
     p = kernel.probabilities
@@ -184,7 +184,7 @@ def initial_of(initial: Any, n_states: int, normalise: bool) -> Any:
 
 
 def discount_of(discount: Any, dtype: np.dtype) -> tuple[Array, Array]:
-    """The discount and its complement, the latter from double precision where the discount has it."""
+    """Return the discount and its complement, the latter from double precision where the discount has it."""
     g = checks.number("discount", discount)
     if checks.is_traced(g):
         g = cast(g, dtype)

@@ -223,7 +223,7 @@ class _Reader:
         return np.reshape(numbers, (n,) * axes)
 
     def mdp(self, discount: Any, initial: Any) -> MDP:
-        """What the file says, as an MDP."""
+        """Tell what the file says, as an MDP."""
         states, actions = self.names.get("states"), self.names.get("actions")
         if states is None or actions is None or "T" not in self.tables:
             raise ValueError(f"{self.path} gives no states, no actions or no transitions T")

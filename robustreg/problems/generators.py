@@ -59,7 +59,7 @@ def grid_world(
     goal: float = 1.0,
     dtype: Any = None,
 ) -> MDP:
-    """A grid drawn as text (see the module's docstring).
+    """Make a grid world from a drawing in text (see the module's docstring).
 
     Args:
         cells: one string per row, all of one length, of the letters `. ~ # S G`.
@@ -99,7 +99,7 @@ def grid_marks(cells: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def slippery_cells(size: int = 32, *, water_share: float = 0.2, seed: int = 0) -> tuple[str, ...]:
-    """The drawing behind `slippery_grid`: start and goal in opposite corners, water scattered between."""
+    """Draw the cells of `slippery_grid`: start and goal in opposite corners, water scattered between."""
     _check_size("size", size, 2)
     _check_probability("water_share", water_share)
     rng = _generator(seed)
@@ -113,7 +113,7 @@ def slippery_cells(size: int = 32, *, water_share: float = 0.2, seed: int = 0) -
 def slippery_grid(
     size: int = 32, discount: Any = 0.99, *, water_share: float = 0.2, seed: int = 0, dtype: Any = None
 ) -> MDP:
-    """A slippery square grid to measure on: it mixes slowly, where Garnets mix fast.
+    """Make a slippery square grid to measure on: it mixes slowly, where Garnets mix fast.
 
     The intended move happens with probability .8 and each side with .1; the goal corner is absorbing with +1
     on entry; a step costs .01, from water .1.
@@ -141,7 +141,7 @@ def chain(
     large: float = 1.0,
     dtype: Any = None,
 ) -> MDP:
-    """A river: drifting back is sure and pays a little at once, swimming up pays at the far end only.
+    """Make a river: drifting back is sure and pays a little at once, swimming up pays at the far end only.
 
     Args:
         n_states: S, at least 2.
@@ -197,7 +197,7 @@ def garnet(
     seed: int = 0,
     dtype: Any = None,
 ) -> MDP:
-    """A random MDP [Archibald, McKinnon and Thomas 1995]: random successors, rewards uniform in [0, 1).
+    """Make a random MDP [Archibald, McKinnon and Thomas 1995]: random successors, rewards uniform in [0, 1).
 
     Args:
         n_states: S.

@@ -22,7 +22,7 @@ from robustreg.problems.successors import Successors
 
 
 def from_gymnasium(env: Any, discount: Any = 0.99, *, initial: Any = None) -> MDP:
-    """The MDP of a tabular Gymnasium environment.
+    """Read the MDP of a tabular Gymnasium environment.
 
     Args:
         env: an environment whose `env.unwrapped` has the model `P` (FrozenLake, Taxi, CliffWalking), the name

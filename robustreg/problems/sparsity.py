@@ -56,7 +56,7 @@ class Pattern:
 
 
 def find(indices: Any) -> Pattern | None:
-    """The pattern of successor lists `[S, A, K]`; None where there is none worth having, or no looking at them."""
+    """Find the pattern of successor lists `[S, A, K]`; None where none is worth having, or they cannot be seen."""
     if not isinstance(indices, jax.Array) or checks.is_traced(indices) or len(indices.devices()) > 1:
         return None
     key = id(indices)

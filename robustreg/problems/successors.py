@@ -69,7 +69,7 @@ class Successors(Transitions):
         return Successors(self.indices, self.probabilities, pattern, raw=True)
 
     def prepared(self) -> "Successors":
-        """See `Transitions`: with the pattern of its indices, which are looked at where they are concrete."""
+        """Find the pattern of the indices, where they are concrete, and keep it with the kernel; see `Transitions`."""
         if self.indices.ndim > 3:
             return self
         traced = checks.is_traced(self.indices)

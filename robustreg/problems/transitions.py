@@ -50,7 +50,7 @@ class Transitions:
         return self.n_states
 
     def bind(self, batch_ndim: int, dtype: Any) -> "Transitions":
-        """The same kernel laid out for lanes with `batch_ndim` batch axes, computing in `dtype`."""
+        """Lay the kernel out for lanes with `batch_ndim` batch axes, computing in `dtype`."""
         raise TypeError(f"{type(self).__name__} does not define bind")
 
     def _expect(self, v: Array) -> Array:
@@ -96,7 +96,7 @@ class Transitions:
         return self, policy, None
 
     def prepared(self) -> "Transitions":
-        """The same kernel with what can be found out of it while its arrays are concrete; see `MDP.prepared`."""
+        """Find out what can be while arrays are concrete, and keep it with the kernel; see `MDP.prepared`."""
         return self
 
     def _with_sparsity(self, dtype: Any) -> "Transitions":
@@ -269,7 +269,7 @@ class MatrixFree(Transitions):
         return self._n_actions
 
     def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
-        """The parameters are the leaves; the functions and sizes belong to the compiled program."""
+        """Split into leaves, the parameters, and what belongs to the compiled program: functions and sizes."""
         return (self.parameters,), (self.function, self.transpose, self.n_states, self.n_actions)
 
     @classmethod

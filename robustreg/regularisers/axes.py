@@ -128,7 +128,7 @@ def align(leaves: Leaves, shape: Shape, refuse: bool) -> Alignment:
 
 
 def mismatch(leaves: Leaves, shape: Shape) -> str:
-    """What to say of values that do not fit."""
+    """Tell what to say of values that do not fit."""
     own = ", ".join(f"{name} {list(part)}" for name, part in leaves._asdict().items() if part)
     return (
         f"values of shape {list(shape)} do not fit the regulariser's {own or 'leaves'}; expected [*B, ..., A] with its "

@@ -87,7 +87,7 @@ def kl_maximiser(
 
 
 def is_one_number(log_prior: Array, reduce: pytrees.Reducers) -> bool:
-    """Whether one number stands for the prior of every action, as in a row-major layout without a prior."""
+    """Tell whether one number stands for the prior of every action, as in a row-major layout without a prior."""
     return reduce is pytrees.LAST and log_prior.shape[reduce.axis] == 1
 
 
@@ -115,7 +115,7 @@ def _near_level(gap: Array, log_prior: Array, reduce: pytrees.Reducers) -> Array
 
 
 def gaps(q: Array, beta: Array, log_prior: Array, reduce: pytrees.Reducers) -> tuple[Array, Array]:
-    """`max q` over the actions that the prior allows, `[...]`, and `beta (max q - q)`, 0 on the others, `[A, ...]`.
+    """Compute `max q` over allowed actions, `[...]`, and `beta (max q - q)`, 0 on the others, `[A, ...]`.
 
     The smallest gap is exactly 0: what is left of it by rounding is subtracted from all, for `exp(-h l)` would magnify
     it.
@@ -169,7 +169,7 @@ class Rows(NamedTuple):
 
 
 def loss(raw: Array, ratio: Array, level: Array, rows: Rows, reduce: pytrees.Reducers) -> Array:
-    """`beta (max q - Omega*)` from the dual function at a level, `[...]`; `raw` is `p0 e^ratio` there, `[A, ...]`."""
+    """Compute `beta (max q - Omega*)` from the dual function at a level; `raw` is `p0 e^ratio` there, `[A, ...]`."""
     gap, log_prior, prior, mass, alpha, h = rows
     short = reduce.total(missing(raw, prior, ratio))
     price = alpha_divergence_at(raw, log_prior, alpha, ratio, reduce)
@@ -178,7 +178,7 @@ def loss(raw: Array, ratio: Array, level: Array, rows: Rows, reduce: pytrees.Red
 
 
 def unless_tiny(total: Array, rows: Rows, reduce: pytrees.Reducers) -> Array:
-    """A loss `total` of a prior of any mass, or that of two moments of the gaps where they are small, `[...]`."""
+    """Divide a loss `total` by the mass of the prior; where gaps are small, take that of two moments, `[...]`."""
     gap, _, prior, mass, _, h = rows
     # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
     mean = reduce.total(prior * gap) / mass
@@ -206,7 +206,7 @@ def alpha_noise(scales: Scales, beta: Array, alpha: Array) -> Array:
 
 
 def ratios(level: Array, gap: Array, h: Array, reduce: pytrees.Reducers = pytrees.LANES) -> tuple[Array, Array]:
-    """`log(p/p0)` and `rho` of every action for a log-ratio `level` of the best one.
+    """Compute `log(p/p0)` and `rho` of every action for a log-ratio `level` of the best one.
 
     For h < 0 and small priors `e^{-h l}` overflows; there `log(p/p0)` has the limit `log(-h gap)/h`, free of `l`.
     """
@@ -285,7 +285,7 @@ def normalised(
     resolved: float | Array,
     reduce: pytrees.Reducers,
 ) -> Array:
-    """The same from the `weight = raw/rho` of `curvature` and the sums over actions of both, `totals`.
+    """Normalise likewise from the `weight = raw/rho` of `curvature` and the sums over actions of both, `totals`.
 
     Rows whose sum misses the prior's by a logarithm of more than `resolved` get a mixture of the bracket's two sides.
     """
@@ -304,7 +304,7 @@ def normalised(
 
 
 def resolution(dtype: np.dtype) -> float:
-    """Largest logarithm of the sum at a root that counts as resolved."""
+    """Find the largest logarithm of the sum at a root that counts as resolved."""
     return float(jnp.finfo(dtype).eps) ** 0.6
 
 
@@ -321,7 +321,7 @@ def _between(low: Array, high: Array, rows: Rows, reduce: pytrees.Reducers) -> A
 
 
 def curvature(policy: Array, rho: Array) -> Array:
-    """`w = p/rho`, proportional to `p0^{alpha-1} p^{2-alpha}`; 0 off the support."""
+    """Compute `w = p/rho`, proportional to `p0^{alpha-1} p^{2-alpha}`; 0 off the support."""
     inside = (rho > 0) & (policy > 0)
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
 

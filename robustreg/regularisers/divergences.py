@@ -58,7 +58,7 @@ class Scales(NamedTuple):
 
 @jax.custom_jvp
 def deformed_exp(x: Array, h: Array) -> Array:
-    """`(exp(h x) - 1)/h`, continuous at `h = 0` where it is `x`. Broadcasts; shape of `x` with `h`.
+    """Compute `(exp(h x) - 1)/h`, continuous at `h = 0` where it is `x`. Broadcasts; shape of `x` with `h`.
 
     Where `x` is infinite, the derivatives in `x` count as 0.
     """
@@ -84,7 +84,7 @@ deformed_exp.defjvp(_eps_jvp, symbolic_zeros=True)
 
 
 def deformed_exp_slope(x: Array, h: Array) -> Array:
-    """`d eps_h(x)/dh = x^2 f(h x)` with `f(y) = (y e^y - e^y + 1)/y^2`, for finite x; a series near `y = 0`."""
+    """Compute `d eps_h(x)/dh = x^2 f(h x)` with `f(y) = (y e^y - e^y + 1)/y^2`, for finite x; a series near `y = 0`."""
     y = h * x
     near = jnp.abs(y) < 1
     small, far = jnp.where(near, y, 0), jnp.where(near, 1, y)
@@ -96,7 +96,7 @@ def deformed_exp_slope(x: Array, h: Array) -> Array:
 
 @jax.custom_jvp
 def deformed_log(x: Array, h: Array) -> Array:
-    """`log(1 + h x)/h`, continuous at `h = 0` where it is `x`; minus infinity at or below `h x = -1` for `h > 0`.
+    """Compute `log(1 + h x)/h`, continuous at `h = 0` where it is `x`; minus infinity where `h x <= -1`, `h > 0`.
 
     Where it is infinite, its derivatives count as 0.
     """
@@ -128,7 +128,7 @@ def _nonzero(h: Array) -> tuple[Array, Array]:
 
 
 def log_ratio(policy: Array, log_prior: Array) -> Array:
-    """`log(p/p0)`, 0 where the prior and `p` are both 0, infinite where just one of them is. Shape `[A, ...]`.
+    """Compute `log(p/p0)`, 0 where the prior and `p` are both 0, infinite where just one of them is. Shape `[A, ...]`.
 
     Its derivative counts as 0 where it is infinite or masked.
     """
@@ -139,13 +139,13 @@ def log_ratio(policy: Array, log_prior: Array) -> Array:
 
 
 def weighted(weight: Array, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
-    """`sum_a weight x` in which weight 0 silences an infinite `x`; `add` is `pytrees.plain_sum` for tangents."""
+    """Compute `sum_a weight x` where weight 0 silences an infinite `x`; `add` is `pytrees.plain_sum` for tangents."""
     return add(weight * jnp.where(weight == 0, 0, x))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def alpha_divergence(policy: Array, log_prior: Array, alpha: Array, reduce: pytrees.Reducers = pytrees.LANES) -> Array:
-    """`D_alpha[p0 : p]` for every real alpha (the KL divergence `KL(p : p0)` at 1, `KL(p0 : p)` at 0).
+    """Compute `D_alpha[p0 : p]` for every real alpha (the KL divergence `KL(p : p0)` at 1, `KL(p0 : p)` at 0).
 
     Args:
         policy: `p`, `[A, ...]`, normalised over axis 0 (to rounding, or not: see the module docstring).
@@ -162,7 +162,7 @@ def alpha_divergence(policy: Array, log_prior: Array, alpha: Array, reduce: pytr
 def alpha_divergence_at(
     policy: Array, log_prior: Array, alpha: Array, ratio: Array, reduce: pytrees.Reducers = pytrees.LANES
 ) -> Array:
-    """The same with `log(p/p0)` from a caller who knows it better than the logarithm of `p` does (underflow)."""
+    """Compute `alpha_divergence` with `log(p/p0)` from a caller who knows it better than `log p` does (underflow)."""
     prior = jnp.exp(log_prior)
     upper, order, scale = _regular_form(alpha)
     heavy = jnp.where(reduce.over(upper), policy, prior)
@@ -182,7 +182,7 @@ def _regular_form(alpha: Array) -> tuple[Array, Array, Array]:
 
 
 def divergence_terms(policy: Array, prior: Array, alpha: Array, ratio: Array) -> Array:
-    """What `alpha_divergence_at` is the sum of, action by action, where no mass is on masked actions.
+    """List what `alpha_divergence_at` is the sum of, action by action, where no mass is on masked actions.
 
     Args:
         policy, prior, ratio: `p`, `p0` and `log(p/p0)`, arrays over actions.
@@ -223,7 +223,7 @@ def rounding(policy: Array, log_prior: Array, alpha: Array) -> Array:
 
 
 def missing(policy: Array, prior: Array, ratio: Array) -> Array:
-    """`p0 - p` from `log(p/p0)`, relative to rounding of the difference, `[A, ...]`."""
+    """Compute `p0 - p` from `log(p/p0)`, relative to rounding of the difference, `[A, ...]`."""
     up = ratio > 0
     # The larger of the two, NaN where either is.
     heavy = jnp.where(up, policy, -jnp.maximum(prior, policy))
@@ -232,7 +232,7 @@ def missing(policy: Array, prior: Array, ratio: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def kl_divergence(policy: Array, log_prior: Array, reduce: pytrees.Reducers = pytrees.LANES) -> Array:
-    """`sum p log(p/p0)` of a normalised `p` and a `p0` of any mass. Shapes as in `alpha_divergence`."""
+    """Compute `sum p log(p/p0)` of a normalised `p` and a `p0` of any mass. Shapes as in `alpha_divergence`."""
     return weighted(policy, log_ratio(policy, log_prior), reduce.total)
 
 

@@ -58,7 +58,7 @@ def restricted(reg: Regulariser, available: ArrayLike | None) -> Any:
 
 
 def checked(available: Any, core: tuple[int, int] | None) -> Any:
-    """A mask as a boolean NumPy array or tracer.
+    """Read a mask as a boolean NumPy array or tracer.
 
     Args:
         available: booleans, or the numbers 0 and 1; `[*B, S, A]`.
@@ -90,7 +90,7 @@ def checked(available: Any, core: tuple[int, int] | None) -> Any:
 
 
 def missing(available: Any, batch: tuple[int, ...], xp: Any = np) -> Any:
-    """Where an action exists in none of the lanes that a leaf with batch axes `batch` serves, `[*batch, S, A]`."""
+    """Tell where an action exists in none of the lanes that a leaf with batch axes `batch` serves, `[*batch, S, A]`."""
     own = available.shape[:-2]
     checks.check_batches({"available": own, "the others": batch})
     extra = len(own) - len(batch)
@@ -101,7 +101,7 @@ def missing(available: Any, batch: tuple[int, ...], xp: Any = np) -> Any:
 
 
 def fill(x: Any, available: Any, inert: Any, core: int = 2) -> Any:
-    """A leaf with something inert where there is no action.
+    """Put something inert into a leaf where there is no action.
 
     Args:
         x: `[*b, S, A, ...]` with `core` axes from S on; NumPy or traced.
@@ -128,5 +128,5 @@ def refuse_missing(policy: Any, available: Any) -> None:
 
 
 def plays_missing(policy: Array, allowed: Array) -> Array:
-    """Whether a policy plays an action that does not exist, `[S, *B]`; both `[A, S, *B]`, the mask with axes of 1."""
+    """Tell where a policy plays an action that does not exist, `[S, *B]`; the mask may have axes of 1."""
     return jnp.any((policy > 0) & ~allowed, axis=0)

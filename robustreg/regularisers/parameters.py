@@ -26,7 +26,7 @@ _UNITS, _UNSEEN = 4, 1e-3
 
 
 def number(name: str, x: ArrayLike) -> Array:
-    """An array of explicit floating dtype, float32 or more: a weakly typed leaf would compile anew."""
+    """Read an array of explicit floating dtype, float32 or more: a weakly typed leaf would compile anew."""
     x = containers.plain(name, x)
     if not isinstance(x, Tracer) and checks.is_traced(x):
         x = jnp.asarray(x)  # a sequence of tracers
@@ -42,7 +42,7 @@ def number(name: str, x: ArrayLike) -> Array:
 
 
 def working(dtype: Any) -> np.dtype:
-    """The dtype in which to compute with numbers of one, as JAX is configured to hold it: float32 at least."""
+    """Return the dtype in which to compute with numbers of one, as JAX is configured to hold it: float32 at least."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return np.dtype(jnp.result_type(float))
     return np.dtype(jax.dtypes.canonicalize_dtype(np.float32 if jnp.finfo(dtype).bits < 32 else dtype))
@@ -63,7 +63,7 @@ def _entry(name: str, where: tuple[int, ...]) -> str:
 
 
 def order(x: ArrayLike) -> Array:
-    """The order alpha: finite."""
+    """Read the order alpha: finite."""
     x = number("alpha", x)
     refuse("alpha", x, lambda v: ~np.isfinite(v), "must be finite")
     return x
@@ -80,7 +80,7 @@ def strength(name: str, x: ArrayLike) -> Array:
 
 
 def state_scale(x: ArrayLike | None) -> Array | None:
-    """`state_scale`: a strength with a state axis."""
+    """Read `state_scale`: a strength with a state axis."""
     if x is None:
         return None
     scale = strength("state_scale", x)
@@ -90,7 +90,7 @@ def state_scale(x: ArrayLike | None) -> Array | None:
 
 
 def log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | None:
-    """The logarithm of a reference policy, normalised over its last axis, from it or from logits.
+    """Read the logarithm of a reference policy, normalised over its last axis, from it or from logits.
 
     Raises:
         ValueError: both given; no action axis; concrete values that are no distribution, naming the first offender.

@@ -161,7 +161,7 @@ class Regulariser:
         rank, at = len(leaves.batch), axes.align(leaves, x.shape, refuse)
 
         def place(leaf: Array, core: int) -> Array:
-            """`[*b, S]` or `[*b, S, A]` with an axis for each of `x` that has no actions, and that of actions."""
+            """Reshape `[*b, S]` or `[*b, S, A]` with an axis for each of `x` that has no actions, and that of actions."""
             core_at = leaf.ndim - core
             batch, states, actions = leaf.shape[:core_at], leaf.shape[core_at : core_at + 1], leaf.shape[core_at + 1 :]
             leaf = leaf.reshape(at.place(batch, rank, states) + actions)
@@ -178,7 +178,7 @@ class Regulariser:
         return bound, jnp.broadcast_to(x, (*shape, given[-1]) if last else (given[-1], *shape))
 
     def value(self, policy: ArrayLike) -> Array:
-        """Cost of a policy.
+        """Compute the cost of a policy.
 
         Args:
             policy: `[*B, ..., A]`, normalised over its last axis.
@@ -189,7 +189,7 @@ class Regulariser:
         return _act(self, policy, "_value")
 
     def conjugate(self, q: ArrayLike) -> Array:
-        """Regularised maximum.
+        """Compute the regularised maximum of action values.
 
         Args:
             q: action values, `[*B, ..., A]`; entries of masked actions are ignored.
@@ -200,7 +200,7 @@ class Regulariser:
         return _act(self, q, "_conjugate")
 
     def argmax(self, q: ArrayLike) -> Array:
-        """Regularised greedy policy, the gradient of `conjugate`.
+        """Find the regularised greedy policy, the gradient of `conjugate`.
 
         Args:
             q: action values, `[*B, ..., A]`; entries of masked actions are ignored.
@@ -241,7 +241,7 @@ class Regulariser:
 
 
 def by_rows(bound: Any) -> Any:
-    """A bound regulariser for which every row of actions is a problem of its own, and lanes are not what matters."""
+    """Make a bound regulariser see each row of actions as a problem of its own, whatever the lanes."""
     own = any(field.name == "reduce" for field in dataclasses.fields(bound))
     return dataclasses.replace(bound, reduce=pytrees.ROWS) if own else bound
 
@@ -276,7 +276,7 @@ def _acted(reg: Regulariser, x: Array, method: str, action: Array | None = None)
 
 @jax.custom_jvp
 def maximise(reg: Regulariser, q: Array) -> tuple[Array, Array]:
-    """`Omega*(q)`, `[...]`, and its maximiser, `[A, ...]`, of a bound regulariser, both differentiable to any order.
+    """Compute `Omega*(q)`, `[...]`, and its maximiser, `[A, ...]`, differentiable to any order.
 
     Nothing is differentiated through the search for the maximiser.
     """

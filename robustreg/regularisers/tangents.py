@@ -98,7 +98,7 @@ def policy_tangent(
 
 
 def at_heaviest(w: Array, z: Array, reduce: pytrees.Reducers) -> Array:
-    """`z` of the action of largest weight, `[...]`: of the first of several in a solve, their mean in a layer."""
+    """Pick `z` of the action of largest weight, `[...]`: of the first of several in a solve, their mean in a layer."""
     if reduce.axis == -1:  # (a search for an index is a slow reduction over a contiguous axis)
         ties = w == reduce.over(reduce.largest(w))
         return reduce.plain_sum(jnp.where(ties, z, 0)) / reduce.plain_sum(ties.astype(z.dtype))

@@ -38,7 +38,7 @@ def from_log_policy(
     reduce: pytrees.Reducers = pytrees.LANES,
     action: Array | None = None,
 ) -> Array:
-    """The worst case at strength 1 of `exp(log_policy)`, `[A, ...]`, differentiable in everything, to any order.
+    """Compute the worst case at strength 1 of `exp(log_policy)`, `[A, ...]`, differentiable to any order.
 
     Args:
         log_policy: `[A, ...]`; minus infinity is an action never taken. Masked actions whose probability underflows
@@ -71,7 +71,7 @@ def from_policy(
     reduce: pytrees.Reducers = pytrees.LANES,
     action: Array | None = None,
 ) -> Array:
-    """The same of probabilities `policy`, whose derivatives are right or NaN."""
+    """Compute it from probabilities `policy`; derivatives are right or NaN."""
     offset = None if alpha is None else reduce.over(_offset_of(policy, log_prior, alpha, reduce))
     if action is not None:
         policy, log_prior = (actions.take(x, action, reduce.axis) for x in (policy, log_prior))
@@ -92,7 +92,7 @@ def _together(own: Array, offset: Array, absent: Array) -> Array:
 
 @jax.custom_jvp
 def over(x: Array, beta: Array) -> Array:
-    """`x/beta`, whose derivative in beta is lost where x is infinite, for who asks for it. They broadcast."""
+    """Compute `x/beta`, whose derivative in beta is lost where x is infinite, for who asks for it. They broadcast."""
     return x / beta
 
 
@@ -135,7 +135,7 @@ def _order_slope(ratio: Array, h: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def tilt(log_policy: Array, log_prior: Array, h: Array) -> Array:
-    """`eps_h(L)`, `[A, ...]`, of an `h` that broadcasts against it; derivatives are right or NaN for who asks."""
+    """Compute `eps_h(L)`, `[A, ...]`, of an `h` that broadcasts; derivatives are right or NaN for who asks."""
     return deformed_exp(_ratio(log_policy, log_prior), h)
 
 

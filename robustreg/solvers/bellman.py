@@ -154,20 +154,20 @@ def _complement(mdp: MDP) -> Array:
 
 
 def q_values(problem: BoundProblem, h: Array, c: Array) -> Array:
-    """`r + g P V - c` at `V = h + c`, `[A, S, *B]`, from `h [S, *B]` and `c [*B]`."""
+    """Compute `r + g P V - c` at `V = h + c`, `[A, S, *B]`, from `h [S, *B]` and `c [*B]`."""
     ahead = problem.discount[None, None] * problem.transitions._expect(h)
     return (problem.reward - c[None, None] * problem.exit_rate) + ahead
 
 
 def backup(problem: BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """`T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
+    """Compute `T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
     q = q_values(problem, h, c)
     th, policy = maximise(problem.regulariser, q)
     return th, policy, q
 
 
 def cost(problem: BoundProblem, th: Array, q: Array) -> Array:
-    """`max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
+    """Compute `max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
     return jnp.max(problem.regulariser._excess(q, th), axis=0)
 
 
@@ -202,23 +202,23 @@ class Chain:
         return jnp.minimum(1 / jnp.min(self.exit_rate, axis=0), self.longest)
 
     def pick(self, index: tuple[Array, ...]) -> "Chain":
-        """The lanes at `index`, one array `[n]` per batch axis."""
+        """Return the lanes at `index`, one array `[n]` per batch axis."""
         own = (self.policy, self.discount, self.exit_rate, self.longest)
         policy, discount, exit_rate, longest = (pytrees.pick_lanes(x, index) for x in own)
         return Chain(self.transitions._take_lanes(index), policy, discount, exit_rate, longest, None, self.ends)
 
     def apply(self, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
-        """`K x`, `[S, *B]`. `add` sums over actions; to transpose this function, give one that has a transpose."""
+        """Compute `K x`, `[S, *B]`. `add` sums over actions; to be transposed, give one that has a transpose."""
         return self.discount[None] * add(self.policy * self.transitions._expect(x))
 
     def transpose(self, y: Array) -> Array:
-        """`K^T y`, `[S, *B]`."""
+        """Compute `K^T y`, `[S, *B]`."""
         if self.backwards is not None:
             return self.discount[None] * self.backwards._push(y[None])
         return self.discount[None] * self.transitions._push(self.policy * y[None])
 
     def matrix(self) -> Array:
-        """`K` written out, `[*B, S, S]` (row: state, column: successor)."""
+        """Compute `K` written out, `[*B, S, S]` (row: state, column: successor)."""
         n, batch = self.exit_rate.shape[0], self.exit_rate.shape[1:]
         unit = jnp.eye(n, dtype=self.policy.dtype).reshape((n,) + (1,) * len(batch) + (n,))
         # A further lane for each unit vector: P is then one matrix-matrix product for all of them.
@@ -228,7 +228,7 @@ class Chain:
 
 
 def chain(problem: BoundProblem, policy: Array) -> Chain:
-    """The chain of a policy `[A, S, *B]`."""
+    """Return the chain of a policy `[A, S, *B]`."""
     exit_rate = pytrees.total(policy * problem.exit_rate) if problem.ends else problem.exit_rate[0]
     exit_rate = jnp.broadcast_to(exit_rate, policy.shape[1:])
     transitions, policy, backwards = problem.transitions._induced(policy)
@@ -237,7 +237,7 @@ def chain(problem: BoundProblem, policy: Array) -> Chain:
 
 
 def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
-    """Smallest and largest entry per lane, `[*B]` each, clipped at 0 if episodes end. NaN if any entry is not finite.
+    """Find the smallest and largest entry per lane, `[*B]`, clipped at 0 if episodes end. NaN if any is not finite.
 
     The test for finite entries is explicit: reductions by max over axis 0 have been seen to lose NaN (JAX 0.10, CPU).
     """
@@ -250,7 +250,7 @@ def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
 
 
 def ratio(problem: BoundProblem) -> Array:
-    """`g/(1-g)`, or less where episodes end sooner, `[*b]`: what a residual still costs after the backup."""
+    """Compute `g/(1-g)`, or less where episodes end sooner, `[*b]`: what a residual still costs after the backup."""
     plain = problem.discount / problem.complement
     return jnp.minimum(plain, problem.horizon - 1) if problem.ends else plain
 

@@ -100,12 +100,12 @@ def _no_regulariser(mdp: MDP) -> NoRegulariser:
 
 
 def unlimited(problem: bellman.BoundProblem) -> Array:
-    """A beta without an end for an operator that has no logarithms to round, in the layout of the problem's own."""
+    """Return an endless beta, for an operator that has no logarithms to round, laid out as the problem's own."""
     return jnp.full_like(problem.regulariser.beta, jnp.finfo(problem.dtype).max)
 
 
 def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward: ArrayLike | None = None) -> Array:
-    """Value of a fixed policy.
+    """Compute the value of a fixed policy.
 
     Args:
         mdp: the MDP.
@@ -135,7 +135,7 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
 
 
 def evaluate_from(mdp: MDP, policy: Array, start: Array, tol: Array | None) -> Array:
-    """Value of a fixed policy as by `evaluate`, `[*B, S]`, to within `tol`, from a guess `[*B, S]` of it.
+    """Compute the value of a policy as `evaluate` does, `[*B, S]`, to within `tol`, from a guess `[*B, S]` of it.
 
     None, or a tolerance that the precision does not support, is as accurate as `evaluate`.
     """
@@ -225,7 +225,7 @@ def fixed_point(
     start: Array | None = None,
     tol: Array | None = None,
 ) -> Array:
-    """Value of the fixed point of an operator in the place of the regulariser, `[*B, S]`.
+    """Find the fixed point of an operator in the place of the regulariser, `[*B, S]`.
 
     Args:
         problem: the lanes.

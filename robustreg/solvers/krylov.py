@@ -136,7 +136,7 @@ def sums(*xs: Array) -> list[Array]:
 
 
 def sums_of_blocks(*xs: Array) -> list[Array]:
-    """`sums` in one pass over all arrays, of a few states first and then of those sums.
+    """Compute `sums` in one pass over all arrays, of a few states first and then of those sums.
 
     Over devices that share the states only the plain sum at the end adds up; they know no other.
     """

@@ -34,7 +34,7 @@ def width(problem: bellman.BoundProblem) -> int:
 
 
 def in_groups(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> Any:
-    """`run(problem, tol, h)`, whose leaves end in the lanes' axes, in groups where that is faster.
+    """Run `run(problem, tol, h)`, whose leaves end in the lanes' axes, in groups where that is faster.
 
     Args:
         run: solves lanes, each by itself.
@@ -73,7 +73,7 @@ def _by_hardness(problem: bellman.BoundProblem) -> Array:
     keys = [reg.beta] + ([reg.alpha] if hasattr(reg, "alpha") else []) + [problem.discount]
 
     def flat(x: Array) -> Array:
-        """Largest over what is not an axis of lanes, one number per lane."""
+        """Reduce to the largest over what is not an axis of lanes, one number per lane."""
         core = tuple(range(x.ndim - len(problem.batch)))
         return jnp.broadcast_to(jnp.max(x, axis=core), problem.batch).ravel()
 

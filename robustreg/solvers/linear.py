@@ -39,12 +39,12 @@ def idle_steps(n_states: int) -> int:
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
-    """The first `terms` terms of the Neumann series of `(I - K)^{-1} b`, `[S, *B]`."""
+    """Sum the first `terms` terms of the Neumann series of `(I - K)^{-1} b`, `[S, *B]`."""
     return loops.fori_loop(1, terms, lambda _, x: b + chain.apply(x), b, chain)
 
 
 def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
-    """`(I - K)^{-1} b`, or `(I - K^T)^{-1} b`, by LU, `[S, *B]`. A matrix that is not finite gives NaN in its lane."""
+    """Solve `(I - K) x = b`, or `(I - K^T) x = b`, by LU, `[S, *B]`. A matrix not finite gives NaN in its lane."""
     matrix = chain.matrix()
     matrix = jnp.swapaxes(matrix, -1, -2) if transpose else matrix
     system = jnp.eye(b.shape[0], dtype=b.dtype)[None] - matrix.reshape(-1, *matrix.shape[-2:])
@@ -54,7 +54,7 @@ def direct(chain: bellman.Chain, b: Array, transpose: bool = False) -> Array:
 
 
 def inexact(chain: bellman.Chain, b: Array, size: Array, reduction: Array, max_steps: int, patience: int) -> Array:
-    """`(I - K)^{-1} b`, up to a constant if no episode ends, to a residual of `reduction` times that of x = 0.
+    """Solve `(I - K) x = b`, up to a constant if no episode ends, to `reduction` times the residual of x = 0.
 
     Starts from `b` itself, so that it costs one product and equals value iteration where that suffices, and returns
     nothing whose residual is larger than that, as far as the recursion of the residual can tell.

@@ -77,7 +77,7 @@ class ValueIteration:
         return ()
 
     def propose(self, step: Step, memory: tuple[()]) -> tuple[Array, tuple[()]]:
-        """The residual itself."""
+        """Return the residual itself."""
         return step.residual, memory
 
 
@@ -101,7 +101,7 @@ class ModifiedPolicyIteration:
         return ()
 
     def propose(self, step: Step, memory: tuple[()]) -> tuple[Array, tuple[()]]:
-        """The first terms of the Neumann series."""
+        """Return the first terms of the Neumann series."""
         return linear.neumann(step.chain, step.residual, self.steps), memory
 
 
@@ -178,7 +178,7 @@ class Anderson:
         return past, past, h, h, jnp.full(lanes, jnp.inf, h.dtype), h, jnp.zeros(lanes, jnp.int32)
 
     def propose(self, step: Step, memory: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        """The residual, less what the past differences explain of it; or the way back to the best value met."""
+        """Return the residual, less what the past differences explain of it; or the way back to the best value met."""
         dv, dd, last_v, last_d, best, best_tv, idle = memory
         # Constants matter if episodes end; if none does, they would only drown the digits of h.
         v, d = (step.h + step.c[None] if step.chain.ends else step.h), step.residual
@@ -218,5 +218,5 @@ def _least_squares(columns: Array, b: Array) -> Array:
 
 
 def automatic(problem: bellman.BoundProblem) -> Solver:
-    """The solver that `solve` takes if none is given: the only one that is good on every problem measured so far."""
+    """Return the solver that `solve` takes if none is given: the only one good on every problem measured so far."""
     return Newton()

@@ -51,7 +51,7 @@ def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magni
     limit = jnp.broadcast_to(2 * horizon * top, jnp.broadcast_shapes(horizon.shape, largest.shape))
 
     def charge() -> Array:
-        """`max_s sum_a w_a |r_a|`, with w_a the most that a policy gives to a while `max |h|` is within the limit.
+        """Compute `max_s sum_a w_a |r_a|`, with w_a the most that a policy gives to a while `max |h|` is within the limit.
 
         Then the best reward's action is better than a by `gap / beta` at least, whatever the successors are worth.
         """
@@ -82,7 +82,7 @@ def validity(
     complement: Array,
     ends: bool,
 ) -> tuple[Array, Array]:
-    """How far rows of P miss `1 - termination` beyond rounding, and whether a lane's numbers are in range, `[*b]`."""
+    """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`."""
     masked = jnp.isneginf(regulariser._prior)
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
     # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.

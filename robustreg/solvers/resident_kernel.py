@@ -83,7 +83,7 @@ class Sizes(NamedTuple):
         return 4 * self.threads * max(self.states - _HELD, 0) if self.dense else 0
 
     def source(self) -> str:
-        """The kernel's text for these sizes."""
+        """Write the kernel's text for these sizes."""
         own = -(-self.states * self.copies // self.threads)
         numbers = {name.upper(): int(value) for name, value in self._asdict().items() if not isinstance(value, float)}
         numbers |= {"THREADS": self.threads, "BLOCKS": self.blocks, "COPIES": self.copies}
@@ -106,7 +106,7 @@ class Carrier(Protocol):
     def target(self) -> str: ...
 
     def kernel(self, sizes: Sizes) -> ffi.Launch:
-        """A kernel for these sizes."""
+        """Return a kernel for these sizes."""
         ...
 
 
@@ -127,13 +127,13 @@ def cuda() -> Carrier | None:
 
 
 def carrier() -> Carrier | None:
-    """Where kernels run in this process; None: nowhere, or nobody asked for them."""
+    """Tell where kernels run in this process; None: nowhere, or nobody asked for them."""
     return cuda() if os.environ.get("ROBUSTREG_KERNEL") == "1" else None
 
 
 @functools.cache
 def function(sizes: Sizes, place: Carrier) -> Callable[..., Sequence[Array]]:
-    """The kernel as a function of tables `[M, ...]`, numbers `[n, 14]`, integers `[n, 9]` and starts `[n, S]`.
+    """Wrap the kernel as a function of tables `[M, ...]`, numbers `[n, 14]`, integers `[n, 9]`, starts `[n, S]`.
 
     Batch axes of `jax.vmap` become more lanes of one launch, and more rows of the tables that have them.
     """
@@ -164,7 +164,7 @@ def function(sizes: Sizes, place: Carrier) -> Callable[..., Sequence[Array]]:
 
 @functools.cache
 def works(sizes: Sizes, place: Carrier) -> bool:
-    """Whether the kernel solves a problem of these sizes that is solved here as well; warns if it does not."""
+    """Tell whether the kernel solves a problem of these sizes as it is solved here; warns if it does not."""
     try:
         error = _error_of_test(sizes, place)
     except Exception as failure:  # whatever it is, the loop can do without the kernel

@@ -159,7 +159,7 @@ class Solution:
 
 
 def concrete(x: ArrayLike, caller: str, instead: str = "`status`") -> np.ndarray:
-    """An array that has values."""
+    """Return an array that has values."""
     if isinstance(x, Tracer):
         raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use {instead} there")
     return np.asarray(x)

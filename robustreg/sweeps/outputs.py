@@ -35,39 +35,39 @@ class Cell:
 
     @functools.cached_property
     def visits(self) -> jax.Array:
-        """The policy's discounted visits `[*b, S, A]`: every return of it is an inner product with them."""
+        """Compute the policy's discounted visits `[*b, S, A]`: every return of it is an inner product with them."""
         return evaluation.occupancy(self.mdp, self.solution.policy)
 
     def earned(self, reward: jax.Array) -> jax.Array:
-        """The policy's return by a reward `[*b, S, A]`."""
+        """Return the policy's return by a reward `[*b, S, A]`."""
         reward = jnp.broadcast_to(reward, self.visits.shape)
         return jnp.sum(jnp.where(self.visits == 0, 0, self.visits * reward), axis=(-2, -1))
 
     @functools.cached_property
     def nominal_return(self) -> jax.Array:
-        """The policy's return by the reward of the problem, `[*b]`."""
+        """Return the policy's return by the reward of the problem, `[*b]`."""
         if self.visited:
             return self.earned(self.mdp.reward)
         return from_start(self.mdp, self.nominal)
 
     @functools.cached_property
     def nominal(self) -> jax.Array:
-        """The policy's value by the reward of the problem, `[*b, S]`."""
+        """Return the policy's value by the reward of the problem, `[*b, S]`."""
         return evaluation.evaluate_from(self.mdp, self.solution.policy, self.guess, self.tol)
 
     def worst_case_return(self) -> jax.Array:
-        """The policy's return by the reward less its worst perturbation, `[*b]`."""
+        """Return the policy's return by the reward less its worst perturbation, `[*b]`."""
         dr = self.solution.perturbation
         return self.earned(jnp.broadcast_to(self.mdp.reward, dr.shape) - dr)
 
     def entropy(self) -> jax.Array:
-        """Of the policy, in nats, over the states as it visits them."""
+        """Return, of the policy, in nats, over the states as it visits them."""
         policy, states = self.solution.policy, jnp.sum(self.visits, axis=-1)
         each = -jnp.sum(policy * jnp.log(jnp.where(policy > 0, policy, 1)), axis=-1)
         return jnp.sum(states * each, axis=-1) / jnp.sum(states, axis=-1)
 
     def price(self) -> jax.Array:
-        """How much less than the best policy this one earns, `[*b]`."""
+        """Tell how much less than the best policy this one earns, `[*b]`."""
         assert self.optimum is not None
         return self.optimum - self.nominal_return
 
@@ -89,13 +89,30 @@ OUTPUTS: dict[str, Callable[[Cell], jax.Array]] = {
     "occupancy": lambda cell: cell.visits,
 }
 
+# What each of them means, its unit and the axes that it adds; `robustreg sweep --list-outputs` prints it.
+MEANINGS: dict[str, str] = {
+    "objective": "what the policy guarantees: the regularised value of the start, in reward units",
+    "nominal_return": "what the policy earns undisturbed, in reward units",
+    "regulariser_cost": "nominal_return - objective: the discounted cost of the regulariser, in reward units",
+    "price_of_robustness": "what the best unregularised policy earns on top of nominal_return, in reward units",
+    "worst_case_return": "what the policy earns under its worst perturbation: objective, by another way",
+    "policy_entropy": "of the policy, in nats, averaged over the states as it visits them",
+    "gap": "certified width of the interval around the value: largest over states, in reward units",
+    "steps": "iterations of the solver",
+    "status": "code of rr.Status: 0 is CONVERGED",
+    "value": "regularised value of every state [S], in reward units",
+    "policy": "probability of every action in every state [S, A]",
+    "perturbation": "the adversary's worst case [S, A], subtracted from the reward",
+    "occupancy": "discounted visits of every state and action [S, A]; they sum to 1/(1 - discount) if no episode ends",
+}
+
 NOMINAL = {"nominal_return", "regulariser_cost", "price_of_robustness"}
 VISITED = {"worst_case_return", "policy_entropy", "occupancy"}
 OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")
 
 
 def best_return(mdp: MDP, reg: Regulariser) -> jax.Array:
-    """Value of the start under the best policy that the prior allows, `[*b]`."""
+    """Compute the value of the start under the best policy that the prior allows, `[*b]`."""
     return from_start(mdp, evaluation.nominal_optimum(mdp, reg))
 
 

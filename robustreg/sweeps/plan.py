@@ -148,7 +148,7 @@ def make_plan(
 
 
 def relaid(plan: Plan, layout: Mapping[str, Any]) -> Plan:
-    """The plan of the same cells in another layout: that in which a folder was begun, perhaps by another device.
+    """Lay the same cells out anew: as a folder was begun, perhaps by another device.
 
     Args:
         plan: of these devices.
@@ -170,7 +170,7 @@ def relaid(plan: Plan, layout: Mapping[str, Any]) -> Plan:
 
 
 def layout_of(plan: Plan) -> dict[str, Any]:
-    """Which cells are solved together, as JSON: results depend on it in their last digits."""
+    """Tell which cells are solved together, as JSON: results depend on it in their last digits."""
     return {"length": plan.length, "width": plan.width, "paths": _hash(plan.paths)}
 
 
@@ -347,7 +347,7 @@ def _hash(*arrays: Any) -> str:
 
 
 def problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[MDP, Regulariser]:
-    """The problem with the grid's values, `[width, ...]`, in the place of its leaves."""
+    """Put the grid's values, `[width, ...]`, in the place of the leaves of a problem."""
     if "mdp" in lanes:
         mdp = _pick(mdp, lanes["mdp"])
     changed = {n: lanes[n] for n in ("discount", "complement", "reward", "initial") if n in lanes}

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def reporter(progress: Any, total: int, done: int) -> Callable[[int, int], None]:
-    """What to call after every chunk, with its number of cells and how many of them failed.
+    """Make what to call after every chunk, with its number of cells and how many of them failed.
 
     Args:
         progress: False for silence, True for standard error, or a function of a dict.

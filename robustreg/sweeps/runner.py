@@ -148,7 +148,7 @@ class Run:
             _work(self, missing, kept.put, reporter(progress, cells, cells - left), check)
 
     def read(self, store: Store) -> Table:
-        """The table of what a folder holds."""
+        """Read the table of what a folder holds."""
         table = _Collector(self.plan)
         for job in range(self.plan.n_chunks):
             if (fields := self._kept(store, job)) is not None:
@@ -318,7 +318,7 @@ def _cells(
     followed = bool(NOMINAL & set(outputs)) and not visited
 
     def place(past: tuple[jax.Array, ...], here: Any) -> tuple[Any, dict[str, jax.Array]]:
-        """The cells at one place of every path, started from those at the places before."""
+        """Solve the cells at one place of every path, started from those at the places before."""
         lanes, begins = here
         m, r = problem(mdp, reg, lanes)
         x = jnp.log(lanes.get("beta", jnp.ones(n, mdp.dtype)))

@@ -74,7 +74,7 @@ class Table:
         return dict(zip(self.coordinates, mesh))
 
     def select(self, **where: Any) -> "Table":
-        """The cells with the given coordinates; the nearest value within 1e-6 relative is meant.
+        """Pick the cells with the given coordinates; the nearest value within 1e-6 relative is meant.
 
         Raises:
             KeyError: for an axis that is not there.
