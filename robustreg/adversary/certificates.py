@@ -135,7 +135,7 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     th, _, q = bellman.backup(problem, h, c)
     masked = jnp.isneginf(problem.regulariser._prior)
     q = jnp.where(masked, 0, q)
-    # Nothing is proved of a policy that is none; its sum may miss 1 by rounding.
+    # Rows that are no distribution (beyond rounding of their sum) prove nothing.
     unit = float(jnp.finfo(mdp.dtype).eps)
     proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
     p = jnp.where(proper[None], p, jnp.nan)

@@ -289,7 +289,7 @@ def attacks(
     noise = random_attack(jax.random.key(_seed(seed)), reg, jnp.broadcast_to(sol.policy, (samples, *sol.policy.shape)))
     t = jnp.asarray(_axis("scale", scale), m.dtype)[:, None, None, None]
     shifted = worst[None] + (t - 1) * cost[None]
-    # All of them, and none, in one go: [n, 4 + N, S, A].
+    # No attack and every kind of attack together, in one batch: [n, 4 + N, S, A].
     dr = jnp.concatenate([t * 0 * worst[None], t * worst[None], t * ball[None], shifted, t * noise[None]], axis=1)
     met = guarantee(m, reg, sol.policy, m.reward[None, None] - dr)
     named = {"worst": 1, "ball": 2, "shifted": 3, "noise": slice(4, None)}

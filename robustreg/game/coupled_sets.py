@@ -113,7 +113,7 @@ class Features(Adversary):
         mean = jnp.sum(self.features * normal[None], axis=1)
         across = mean - jnp.sum(mean * share[None], axis=1)[:, None]
         between = jnp.sum(across[:, None] * across[None] * (multiplier / temperature[None])[None, None], axis=2)
-        # A constant changes nothing; this leaves steps without one, and the others as they are.
+        # Shifting all features by a constant leaves the set the same: centred, steps have no part in that direction.
         centre = jnp.mean(self.features, axis=(1, 2)) * total[None]
         return self._project(mu - target), within + between + centre[:, None] * centre[None], target
 

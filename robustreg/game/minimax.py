@@ -329,7 +329,7 @@ def _result(best: _Best, steps: Array, tol: Array, measurements: Array, rules: m
     status = jnp.where(best.status == _RUNNING, end, best.status).astype(jnp.int32)
     lost = status >= int(Status.NONFINITE_INPUT)
     bounds = jnp.where(lost, jnp.nan, jnp.stack([best.primal, best.dual]))
-    # Looks not taken, because every lane was done, see what the last one saw.
+    # Once every lane is done no more measurements are taken: later entries repeat the last one.
     index = jnp.arange(rules.records, dtype=jnp.int32)
     later = (index >= measurements).reshape((1, -1) + (1,) * lost.ndim)
     primals, duals = jnp.moveaxis(jnp.where(later, bounds[:, None], best.history), 1, -1)

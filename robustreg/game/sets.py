@@ -100,8 +100,8 @@ class Adversary:
 def boundary(problem: bellman.BoundProblem, x: Array) -> tuple[Array, Array]:
     """Return the highest point of R's boundary with the normal that `x/beta` has, in units of 1/beta, and that normal.
 
-    Where the normal is 0 the boundary is flat: every lower entry has the same normal, takes less, and would hold up
-    whoever needs that action later.
+    Where the normal of an action is 0 the boundary is flat in it: lower entries have the same normal and take less.
+    The highest is chosen, because play that starts lower has to climb back before the action counts again.
     """
     reg, masked = problem.regulariser, is_masked(problem)
     excess, normal = maximise(reg, x / reg.beta[None])

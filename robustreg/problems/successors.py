@@ -220,7 +220,7 @@ class BoundSuccessors(Transitions):
         if pattern.slot is None:
             weights = (policy[None] * self.probabilities).reshape(-1, self.n_states, *lanes)
             return self, policy, _collected(weights, pattern)
-        # As if actions were to go to a neighbour, which then succeeds.
+        # The averaged kernel has one "action" per neighbour, whose only successor is that neighbour.
         weights = pytrees.total(policy[None] * self.probabilities, axis=1)
         certain = jnp.ones((1,) * (1 + weights.ndim), weights.dtype)
         return BoundSuccessors(pattern.neighbours[None], certain), weights, _collected(weights, pattern)

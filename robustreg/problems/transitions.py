@@ -88,10 +88,11 @@ class Transitions:
         return (1,) * ndim
 
     def _induced(self, policy: Array) -> "tuple[Transitions, Array, Transitions | None]":
-        """A kernel and a policy on it that make the same chain as `policy` makes of this one, at less cost a product.
+        """Return a cheaper kernel and policy that induce the same chain P_pi as `policy` does on this kernel.
 
-        Also the chain from the other end, a kernel with one action to `_push` with, or None where that is no cheaper.
-        They take no more memory than this kernel or a few policies: lanes that share the one have others of the latter.
+        Kernels that can average over actions first return one with fewer entries. The third result is P_pi once more,
+        as a kernel of one action that is cheap to multiply from the left (`_push`), or None where there is none.
+        What is returned takes no more memory than this kernel or than a few policies.
         """
         return self, policy, None
 

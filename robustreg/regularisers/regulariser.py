@@ -161,7 +161,7 @@ class Regulariser:
         rank, at = len(leaves.batch), axes.align(leaves, x.shape, refuse)
 
         def place(leaf: Array, core: int) -> Array:
-            """Reshape `[*b, S]` or `[*b, S, A]` with an axis for each of `x` that has no actions, and that of actions."""
+            """Give a leaf `[*b, S (, A)]` an axis for each axis of `x`, the one of actions where `reduce` has it."""
             core_at = leaf.ndim - core
             batch, states, actions = leaf.shape[:core_at], leaf.shape[core_at : core_at + 1], leaf.shape[core_at + 1 :]
             leaf = leaf.reshape(at.place(batch, rank, states) + actions)

@@ -181,7 +181,7 @@ class Chain:
     """`K = g P_pi`, the derivative of T: the policy's discounted Markov chain as an operator.
 
     Attributes:
-        transitions, policy: bound to the kernels' layout, `[A, S, *B]`; whichever kernel and policy on it make `P_pi`.
+        transitions, policy: in the kernels' layout, `[A, S, *B]`: a pair that induces `P_pi`, perhaps a cheaper one.
         discount: `[*b]`.
         exit_rate: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
         longest: the problem's own bound on discounted steps, `[*b]`.

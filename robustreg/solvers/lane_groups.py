@@ -21,8 +21,8 @@ from jax import Array, lax
 from robustreg._core import pytrees
 from robustreg.solvers import bellman
 
-# Bytes of one vector [S, lanes] of a group, and the bounds of its number of lanes: with a dozen such vectors in use,
-# 64 to 256 KiB measured alike, with half as many lanes as the upper bound or a single lane far worse.
+# A group has as many lanes as give vectors [S, lanes] of so many bytes (a dozen are in use at a time, and should stay
+# in a core's cache), within the bounds. 64 to 256 KiB measured alike; a single lane at a time was far worse.
 _BYTES, _FEWEST, _MOST = 2**17, 8, 256
 
 Run = Callable[[bellman.BoundProblem, Array, Array], Any]

@@ -91,8 +91,8 @@ def solve(
         chain: the operator.
         b: `[S, *B]`.
         accuracy: residual of the system relative to b at which to stop, `[*B]`; 0: where rounding ends progress.
-        probe: None, or a tangent `[*B]` of nothing at all. Backwards its cotangent is a bound on the relative error of
-            the occupancy, a number that a backward pass has no other way to hand out.
+        probe: None, or the tangent `[*B]` of an argument that the solution does not depend on. A backward pass can hand
+            out numbers as cotangents only: that of the probe is a bound on the relative error of the occupancy.
         method: LU or Krylov.
         inexact: bound on the relative error that the chain itself brings into an occupancy, `[*B]`, for that number.
 

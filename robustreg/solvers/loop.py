@@ -273,7 +273,7 @@ def _verdict(
     status = jnp.where(hopeless, int(Status.STAGNATED), status)
     reached = jnp.where(tol < 0, steady & (width <= noise), width <= tol - noise)
     status = jnp.where(reached, int(Status.CONVERGED), status)
-    # What is not finite from the first backup on was not so in the input.
+    # A lane whose very first backup is not finite had an input that is not.
     broken = jnp.where(steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))
     return jnp.where(jnp.isfinite(width + noise), status, broken).astype(jnp.int32)
 

@@ -51,7 +51,7 @@ def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magni
     limit = jnp.broadcast_to(2 * horizon * top, jnp.broadcast_shapes(horizon.shape, largest.shape))
 
     def charge() -> Array:
-        """Compute `max_s sum_a w_a |r_a|`, with w_a the most that a policy gives to a while `max |h|` is within the limit.
+        """Compute `max_s sum_a w_a |r_a|`, w_a the most that a policy gives to a while `max |h|` is in the limit.
 
         Then the best reward's action is better than a by `gap / beta` at least, whatever the successors are worth.
         """

@@ -82,7 +82,7 @@ class Peers:
         self._beat += 1
         about = {"process": self.index, "host": socket.gethostname(), "pid": os.getpid()}
         about |= {"state": self._state[0], "message": self._state[1], "beat": self._beat}
-        # A folder that cannot be written to for a while is silence; for longer, it is the others' to notice.
+        # A beat that cannot be written is left out: if that lasts, the other processes take this one for lost.
         with contextlib.suppress(OSError):
             write_whole(self._path(self.index), lambda file: file.write(json.dumps(about).encode()))
 

@@ -32,10 +32,11 @@ from robustreg.regularisers.regulariser import Regulariser
 # Outputs with an entry per state, and but for the value per action.
 ARRAYS = ("value", "policy", "perturbation", "occupancy")
 MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
-# Cells of a path, at least on a CPU and at most: short ones are mostly beginnings, and a path that is cut off is lost.
+# Cells of a path, at least (on a CPU) and at most. The first cells of a path have no predecessors to start from, so
+# short paths gain little; of a long one that is interrupted all cells are lost.
 _SHORTEST, _LONGEST = 32, 64
-# Chunks, before paths grow longer and, on an accelerator, more of them go side by side: for cores, devices and hosts to
-# share. Of five, the last would keep one core waiting for the other.
+# A sweep is cut into at least so many chunks, for cores, devices and hosts to share; only with more cells do paths
+# grow longer and, on an accelerator, chunks wider. (With five, one of two cores would wait for the last.)
 _CHUNKS = 8
 # Bytes of a vector [S, paths] that keep an accelerator busy: with fewer paths its steps take nearly as long.
 _BUSY = 2**22
@@ -111,7 +112,7 @@ def _filled(layout: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """With some cell in the place of every -1, one that costs its lane as little as may be."""
     layout = layout.copy()
     for i, row in enumerate(layout):
-        # Where all begin anew, what the first lane does; elsewhere, what the lane has just done.
+        # Padding repeats the first lane where paths begin, and elsewhere the cell that its own lane had last.
         none = row < 0
         row[none] = row[0] if begins[i] and row[0] >= 0 else layout[i - 1][none]
     return layout

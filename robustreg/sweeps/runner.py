@@ -195,7 +195,7 @@ def prepare(
             raise ValueError(f"unknown output {name!r}; there are: {', '.join(OUTPUTS)}")
     where = _devices(mdp, devices)
     plan = make_plan(mdp, reg, grid, outputs, zipped, chunk, where)
-    # Of the working precision before it is placed: a Python float would be traced as one.
+    # An array of the working precision: a Python float would be traced as weakly typed, and compile anew.
     asked = None if tol is None else np.asarray(tol, mdp.dtype)
     # Leaves that do not fit each other are found before a folder is made; the program that is traced is used later.
     _cells.eval_shape(
