@@ -1,4 +1,29 @@
-r"""The regularised Bellman operator, its derivative, and what one residual of it proves.
+r"""The regularised Bellman operator, its derivative, and what one residual of it proves: the page to read first.
+
+**The problem.** A Markov decision process has S states and A actions. Action a in state s earns `r(s,a)` and leads to
+state t with probability `P(t|s,a)`; what is earned later counts `g` times less per step. A policy `pi(a|s)` pays
+`Omega(pi(.|s))` in every state that it visits, a convex cost with which its adversary is paid off. Its value is the
+expected discounted sum of `r - Omega`, and V* is the best value there is.
+
+**The operator.** Looking one step ahead from a value V, the best that a state can do is
+
+    (T V)(s)  =  max_p  sum_a p(a) q(s,a) - Omega(p)  =  Omega*(q(s,.)),      q(s,a) = r(s,a) + g sum_t P(t|s,a) V(t),
+
+and the p that does it is the regularised greedy policy. T is a contraction by g in the largest norm, so that it has one
+fixed point, which is V* [Geist, Scherrer and Pietquin 2019, prop. 2], and the greedy policy of V* is the best one.
+
+**Methods** (`methods`) differ in how they correct V by the residual `d = T V - V`:
+
+* value iteration, `V <- T V`: the error shrinks by g a step, or faster if the chain mixes;
+* modified policy iteration: m steps of the greedy policy's own, linear, operator for each maximisation;
+* Newton's method, `V <- V + (I - g P_pi)^{-1} d`, is policy iteration: the value of the greedy policy, exactly. It
+  rises monotonically from the second step on and converges quadratically where T is smooth;
+* Anderson's acceleration combines the last few steps of value iteration by least squares.
+
+**Stopping.** Whatever the method, one residual bounds the error: see the certificate below. The loop stops when that
+bound is within the tolerance (`loop`).
+
+In the notation of the code, with K the derivative of T,
 
     T V = Omega*(r + g P V)          q_values, backup
     dT/dV = K = g P_pi               Chain, with pi = grad Omega*(q)  (Danskin)

@@ -217,14 +217,21 @@ def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: A
 
 
 def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
-    """One backup, one look at the certificate, one proposal."""
+    """Take one step: a backup, a look at its certificate, a proposal.
+
+    With V = h + c and the residual `T V - V`, the certificate says that V* is within `width` of `T V + shift`, in exact
+    arithmetic, and `noise` is what rounding may add to that.
+    """
     th, policy, q = bellman.backup(problem, state.h, state.c)
+    # From here on d is the residual about its middle, and (h + d, c) the midpoint of the interval that d proves: what a
+    # lane that stops in this turn returns, and the value that the solver corrects.
     d, shift, largest, width = _centre(problem, th - state.h)
     c = state.c + shift
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
     # The shift is a quotient and a sum; c itself is in the rounding bound already.
     noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, q)) + 4 * unit * jnp.abs(shift)
     noise = noise + bellman.deviation_cost(problem, state.size + jnp.abs(state.c) + jnp.abs(shift) + width)
+    # The half-width that is left for the residual once rounding has had its share of the tolerance.
     goal = jnp.where(tol < 0, noise, tol - noise)
     improved = width + noise < state.half_width
     stalled = jnp.where(improved, 0, state.stalled + 1)
@@ -242,9 +249,11 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
         goal=goal,
         count=state.steps,
     )
+    # The solver corrects V by M d, where M is its approximation of (I - K)^{-1} (see `bellman`).
     correction, memory = solver.propose(step, state.memory)
     next_h, next_c, size = _recentre(state.h + correction, c)
 
+    # Solvers may propose worse values than they had (Newton's far from V*): what is returned is the best one met.
     best_h = jnp.where(improved[None], state.h + d, state.best_h)
     best_c = jnp.where(improved, c, state.best_c)
     stopped = status != _RUNNING
@@ -261,6 +270,7 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
         status=status,
         memory=memory,
     )
+    # A lane that had stopped before this turn keeps every bit, whatever was computed for it meanwhile.
     return freeze(state.status != _RUNNING, state, new)
 
 
