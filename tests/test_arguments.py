@@ -42,7 +42,7 @@ RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
     "sweep": (
         rr.sweep,
         dict(mdp=M, reg=REG, grid={"beta": [1.0]}, outputs=("gap",), zipped=False, tol=1.0, max_steps=9, chunk=2)
-        | dict(devices=jax.devices()[:1], resume=False, shard=(0, 1), progress=False),
+        | dict(devices=jax.devices()[:1], resume=False, part=(0, 1), progress=False, shard=(0, 1)),
     ),
     "raise_if_loose": (lambda tol: rr.certify(M, REG, rr.solve(M, REG)).raise_if_loose(tol), dict(tol=1.0)),
     "chain": (rr.problems.chain, dict(n_states=6, discount=0.9, slip=0.1)),
@@ -136,8 +136,8 @@ def test_a_wrong_argument_is_refused_by_name(name):
         (lambda: rr.solve(M, REG, tol=True), "tol must be a number"),
         (lambda: rr.solve_game(M, REG, tol=np.inf, steps=1), "tol must be positive and finite"),
         (lambda: rr.sweep(M, REG, {"beta": [1.0]}, tol=-1.0), "tol must be positive"),
-        (lambda: rr.sweep(M, REG, {"beta": [1.0]}, shard=(True, 2)), "shard must be (i, n)"),
-        (lambda: rr.sweep(M, REG, {"beta": [1.0]}, shard=()), "shard must be (i, n)"),
+        (lambda: rr.sweep(M, REG, {"beta": [1.0]}, part=(True, 2)), "part must be (i, n)"),
+        (lambda: rr.sweep(M, REG, {"beta": [1.0]}, part=()), "part must be (i, n)"),
         (lambda: rr.sweep(M, REG, {"beta": [1.0]}, chunk=True), "chunk must be an integer"),
         (lambda: rr.sweep(M, REG, {"beta": [1.0]}, devices=[]), "devices must be a sequence of jax devices"),
         (lambda: rr.shard(M, []), "devices must be a mesh or a sequence of jax devices"),

@@ -178,7 +178,7 @@ def test_one_says_what_it_does_until_it_leaves(tmp_path):
     ("arguments", "expected"),
     [
         (["--process-id", "1"], "go with --distributed"),
-        (["--distributed", "--shard", "0/2"], "--shard and --distributed exclude each other"),
+        (["--distributed", "--shard", "0/2"], "--part and --distributed exclude each other"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, expected, config, tmp_path, capsys):

@@ -253,19 +253,19 @@ def test_a_folder_keeps_the_layout_of_the_devices_that_began_it(tmp_path, monkey
         # What `_sizes` says for a card: all cells at once, on short paths.
         m.setattr(plan, "_sizes", lambda *_: (8, 16, 3, 7))
         whole = rr.sweep(M, rr.kl(1.0), grid, tol=1e-8)
-        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "half", shard=(0, 2))
-        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "other", shard=(1, 2))
+        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "half", part=(0, 2))
+        rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "other", shard=(1, 2))  # the older word
     layout = json.loads((tmp_path / "half" / "manifest.json").read_text())["layout"]
     assert plan._sizes is original and layout != plan.layout_of(here)
     kept = len(list((tmp_path / "half").glob("chunk-*.npz")))
     every = join([tmp_path / name for name in ("half", "other")], tmp_path / "all")
-    joined = rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=every, resume=True, shard=None)
+    joined = rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=every, resume=True, part=None)
     resumed = rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "half", resume=True)
     assert 0 < kept < len(list((tmp_path / "half").glob("chunk-*.npz")))
     assert resumed == whole and joined == whole
     with pytest.raises(ValueError, match="begun with another chunk"):
         rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "half", resume=True, chunk=5)
-    rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "mine", shard=(1, 2))
+    rr.sweep(M, rr.kl(1.0), grid, tol=1e-8, out=tmp_path / "mine", part=(1, 2))
     with pytest.raises(ValueError, match="begin parts on unlike machines with one and the same chunk"):
         join([tmp_path / "other", tmp_path / "mine"], tmp_path / "none")
     for text in ("", "{}", '{"sweep": {}, "layout": []}'):
@@ -316,9 +316,9 @@ def test_matrix_free_sweeps_are_resumed_in_another_process(tmp_path):
         ({"tol": -1e-3}, "tol must be positive"), ({"tol": 0.0}, "tol must be positive"),
         ({"tol": [1e-3, 1e-2]}, "one number for all cells"), ({"chunk": -3}, "chunk must be at least 1"),
         ({"chunk": 0}, "chunk must be at least 1"), ({"chunk": 2.5}, "chunk must be an integer"),
-        ({"max_steps": 0}, "max_steps must be at least 1"), ({"shard": (3, 2)}, "0 <= i < n"),
-        ({"shard": (-1, 2)}, "0 <= i < n"), ({"shard": (0, 0)}, "0 <= i < n"),
-        ({"shard": 3}, r"shard must be \(i, n\)"),
+        ({"max_steps": 0}, "max_steps must be at least 1"), ({"part": (3, 2)}, "0 <= i < n"),
+        ({"part": (-1, 2)}, "0 <= i < n"), ({"part": (0, 0)}, "0 <= i < n"),
+        ({"part": 3}, r"part must be \(i, n\)"),
         ({"outputs": "gap"}, "sequence of names"), ({"solver": rr.Newton}, "instance"),
     ],
 )  # fmt: skip
@@ -371,13 +371,13 @@ def test_a_folder_that_cannot_be_is_an_error_before_any_work(tmp_path, monkeypat
 
 
 def test_parts_join_to_the_whole(tmp_path, undisturbed):
-    parts = [run(tmp_path / f"part{i}", shard=(i, 3)) for i in range(3)]
+    parts = [run(tmp_path / f"part{i}", part=(i, 3)) for i in range(3)]
     assert sum(part.computed.sum() for part in parts) == 400
     assert not (parts[0].computed & parts[1].computed).any() and np.isnan(parts[0]["objective"]).any()
     store.join([tmp_path / "part0", tmp_path / "part2"], tmp_path / "whole")
-    assert run(tmp_path / "whole", resume=True, shard=None).computed.sum() < 400
+    assert run(tmp_path / "whole", resume=True, part=None).computed.sum() < 400
     store.join([tmp_path / f"part{i}" for i in range(3)], tmp_path / "whole")
-    assert same(run(tmp_path / "whole", resume=True, shard=None), undisturbed)
+    assert same(run(tmp_path / "whole", resume=True, part=None), undisturbed)
     rr.sweep(M, rr.kl(1.0), SMALL, tol=1e-6, out=tmp_path / "other")
     with pytest.raises(ValueError, match="hold different sweeps"):
         store.join([tmp_path / "part0", tmp_path / "other"], tmp_path / "mixed")
@@ -452,10 +452,10 @@ def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, undisturbed):
         if len(computed) == 1:
             partial = folder / f".chunk-0000000.npz.{socket.gethostname()}.{os.getpid()}.partial"
             partial.touch()
-            for how in ({"shard": (0, 1)}, {"shard": (0, 2)}):
+            for how in ({"part": (0, 1)}, {"part": (0, 2)}):
                 with pytest.raises(store.SweepError, match="another run is writing"):
                     run(folder, resume=True, **how)
-            assert 0 < np.isfinite(run(folder, resume=True, shard=None)["objective"]).sum() < 400
+            assert 0 < np.isfinite(run(folder, resume=True, part=None)["objective"]).sum() < 400
             assert partial.exists()
             partial.unlink()
 
@@ -466,14 +466,14 @@ def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, undisturbed):
 def test_what_killed_parts_left_is_removed_by_others(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    run(tmp_path / "out", shard=(0, 2))
+    run(tmp_path / "out", part=(0, 2))
     left, living, elsewhere = (
         tmp_path / "out" / f".chunk-0000000.npz.{host}.{pid}.partial"
         for host, pid in ((socket.gethostname(), dead.pid), (socket.gethostname(), os.getpid()), ("other", dead.pid))
     )
     for path in (left, living, elsewhere):
         path.touch()
-    run(tmp_path / "out", resume=True, shard=(1, 2))
+    run(tmp_path / "out", resume=True, part=(1, 2))
     assert not left.exists() and living.exists() and elsewhere.exists()
 
 

@@ -117,9 +117,9 @@ def _sweep(options: argparse.Namespace) -> int:
         with jax.default_device(_device(options.device)), _named(options.config):
             job = config.load_sweep(options.config)
             arguments, how = _sweep_arguments(job)
-            part = options.shard or (0, 1)
-            table = rr.sweep(*arguments, **how, out=options.out, resume=options.resume, shard=part, progress=True)
-        return _show(table, options.out, job.job.problem.title, options.shard)
+            part = options.part or (0, 1)
+            table = rr.sweep(*arguments, **how, out=options.out, resume=options.resume, part=part, progress=True)
+        return _show(table, options.out, job.job.problem.title, options.part)
 
 
 def _chunks_kept(out: Path) -> str:
@@ -131,8 +131,8 @@ def _chunks_kept(out: Path) -> str:
 
 def _sweep_together(options: argparse.Namespace) -> int:
     """One of several processes; process 0 has the table, and says so."""
-    if options.shard is not None:
-        raise config.ConfigError("--shard and --distributed exclude each other: each process takes its own part")
+    if options.part is not None:
+        raise config.ConfigError("--part and --distributed exclude each other: each process takes its own part")
     if None not in (options.num_processes, options.process_id) and options.process_id >= options.num_processes:
         last = options.num_processes - 1
         raise config.ConfigError(f"--process-id {options.process_id}: the processes are numbered from 0 to {last}")
@@ -175,7 +175,7 @@ def _merge(options: argparse.Namespace) -> int:
             run = prepare(*arguments, **how)
         with _named("merge"):
             join(options.parts, options.out, run.digest())
-            table = rr.sweep(*arguments, **how, out=options.out, resume=True, shard=None)
+            table = rr.sweep(*arguments, **how, out=options.out, resume=True, part=None)
         return _show(table, options.out, job.job.problem.title)
 
 

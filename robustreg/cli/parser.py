@@ -56,7 +56,7 @@ def _sweep(one: Any) -> None:
     one.add_argument("config", metavar="CONFIG", type=_path, help="a TOML file with a [sweep] table")
     one.add_argument("--out", metavar="DIR", type=_path, required=True, help="stream results here, then table.csv")
     one.add_argument("--resume", action="store_true", help="go on with what DIR already holds")
-    one.add_argument("--shard", "--part", metavar="I/N", type=_part, help="only part I (from 0) of N")
+    one.add_argument("--part", "--shard", metavar="I/N", type=_part, help="only part I (from 0) of N")
     one.add_argument(
         "--list-outputs", action=_ListOutputs, nargs=0, help="say what [sweep] outputs there are, and stop"
     )
@@ -119,7 +119,7 @@ def _certify(one: Any) -> None:
 _DESCRIBED: dict[str, tuple[str, Callable[[Any], None]]] = {
     "solve": ("solve a configuration: print a table, write results", _solve),
     "sweep": ("solve a configuration at every cell of its [sweep] grid", _sweep),
-    "merge": ("join the parts of a sweep that ran with --shard", _merge),
+    "merge": ("join the parts of a sweep that ran with --part", _merge),
     "figure": ("draw a figure of the paper from its configuration", _figure),
     "example": ("run a worked pipeline from data to decision, and check what it claims", _example),
     "certify": ("check what a policy is guaranteed, under a deployed reward too", _certify),

@@ -12,6 +12,7 @@ computed.
 import dataclasses
 import hashlib
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -146,6 +147,21 @@ def make_plan(
     width = int(np.clip(-(-len(paths) // chunks), fewest, min(widest, len(paths))))
     width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
     return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], length, width)
+
+
+def checked_part(part: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Read which part of the chunks is meant, (i, n), as two integers."""
+    if part is None:
+        return None
+    try:
+        i, n = map(operator.index, part)
+    except (TypeError, ValueError):
+        i = n = -1
+    if n == -1 or any(isinstance(x, bool) for x in part):
+        raise TypeError(f"part must be (i, n), the i-th of n parts, got {part!r}")
+    if not 0 <= i < n:
+        raise ValueError(f"part must be (i, n) with 0 <= i < n, got ({i}, {n})")
+    return i, n
 
 
 def relaid(plan: Plan, layout: Mapping[str, Any]) -> Plan:

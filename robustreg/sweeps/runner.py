@@ -10,13 +10,12 @@ threads do at the same time as each other. Every chunk is the same program on th
 
 **Files.** With `out`, every finished chunk is a file of its own that appears whole or not at all, beside a manifest
 with a digest of everything that the results depend on. A run that is killed loses the chunks in flight; `resume` skips
-those that are there. Several processes may share the work (`shard`), each on its own chunks of the same sweep.
+those that are there. Several processes may share the work (`part`), each on its own chunks of the same sweep.
 """
 
 import contextlib
 import dataclasses
 import functools
-import operator
 import os
 import queue
 import threading
@@ -34,7 +33,7 @@ from robustreg.solvers.loop import check_arguments, solve
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Status
 from robustreg.sweeps.outputs import NOMINAL, OUTPUTS, OUTPUTS_BY_DEFAULT, VISITED, Cell, best_return
-from robustreg.sweeps.plan import Plan, digest, layout_of, make_plan, per_lane, problem, relaid
+from robustreg.sweeps.plan import Plan, checked_part, digest, layout_of, make_plan, per_lane, problem, relaid
 from robustreg.sweeps.progress import reporter
 from robustreg.sweeps.store import Fields, Store, open_folder
 from robustreg.sweeps.table import Table
@@ -57,8 +56,9 @@ def sweep(
     devices: Sequence[Any] | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
-    shard: tuple[int, int] | None = (0, 1),
+    part: tuple[int, int] | None = (0, 1),
     progress: bool | Callable[[dict[str, Any]], None] = False,
+    shard: Any = (0, 1),
 ) -> Table:
     """Solve a problem at every cell of a grid.
 
@@ -76,7 +76,8 @@ def sweep(
             bits on one as on many of the same kind.
         out: folder to stream to.
         resume: go on with what `out` already holds.
-        shard: (i, n): only the i-th of n parts of the chunks, for jobs side by side; None: no part, only read `out`.
+        part: (i, n): only the i-th of n parts of the chunks, for jobs side by side; None: no part, only read `out`.
+        shard: an older word for `part`.
         progress: True shows it on standard error; a function is called with a dict after every chunk.
 
     Returns:
@@ -88,16 +89,19 @@ def sweep(
         SweepError: where results cannot be written; everything written before is kept.
     """
     run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices)
-    shard, resume = _checked_shard(shard), checks.flag("resume", resume)
+    part, resume = (
+        checked_part(part if isinstance(shard, tuple) and shard == (0, 1) else shard),
+        checks.flag("resume", resume),
+    )
     progress = progress if callable(progress) else checks.flag("progress", progress)
     if out is None:
         table = _Collector(run.plan)
-        run.fill(table, shard, progress, lambda: None)
+        run.fill(table, part, progress, lambda: None)
         return table.finish()
     run, store = run.open(out, resume)
-    if shard is not None:
-        with store.held(alone=shard == (0, 1)):
-            run.fill(store, shard, progress, lambda: None)
+    if part is not None:
+        with store.held(alone=part == (0, 1)):
+            run.fill(store, part, progress, lambda: None)
     return run.read(store)
 
 
@@ -137,11 +141,11 @@ class Run:
             raise ValueError(f"{out} cannot be read: {error}; take another folder") from error
 
     def fill(
-        self, kept: "Store | _Collector", shard: tuple[int, int] | None, progress: Any, check: Callable[[], None]
+        self, kept: "Store | _Collector", part: tuple[int, int] | None, progress: Any, check: Callable[[], None]
     ) -> None:
         """Compute what is not kept yet of one part of the chunks; `check` is called now and then, and may raise."""
         # The hard chunks, which are the last, come first: at the end nobody waits long for another's.
-        jobs = [] if shard is None else list(range(shard[0], self.plan.n_chunks, shard[1]))[::-1]
+        jobs = [] if part is None else list(range(part[0], self.plan.n_chunks, part[1]))[::-1]
         missing = [job for job in jobs if self._kept(kept, job) is None]
         cells, left = (sum(self.plan.cells(job).size for job in some) for some in (jobs, missing))
         if missing:
@@ -209,21 +213,6 @@ def _named(plan: Plan) -> tuple[str, ...]:
     return tuple(sorted({*plan.outputs, "status"}))
 
 
-def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int] | None:
-    """A part of the chunks as two integers."""
-    if shard is None:
-        return None
-    try:
-        i, n = map(operator.index, shard)
-    except (TypeError, ValueError):
-        i = n = -1
-    if n == -1 or any(isinstance(x, bool) for x in shard):
-        raise TypeError(f"shard must be (i, n), the i-th of n parts, got {shard!r}")
-    if not 0 <= i < n:
-        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got ({i}, {n})")
-    return i, n
-
-
 def _devices(mdp: MDP, devices: Sequence[Any] | None) -> tuple[Any, ...]:
     """The devices asked for; None: all of this process of the kind that holds the problem."""
     if devices is None:
@@ -232,7 +221,7 @@ def _devices(mdp: MDP, devices: Sequence[Any] | None) -> tuple[Any, ...]:
     if not devices or not all(isinstance(device, jax.Device) for device in devices):
         raise TypeError("devices must be a sequence of jax devices such as jax.local_devices()")
     if foreign := [device for device in devices if device.process_index != jax.process_index()]:
-        raise ValueError(f"{foreign[0]} belongs to another process: each process sweeps its own part, see shard")
+        raise ValueError(f"{foreign[0]} belongs to another process: each process sweeps its own part, see part")
     return tuple(dict.fromkeys(devices))
 
 
