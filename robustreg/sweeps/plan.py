@@ -149,7 +149,7 @@ def make_plan(
     return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], length, width)
 
 
-def checked_part(part: tuple[int, int] | None) -> tuple[int, int] | None:
+def checked_part(part: Any, name: str = "part") -> tuple[int, int] | None:
     """Read which part of the chunks is meant, (i, n), as two integers."""
     if part is None:
         return None
@@ -158,9 +158,9 @@ def checked_part(part: tuple[int, int] | None) -> tuple[int, int] | None:
     except (TypeError, ValueError):
         i = n = -1
     if n == -1 or any(isinstance(x, bool) for x in part):
-        raise TypeError(f"part must be (i, n), the i-th of n parts, got {part!r}")
+        raise TypeError(f"{name} must be (i, n), the i-th of n parts, got {part!r}")
     if not 0 <= i < n:
-        raise ValueError(f"part must be (i, n) with 0 <= i < n, got ({i}, {n})")
+        raise ValueError(f"{name} must be (i, n) with 0 <= i < n, got ({i}, {n})")
     return i, n
 
 
