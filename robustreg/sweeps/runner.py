@@ -89,10 +89,9 @@ def sweep(
         SweepError: where results cannot be written; everything written before is kept.
     """
     run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices)
-    part, resume = (
-        checked_part(part if isinstance(shard, tuple) and shard == (0, 1) else shard),
-        checks.flag("resume", resume),
-    )
+    older = not (isinstance(shard, tuple) and shard == (0, 1))
+    part = checked_part(shard, "shard") if older else checked_part(part)
+    resume = checks.flag("resume", resume)
     progress = progress if callable(progress) else checks.flag("progress", progress)
     if out is None:
         table = _Collector(run.plan)
