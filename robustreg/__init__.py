@@ -23,6 +23,7 @@ from robustreg.game.minimax import Game, solve_game
 from robustreg.game.sets import Box, StatesOnly
 from robustreg.problems.cassandra import from_cassandra
 from robustreg.problems.gymnasium import from_gymnasium
+from robustreg.problems.handles import trainable
 from robustreg.problems.mdps import MDP, mdp
 from robustreg.problems.prism import from_prism
 from robustreg.problems.sharding import shard
@@ -104,5 +105,6 @@ __all__ = [
     "solve_game",
     "stack",
     "sweep",
+    "trainable",
     "worst_case",
 ]

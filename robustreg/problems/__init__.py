@@ -2,8 +2,8 @@
 
 `mdps` has the class and its factory, `transitions` and `successors` the representations of P with one operator and its
 transpose, `sparsity` what successor lists look like from the other end. `generators` makes problems to try things on;
-`tables`, `gymnasium`, `prism` and `cassandra` read those that people have; `stacking` makes one batch of problems of
-different sizes, `sharding` splits one over devices.
+`tables`, `gymnasium`, `prism` and `cassandra` read those that people have; `handles` are for training loops; `stacking`
+makes one batch of problems of different sizes, `sharding` splits one over devices.
 """
 
 from robustreg.problems.cassandra import from_cassandra
@@ -21,6 +21,7 @@ from robustreg.problems.generators import (
     slippery_grid,
 )
 from robustreg.problems.gymnasium import from_gymnasium, from_scipy
+from robustreg.problems.handles import trainable
 from robustreg.problems.mdps import MDP, mdp
 from robustreg.problems.prism import from_prism
 from robustreg.problems.problem import Problem
@@ -56,4 +57,5 @@ __all__ = [
     "slippery_cells",
     "slippery_grid",
     "stack",
+    "trainable",
 ]
