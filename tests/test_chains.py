@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg.solvers import bellman, elimination, linear
+from robustreg.solvers import bellman, elimination, krylov, linear
 from robustreg.solvers.evaluation import _no_regulariser
 
 DISCOUNTS = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6)
@@ -223,7 +223,7 @@ def test_a_lane_that_krylov_steps_do_not_help_holds_up_no_other(monkeypatch):
     m = rr.mdp(P[:, :, None], np.zeros((count, n, 1)), 0.999, layout="sas")
     chain = bellman.chain(bellman.bind(m, _no_regulariser(m)), jnp.ones((1, n, count)))
     asked: list[int] = []
-    real: Any = vars(linear)["bicgstab"]
+    real: Any = vars(krylov)["bicgstab"]
 
     def counted(apply, *arguments):
         def noted(x):
@@ -232,7 +232,7 @@ def test_a_lane_that_krylov_steps_do_not_help_holds_up_no_other(monkeypatch):
 
         return real(noted, *arguments)
 
-    monkeypatch.setattr(linear, "bicgstab", counted)
+    monkeypatch.setattr(krylov, "bicgstab", counted)
     start = jnp.full((n, count), 1 / n)
     found = linear.occupy(chain, start, jnp.zeros(count), linear.Method())
     jax.effects_barrier()

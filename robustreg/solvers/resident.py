@@ -1,7 +1,7 @@
 """Solves that stay on the chip: on a CUDA device, one kernel runs the whole certified solve of a lane in one block.
 
 The loop of `solve` returns to the device's memory, and to the host, at every product with a policy's chain, and all
-lanes wait for the slowest. The kernel in `robustreg/cuda` keeps the vectors of one lane in registers and shared memory
+lanes wait for the slowest. The kernel in `solvers/cuda` keeps the vectors of one lane in registers and shared memory
 from the first backup to the last, and stops every lane by itself. It is Newton's method with the same Krylov solver,
 stopping rule, status and certificate, formula by formula; the first proposal is some plain sweeps, which are counted as
 steps. So a lane ends with a value as certain as the loop's, not with the same digits: both lie in their intervals.

@@ -1,7 +1,7 @@
 """The CUDA kernel of `robustreg.solvers.resident`: its text for the sizes at hand, a function of arrays, and its test.
 
 The kernel is compiled for the number of states, actions and successors, so that what a thread holds of them is in
-registers. It lies in `robustreg/cuda` in five parts: conjugates of one state, certificate, Krylov solver, rows and
+registers. It lies in `solvers/cuda` in five parts: conjugates of one state, certificate, Krylov solver, rows and
 chains, and the loop. A block of threads solves a lane; thread t holds states t, t + threads, ... of every vector, and
 only the vector that is gathered from is in shared memory.
 """
@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
         texts = {"TERMS": self.terms, "FORCING": self.forcing, "LOG_ACTIONS": math.log(self.actions)}
         lines = [f"#define {name} {value}" for name, value in numbers.items()]
         lines += [f"#define {name} {value:.9e}f" for name, value in texts.items()]
-        folder = resources.files("robustreg") / "cuda"
+        folder = resources.files("robustreg.solvers") / "cuda"
         lines += ["#define DEVICE __device__ __forceinline__", *((folder / name).read_text() for name in _FILES)]
         return "\n".join(lines)
 
