@@ -1,4 +1,4 @@
-// A CUDA driver of the few functions that `robustreg._nvrtc` calls, which runs an emulated kernel and keeps a record.
+// A CUDA driver of the few functions that `robustreg.solvers.nvrtc` calls, which runs an emulated kernel and keeps a record.
 
 #include KERNEL_LIBRARY
 

@@ -36,6 +36,7 @@ def config(tmp_path, text=CHAIN):
 # A program of its own that sends itself SIGINT, twice, as soon as there is what the second argument asks for.
 INTERRUPTED = """
 import os, pathlib, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a script inherit none
 from robustreg import cli
 when, sys.argv = sys.argv[1], ["robustreg", *sys.argv[2:]]
 
@@ -85,11 +86,15 @@ def test_an_interrupted_sweep_says_what_is_kept_and_is_resumed(tmp_path, capsys)
 
 def test_a_caller_of_main_keeps_its_own_interrupts(tmp_path, monkeypatch):
     """With arguments of its own the command is part of another program, which decides what SIGINT does."""
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(commands, "_run", lambda job: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        commands.main(["solve", str(config(tmp_path)), "--out", str(tmp_path / "out")])
-    assert signal.getsignal(signal.SIGINT) is before and not (tmp_path / "out").exists()
+    # Of the program's own; tests in the background of a script would inherit none.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(commands, "_run", lambda job: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            commands.main(["solve", str(config(tmp_path)), "--out", str(tmp_path / "out")])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not (tmp_path / "out").exists()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- a full disk

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import robustreg
+from robustreg.problems import generators
 
 # For the type checker: tests hand NumPy arrays to classes that declare JAX arrays, and read any transitions.
 rr: Any = robustreg
@@ -158,9 +159,9 @@ def test_many_garnets_are_those_of_their_seeds():
 def test_successors_of_a_garnet_are_distinct_and_uniform():
     """Every pair of states is as likely as any other; large problems need no memory of S by S."""
     rng = np.random.default_rng(0)
-    drawn = rr.problems._distinct(rng, 60_000, 4, 2)
+    drawn = generators._distinct(rng, 60_000, 4, 2)
     assert (drawn[:, 0] != drawn[:, 1]).all() and drawn.min() == 0 and drawn.max() == 3
     low, high = drawn.min(-1), drawn.max(-1)
     counts = np.bincount(4 * low + high, minlength=16)
     assert (np.abs(counts[counts > 0] / 10_000 - 1) < 0.05).all() and (counts > 0).sum() == 6
-    assert rr.problems._distinct(rng, 3, 5, 5).sum() == 30
+    assert generators._distinct(rng, 3, 5, 5).sum() == 30

@@ -33,7 +33,8 @@ chunk = 1
 # Process VICTIM kills itself in the middle of its second chunk.
 DYING = """
 import os, signal, sys
-from robustreg import cli, store
+from robustreg import cli
+from robustreg.sweeps import store
 put, seen = store.Store.put, []
 def die(self, job, fields):
     seen.append(job)
