@@ -36,6 +36,9 @@ def test_there_and_back(problem, names):
 
 
 def test_a_discount_takes_its_complement_along():
+    single = rr.problems.chain(5, 0.9999, dtype=np.float32)
+    numbers, rebuild = rr.trainable(single, "discount")
+    chex.assert_trees_all_equal(rebuild(numbers), single)
     numbers, rebuild = rr.trainable(GRID, "discount")
     slope = jax.grad(lambda x: rr.solve(rebuild(x), rr.kl(3.0), tol=1e-10).objective)(numbers)["discount"]
     up, down = (float(rr.solve(GRID.replace(discount=0.9 + d), rr.kl(3.0), tol=1e-11).objective) for d in (1e-5, -1e-5))

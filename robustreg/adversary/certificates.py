@@ -32,7 +32,7 @@ from robustreg.solvers.solution import Solution, SolveError, concrete
 
 @pytrees.dataclass
 class Certificate:
-    """What was proved, all `[*B, S]` and in reward units, `gap` included.
+    """Hold what was proved, all `[*B, S]` and in reward units, `gap` included.
 
     Attributes:
         lower: the policy's guaranteed value is at least this, and V* is.

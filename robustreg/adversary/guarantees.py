@@ -23,7 +23,7 @@ from robustreg.solvers.evaluation import evaluate, occupancy
 
 @pytrees.dataclass
 class Guarantee:
-    """What a fixed policy is guaranteed and what it gets under a deployed reward. Returns are `<initial, value>`.
+    """Hold what a fixed policy is guaranteed and what it gets under a deployed reward. Returns are `<initial, value>`.
 
     Attributes:
         guaranteed: regularised return, `[*B]`: no deployed reward in the robust set gives less.

@@ -27,7 +27,7 @@ import robustreg as rr
 from robustreg import archive
 from robustreg._core import interrupts
 from robustreg._core.files import together
-from robustreg.cli import config, example_config, figure_config, parser, verdicts
+from robustreg.cli import config, figure_config, parser, verdicts
 from robustreg.figures import solution_figures, style, sweep_figures
 from robustreg.solvers import evaluation
 from robustreg.sweeps import cluster
@@ -123,7 +123,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _chunks_kept(out: Path) -> str:
-    """What a sweep has finished, and how to go on with it."""
+    """Tell what a sweep has finished, and how to go on with it."""
     count = sum(1 for _ in out.glob("chunk-*.npz"))
     kept = f"{count} finished chunk{'s are' if count > 1 else ' is'} kept in {out}" if count else "no chunk is finished"
     return f"{kept}; go on with the same command and --resume"
@@ -180,7 +180,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _sweep_arguments(run: config.SweepJob) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `sweep` is given, by position and by name."""
+    """Tell what `sweep` is given, by position and by name."""
     job = run.job
     limits = {"solver": job.solver, "tol": job.tol, "max_steps": job.max_steps}
     return (job.problem.mdp, job.regulariser, run.grid), {**limits, **run.options}
@@ -225,6 +225,8 @@ def _figure(options: argparse.Namespace) -> int:
 
 def _example(options: argparse.Namespace) -> int:
     """Run a worked pipeline; the exit code says whether its claims hold."""
+    from robustreg.cli import example_config  # the pipelines' modules: no other command should wait for them
+
     if options.list:
         print(_table(example_config.listed()))
         return 0

@@ -66,7 +66,7 @@ class Picture:
 
 
 def _kind(name: str) -> Callable[..., Picture]:
-    """What builds the picture of that name: the arguments are those of its numbers."""
+    """Tell what builds the picture of that name: the arguments are those of its numbers."""
     numbers: Callable[..., paper_numbers.Numbers] = getattr(paper_numbers, name)
 
     @functools.wraps(numbers)

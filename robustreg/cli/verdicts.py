@@ -41,7 +41,7 @@ from robustreg.solvers.solution import Solution, SolveError
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is to be certified.
+    """Hold what is to be certified.
 
     Attributes:
         job: the problem and its regulariser.
@@ -58,7 +58,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was found.
+    """Hold what was found.
 
     Attributes:
         holds: the verdict.

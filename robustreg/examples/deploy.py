@@ -66,7 +66,7 @@ FLOOR = 0.02  # least disagreement, in reward units: an ensemble that agrees may
 
 
 class Worlds(NamedTuple):
-    """What is learned and true: rewards `[N, S, A]`, and the disagreement of the ensemble `[N, S]`."""
+    """Hold what is learned and true: rewards `[N, S, A]`, and the disagreement of the ensemble `[N, S]`."""
 
     learned: np.ndarray
     true: np.ndarray

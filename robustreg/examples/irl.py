@@ -41,7 +41,7 @@ from robustreg.figures import style
 
 
 class Fit(NamedTuple):
-    """What a number of demonstrations teaches."""
+    """Hold what a number of demonstrations teaches."""
 
     weights: jax.Array  # [F]
     log_policy: jax.Array  # [S, A]

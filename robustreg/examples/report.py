@@ -34,7 +34,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Report:
-    """What a pipeline found.
+    """Hold what a pipeline found.
 
     Attributes:
         rows: of the printed table, each from the name of a column to its text; all have the same columns.

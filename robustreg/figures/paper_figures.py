@@ -305,7 +305,7 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
 
 
 def _strengths(numbers: Numbers) -> list[str]:
-    """What to call the rows: the smallest beta is the strongest regulariser."""
+    """Tell what to call the rows: the smallest beta is the strongest regulariser."""
     betas = numbers["beta"]
     words = {
         2: ("strong regulariser", "weak regulariser"),

@@ -118,7 +118,7 @@ class Features(Adversary):
         return self._project(mu - target), within + between + centre[:, None] * centre[None], target
 
     def _project(self, mu: Array) -> Array:
-        """What the features see of an occupancy, `[F, *B]`."""
+        """Tell what the features see of an occupancy, `[F, *B]`."""
         return jnp.sum(self.features * mu[None], axis=(1, 2))
 
     def _gram(self, weight: Array, table: Array) -> Array:

@@ -289,7 +289,7 @@ def _from_start(setup: moves.Setup, value: Array) -> Array:
 
 
 def _primal(setup: moves.Setup, position: moves.Position, policy: Array, accuracy: Array) -> tuple[Array, Array]:
-    """What a policy guarantees against the set, or less, and the rounding in that, `[*B]`."""
+    """Tell what a policy guarantees against the set, or less, and the rounding in that, `[*B]`."""
     problem = setup.problem
     cost, extra = setup.adversary.price(problem, position.params, policy, moves.visits(setup, policy))
     never = jnp.where(policy == 0, -jnp.inf, 0).astype(policy.dtype)

@@ -29,7 +29,7 @@ _ANSWERED = 0.1
 
 @pytrees.options
 class Rules:
-    """What the compiled program depends on."""
+    """Hold what the compiled program depends on."""
 
     agent: optax.GradientTransformation
     response: optax.GradientTransformation
@@ -46,7 +46,7 @@ class Rules:
 
 @pytrees.dataclass
 class Setup:
-    """What does not change during play; `adversary` is bound, `initial` is `[S, *b]`."""
+    """Hold what does not change during play; `adversary` is bound, `initial` is `[S, *b]`."""
 
     problem: bellman.BoundProblem
     adversary: Any

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, pytrees
+from robustreg._core import checks, loops, pytrees
 from robustreg.losses.samples import common, expect_alike, reduced, silenced
 from robustreg.regularisers import actions, axes
 from robustreg.regularisers.regulariser import Regulariser
@@ -144,14 +144,14 @@ def _telescoped(reward: Array, discount: Array, ahead: Array, steps: int | None)
     first = [jnp.moveaxis(x, -1, 0) for x in (reward, discount, ahead)]
     if steps is None:
         back: Any = lambda later, x: (x[0] + x[1] * later,) * 2  # noqa: E731
-        return jnp.moveaxis(lax.scan(back, first[2][-1], tuple(first[:2]), reverse=True)[1], 0, -1)
+        return jnp.moveaxis(loops.scan(back, first[2][-1], tuple(x[::-1] for x in first[:2]))[1][::-1], 0, -1)
 
-    def longer(later: Array, _: None) -> tuple[Array, None]:
+    def longer(later: Array, _: Array) -> tuple[Array, None]:
         # A window that would pass the end of the path stops there.
         return first[0] + first[1] * jnp.concatenate([later[1:], first[2][-1:]]), None
 
     start = first[0] + first[1] * first[2]
-    return jnp.moveaxis(lax.scan(longer, start, None, length=checks.count("steps", steps) - 1)[0], 0, -1)
+    return jnp.moveaxis(loops.scan(longer, start, jnp.arange(checks.count("steps", steps) - 1), first)[0], 0, -1)
 
 
 # ---- Fenchel and Young

@@ -76,8 +76,11 @@ def _mean(x: Array, weight: Array | None, shape: tuple[int, ...]) -> Array:
     return jnp.sum(share * jnp.where(share == 0, 0, x), axis=-1) / jnp.sum(share, axis=-1)
 
 
-def _empirical(reg: Any, samples: Array, ratio: Array | None, weight: Array | None) -> tuple[Any, Array]:
-    """The regulariser with the samples as actions and their weights as the prior, and the samples as `[..., 1, N]`."""
+def _empirical(reg: Any, perturbation: ArrayLike, log_ratio: Any, weights: Any) -> tuple[Any, Array]:
+    """Return the regulariser with samples as actions and their weights as its prior, and the samples `[..., 1, N]`."""
+    reach.expect_reference(reg, "first argument")
+    samples, ratio, weight = common(perturbation=perturbation, log_ratio=log_ratio, weights=weights)
+    _expect_samples(samples)
     ratio, weight = expect_alike(samples.shape, "the shape of the perturbation", log_ratio=ratio, weights=weight)
     logs = jnp.zeros_like(samples) if ratio is None else -ratio
     if weight is not None:
@@ -111,10 +114,7 @@ def sampled_slack(
         TypeError: no regulariser, or one without a reference.
         ValueError: axes that do not fit.
     """
-    reach.expect_reference(reg, "first argument")
-    dr, ratio, weight = common(perturbation=perturbation, log_ratio=log_ratio, weights=weights)
-    _expect_samples(dr)
-    return slack(*_empirical(reg, dr, ratio, weight))[..., 0]
+    return slack(*_empirical(reg, perturbation, log_ratio, weights))[..., 0]
 
 
 def sampled_critical_beta(
@@ -137,10 +137,7 @@ def sampled_critical_beta(
         TypeError: no regulariser, or one without a reference.
         ValueError: axes that do not fit.
     """
-    reach.expect_reference(reg, "first argument")
-    dr, ratio, weight = common(perturbation=perturbation, log_ratio=log_ratio, weights=weights)
-    _expect_samples(dr)
-    return calibration.critical_beta(*_empirical(reg, dr, ratio, weight))[..., 0]
+    return calibration.critical_beta(*_empirical(reg, perturbation, log_ratio, weights))[..., 0]
 
 
 def sampled_guarantee(

@@ -70,7 +70,8 @@ def _is_floating(x: Any) -> bool:
 def _with(problem: Any, numbers: dict[str, Array]) -> Any:
     """Put numbers back; the complement of a discount follows it."""
     if "discount" in numbers:
-        numbers["complement"] = 1 - numbers["discount"]
+        # Not 1 - g, which has lost digits in single precision where g is close to 1: the known one, less the change.
+        numbers["complement"] = problem.complement - (numbers["discount"] - problem.discount)
     if "probabilities" in numbers:
         kernel: Any = problem.transitions
         numbers["transitions"] = dataclasses.replace(kernel, probabilities=numbers.pop("probabilities"))

@@ -185,19 +185,23 @@ def mdp(
     kernel = arguments.stochastic(kernel, termination, margin, normalise, dtype, available)
     discount, complement = arguments.discount_of(discount, dtype)
     names = came.names(kernel.n_states, kernel.n_actions)
-    initial = initial if names is None else distribution(initial, {name: s for s, name in enumerate(names.states)})
     m = MDP(
         arguments.cast_kernel(kernel, dtype),
         arguments.cast(rewards.expected(reward, kernel, available, came.per_action), dtype),
         discount,
         complement,
-        arguments.cast(arguments.initial_of(initial, kernel.n_states, normalise), dtype),
+        arguments.cast(arguments.initial_of(_by_state(initial, names), kernel.n_states, normalise), dtype),
         None if termination is None else arguments.cast(termination, dtype),
         available=None if available is None else jnp.asarray(available),
         names=names,
     )
     checks.check_batches(_batch_axes(m))
     return m
+
+
+def _by_state(initial: Any, names: Names | None) -> Any:
+    """Read where episodes start, by the names of states where they have some."""
+    return initial if names is None else distribution(initial, {name: s for s, name in enumerate(names.states)})
 
 
 def _replaced(m: MDP, changes: dict[str, Any]) -> MDP:
@@ -217,9 +221,8 @@ def _replaced(m: MDP, changes: dict[str, Any]) -> MDP:
     if "discount" in new:
         new["discount"], new["complement"] = arguments.discount_of(new["discount"], m.dtype)
     if "initial" in new:
-        names = {} if m.names is None else {name: s for s, name in enumerate(m.names.states)}
-        start = distribution(new["initial"], names) if names else new["initial"]
-        new["initial"] = arguments.cast(arguments.initial_of(start, m.n_states, False), m.dtype)
+        start = arguments.initial_of(_by_state(new["initial"], m.names), m.n_states, False)
+        new["initial"] = arguments.cast(start, m.dtype)
     m = dataclasses.replace(m, **new)
     checks.check_batches(_batch_axes(m))
     return m

@@ -215,7 +215,7 @@ def _refuse_rates(model: Model) -> None:
 
 
 def _rewards(path: Path, model: Model) -> np.ndarray:
-    """What every transition earns, by a file of rewards of states or of transitions."""
+    """Tell what every transition earns, by a file of rewards of states or of transitions."""
     lines = lines_of(path)
     head, counts = _header(lines, path)
     width = {2: 2, 3: 4}.get(len(counts), 0)

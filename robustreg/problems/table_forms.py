@@ -325,7 +325,7 @@ def _items(x: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _outcomes(x: Any) -> Iterable[Any]:
-    """What an action may lead to, as a list of tuples."""
+    """Tell what an action may lead to, as a list of tuples."""
     if isinstance(x, Mapping):
         return [(p[0], s, *p[1:]) if isinstance(p, (tuple, list)) else (p, s, 0.0) for s, p in x.items()]
     return [x] if isinstance(x, tuple) and x and isinstance(x[0], (int, float)) else x

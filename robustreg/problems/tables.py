@@ -153,7 +153,7 @@ def _check_sums(read: Columns, row: np.ndarray, total: np.ndarray, there: np.nda
 
 
 def _twice(read: Columns, rows: np.ndarray) -> str:
-    """What to say of two rows that lead to the same state, which may be one that was listed twice."""
+    """Tell what to say of two rows that lead to the same state, which may be one that was listed twice."""
     seen: dict[Any, int] = {}
     for i in map(int, rows):
         key = (read.successor[i], bool(read.done[i]))

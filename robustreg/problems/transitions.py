@@ -27,7 +27,7 @@ from robustreg._core import checks, pytrees
 
 
 class Transitions:
-    """What the solvers need of a transition kernel: sizes, and one operator with its transpose."""
+    """Hold what the solvers need of a transition kernel: sizes, and one operator with its transpose."""
 
     @property
     def n_states(self) -> int:
@@ -101,7 +101,7 @@ class Transitions:
         return self
 
     def _with_sparsity(self, dtype: Any) -> "Transitions":
-        """The same kernel, to be used in `dtype`, as a program may take it; `solve` and its like see to it."""
+        """Return the same kernel, to be used in `dtype`, as a program may take it; `solve` and its like see to it."""
         return self
 
     def expect(self, v: ArrayLike) -> Array:

@@ -151,7 +151,7 @@ def alpha_maximiser(
 
 
 class Rows(NamedTuple):
-    """What the root is sought for.
+    """Hold what the root is sought for.
 
     Attributes:
         gap: `beta (max q - q)`, `[A, ...]`, 0 on masked actions.

@@ -12,7 +12,7 @@ from robustreg.regularisers.regulariser import Regulariser
 
 
 class _Divergence(Regulariser):
-    """What the regularisers `D_alpha/beta` have in common."""
+    """Hold what the regularisers `D_alpha/beta` have in common."""
 
     @property
     def _order(self) -> Array:

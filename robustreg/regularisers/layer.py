@@ -235,5 +235,5 @@ def _advance(state: State, sums: tuple[Array, ...], rows: Rows) -> State:
 
 
 def _noise(rows: Rows, level: Array) -> Array:
-    """What `F = log sum p` may consist of by rounding alone, `[...]`: of a sum of A numbers, of exponents."""
+    """Tell what `F = log sum p` may consist of by rounding alone, `[...]`: of a sum of A numbers, of exponents."""
     return float(jnp.finfo(level.dtype).eps) * (16 + 2 * rows.gap.shape[-1] ** 0.5 + 2 * jnp.abs(level))

@@ -157,7 +157,7 @@ tilt.defjvp(_tilt_jvp, symbolic_zeros=True)
 
 
 def _log_tilt(log_policy: Array, log_prior: Array) -> Array:
-    """The same for KL: `L`, linear where it is finite, so that nothing of it needs a rule."""
+    """Return the same for KL: `L`, linear where it is finite, so that nothing of it needs a rule."""
     masked = jnp.isneginf(log_prior)
     inside = jnp.where(masked, 0, log_policy) - jnp.where(masked, 0, log_prior)
     return jnp.where(masked, jnp.where(jnp.isneginf(log_policy), 0, jnp.inf), inside)
@@ -302,7 +302,7 @@ _tilt_of.defjvp(_tilt_of_jvp, symbolic_zeros=True)
 
 @jax.custom_jvp
 def _log_tilt_of(policy: Array, log_prior: Array) -> Array:
-    """The same for KL."""
+    """Return the same for KL."""
     return log_ratio(policy, log_prior)
 
 

@@ -305,7 +305,7 @@ def _centre(problem: bellman.BoundProblem, d: Array) -> tuple[Array, Array, Arra
 
 
 def _recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """The same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it."""
+    """Return the same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it."""
     low, high = jnp.min(h, axis=0), jnp.max(h, axis=0)
     middle = 0.5 * (low + high)
     return h - middle[None], c + middle, 0.5 * (high - low)

@@ -27,7 +27,7 @@ from robustreg.solvers import bellman, linear
 
 @pytrees.dataclass
 class Step:
-    """What a solver sees of the current iterate `V = h + c`; if no episode ends, `d` is centred and c adjusted.
+    """Hold what a solver sees of the current iterate `V = h + c`; if no episode ends, `d` is centred and c adjusted.
 
     Attributes:
         h, c: `[S, *B]`, `[*B]`.

@@ -33,7 +33,7 @@ TABLES = ("near", "probabilities", "reward", "leave", "prior", "beta")
 
 
 class Sizes(NamedTuple):
-    """What a kernel is compiled for.
+    """Hold what a kernel is compiled for.
 
     Attributes:
         states, actions: S and A.
@@ -183,7 +183,7 @@ def _warn(error: str) -> None:
 
 
 def _error_of_test(sizes: Sizes, place: Carrier) -> str:
-    """What is wrong with the kernel's answers to two lanes of a random problem, "" if nothing."""
+    """Tell what is wrong with the kernel's answers to two lanes of a random problem, "" if nothing."""
     arguments, value = trial(sizes)
     with jax.ensure_compile_time_eval():
         device = jax.local_devices(backend=place.platform)[0]

@@ -15,7 +15,7 @@ from robustreg.solvers.solution import Solution
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What is known of cells, side by side, once they are solved; what costs more is computed once, if asked for.
+    """Hold what is known of cells, side by side, once they are solved; what costs more is computed once, if asked for.
 
     Attributes:
         mdp, solution: of the cells.

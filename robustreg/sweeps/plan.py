@@ -346,7 +346,7 @@ def _lasting(structure: str) -> str:
 
 
 def _probed(kernel: Any) -> list[float]:
-    """What a matrix-free kernel does, in two numbers: the arrays that its function closes over are no leaves."""
+    """Tell what a matrix-free kernel does, in two numbers: the arrays that its function closes over are no leaves."""
     if not isinstance(kernel, MatrixFree):
         return []
     ahead = np.asarray(kernel.expect(jnp.cos(jnp.arange(kernel.n_states))), np.float64).ravel()

@@ -325,7 +325,7 @@ def _cells(
 
 
 def _continued(values: jax.Array, xs: jax.Array, x: jax.Array) -> jax.Array:
-    """What the last values of a line say of the next one, `[width, S]`: the polynomial through the last k, or 0.
+    """Tell what the last values of a line say of the next one, `[width, S]`: the polynomial through the last k, or 0.
 
     Which k is told by how little its guess differs from that with one value less (the guess from a single value, from
     the value before it): more follow a smooth line further, but blow errors up more, and mislead where the line bends.
