@@ -44,6 +44,9 @@ class Certificate:
         rounding: share of floating point in each side of `lower` and `upper`, `[*B]`: of the backups, of `Omega` at
             the policy, and of the storage of `value`, which every solver rounds by `u |value|` and which moves each
             side by `(1+g)/(1-g)` times as much. A converged solution's sides lie within `tol + rounding` of its value.
+        storage: what `indifference` and `consistency` may be because rewards and perturbations are stored in their
+            dtype, `[*B]`: both look at `Q - dr` unweighted, also at an action that is (almost) never taken, whose
+            penalty of -1e6 has a last digit of .06 in float32. The bounds do not depend on it.
     """
 
     lower: Array
@@ -52,6 +55,7 @@ class Certificate:
     slack: Array
     consistency: Array
     rounding: Array
+    storage: Array
 
     @property
     def gap(self) -> Array:
@@ -63,7 +67,8 @@ class Certificate:
 
         Args:
             tol: in reward units, a number or one per lane, `[*B]`. `sol.tol + certificate.rounding` is what a converged
-                solution passes.
+                solution passes. Both bounds lie within `tol` of their middle, `slack` of 0; `indifference` and
+                `consistency` are at most `2 tol`, beyond the `storage` of the perturbation.
 
         Raises:
             SolveError: naming the first quantity, lane and state that does not, or is NaN; a negative gap as well.
@@ -78,14 +83,15 @@ class Certificate:
         if limit.ndim and limit.shape != gap.shape[:-1]:
             raise ValueError(f"tol has shape {limit.shape}; expected a number or one per lane, {gap.shape[:-1]}")
         limit = np.broadcast_to(limit[..., None], gap.shape)
+        stored = 2 * limit + np.broadcast_to(np.asarray(self.storage)[..., None], gap.shape)
         finer = "solve again with a smaller tol"
         if gap.dtype.itemsize < 8:
             finer += " or in float64"
         claims = {
             "gap": (gap, 2 * limit, f"{finer}; `rounding` is what this precision cannot tell"),
-            "indifference": (self.indifference, 2 * limit, "the perturbation does not belong to the value"),
+            "indifference": (self.indifference, stored, "the perturbation does not belong to the value"),
             "slack": (np.abs(self.slack), limit, "the perturbation is not on the boundary of the robust set"),
-            "consistency": (self.consistency, 2 * limit, "the perturbed reward does not have this value"),
+            "consistency": (self.consistency, stored, "the perturbed reward does not have this value"),
         }
         for name, (size, most, remedy) in claims.items():
             size = np.asarray(size)
@@ -154,8 +160,11 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     feasible = -maximise(by_rows(problem.regulariser), jnp.broadcast_to(dr, q.shape))[0]
     noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
     stored = 0.5 * unit * jnp.max(jnp.abs(v), axis=0) * (1 + problem.discount) * problem.horizon
+    # q, the q that the perturbation was made of, and the perturbation are each rounded to half a unit of their size.
+    sizes = jnp.where(masked | ~jnp.isfinite(dr), 0, 2 * jnp.abs(q) + jnp.abs(dr))
+    storage = 0.5 * unit * jnp.max(sizes, axis=(0, 1)) * problem.horizon
     public = [pytrees.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]
-    return Certificate(*public, rounding=noise + jnp.where(jnp.isfinite(shortage), shortage, 0) + stored)
+    return Certificate(*public, noise + jnp.where(jnp.isfinite(shortage), shortage, 0) + stored, storage)
 
 
 def _shortage(problem: bellman.BoundProblem, policy: Array, q: Array) -> Array:
