@@ -19,7 +19,7 @@ import pytest
 
 import robustreg as rr
 from robustreg._core import pytrees
-from robustreg.regularisers import regulariser
+from robustreg.regularisers import bound as kernels
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -92,8 +92,8 @@ def test_layouts_agree(alpha):
 
     def solver(reg, q):
         bound = reg.bind(0, q.dtype, q.shape[-1])
-        value, policy = regulariser.maximise(bound, q.T)
-        return value, policy.T, bound._value(policy), bound._worst_case(policy).T
+        value, policy = kernels.maximise(bound, q.T)
+        return value, policy.T, bound.value(policy), bound.worst_case(policy).T
 
     def layer(reg, q):
         policy = reg.argmax(q)
@@ -236,7 +236,7 @@ def test_few_turns_settle_every_row():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(layer, "_search", counted)
                 bound, x = rr.alpha(np.float32(order), np.float32(0.5))._public(q, reduce=pytrees.LAST)
-                bound._maximiser(x)
+                bound.maximiser(x)
             assert int(turns[-1]) <= 8, (rows, actions, order)
 
 

@@ -18,9 +18,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
+from robustreg.regularisers.bound import maximise
 from robustreg.regularisers.divergences import deformed_exp, deformed_log, weighted
 from robustreg.regularisers.families import kl
-from robustreg.regularisers.regulariser import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser
 
 
 def _floating(name: str, x: ArrayLike) -> Array:
@@ -111,16 +112,16 @@ def random_attack(
 @functools.partial(jax.jit, static_argnames="match")
 def _random_attack(key: Array, reg: Regulariser, policy: ArrayLike, spread: ArrayLike | None, match: str) -> Array:
     bound, p = reg._public(policy)
-    masked = jnp.broadcast_to(jnp.isneginf(bound._prior), p.shape)
-    prior = jax.nn.softmax(jnp.broadcast_to(bound._prior, p.shape), axis=0)
+    masked = jnp.broadcast_to(jnp.isneginf(bound.log_prior), p.shape)
+    prior = jax.nn.softmax(jnp.broadcast_to(bound.log_prior, p.shape), axis=0)
     noise = jax.random.uniform(key, p.shape, p.dtype, -1, 1)
-    wanted = _deviation(prior, bound._worst_case(p)) if spread is None else jnp.asarray(spread, p.dtype)
+    wanted = _deviation(prior, bound.worst_case(p)) if spread is None else jnp.asarray(spread, p.dtype)
     own = _deviation(prior, noise)
     noise = noise * (wanted / jnp.where(own > 0, own, 1))[None]
     if match == "cost":
         noise = noise - maximise(bound, noise)[0][None]
     else:
-        noise = noise + (bound._value(p) - weighted(p, noise))[None]
+        noise = noise + (bound.value(p) - weighted(p, noise))[None]
     return jnp.moveaxis(jnp.where(masked, 0, noise), 0, -1)
 
 

@@ -25,7 +25,8 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.regulariser import Regulariser, by_rows, maximise
+from robustreg.regularisers.bound import maximise
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman
 from robustreg.solvers.solution import Solution, SolveError, concrete
 
@@ -139,13 +140,13 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
     h = v - c[None]
     th, _, q = bellman.backup(problem, h, c)
-    masked = jnp.isneginf(problem.regulariser._prior)
+    masked = jnp.isneginf(problem.regulariser.log_prior)
     q = jnp.where(masked, 0, q)
     # Rows that are no distribution (beyond rounding of their sum) prove nothing.
     unit = float(jnp.finfo(mdp.dtype).eps)
     proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
     p = jnp.where(proper[None], p, jnp.nan)
-    own = jnp.sum(p * q, axis=0) - problem.regulariser._value(p)
+    own = jnp.sum(p * q, axis=0) - problem.regulariser.value(p)
     shortage = _shortage(problem, p, q)
     lower = bellman.value_bounds(problem, h, c, own, bellman.cost(problem, own, q))[0] - shortage[None]
     cost = bellman.cost(problem, th, q)
@@ -157,21 +158,22 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     best = jnp.max(jnp.where(masked, -jnp.inf, perturbed), axis=0)
     below, above = bellman.value_bounds(problem, h, c, best, jnp.zeros_like(c))
     consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
-    feasible = -maximise(by_rows(problem.regulariser), jnp.broadcast_to(dr, q.shape))[0]
+    feasible = -maximise(problem.regulariser.by_rows(), jnp.broadcast_to(dr, q.shape))[0]
     noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
     stored = 0.5 * unit * jnp.max(jnp.abs(v), axis=0) * (1 + problem.discount) * problem.horizon
     # q, the q that the perturbation was made of, and the perturbation are each rounded to half a unit of their size.
     sizes = jnp.where(masked | ~jnp.isfinite(dr), 0, 2 * jnp.abs(q) + jnp.abs(dr))
     storage = 0.5 * unit * jnp.max(sizes, axis=(0, 1)) * problem.horizon
     public = [pytrees.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]
-    return Certificate(*public, noise + jnp.where(jnp.isfinite(shortage), shortage, 0) + stored, storage)
+    noise = noise + jnp.where(jnp.isfinite(shortage), shortage, 0) + stored
+    return Certificate(*public, rounding=noise, storage=storage)
 
 
 def _shortage(problem: bellman.BoundProblem, policy: Array, q: Array) -> Array:
     """How much lower than computed a policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
     unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
     moved = jnp.abs(jnp.sum(policy, axis=0) - 1) + policy.shape[0] * unit
-    each = problem.regulariser._value_error(policy) + moved * jnp.abs(jnp.sum(policy * q, axis=0))
+    each = problem.regulariser.value_error(policy) + moved * jnp.abs(jnp.sum(policy * q, axis=0))
     # `rounding` counts the reward of an action by what an optimal policy may give it: this one may give it more.
     paid = 3 * unit * jnp.sum(policy * jnp.where(policy == 0, 0, jnp.abs(problem.reward)), axis=0)
     return jnp.max(each + paid, axis=0) * problem.horizon

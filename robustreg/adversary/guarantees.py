@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.regulariser import Regulariser, by_rows, maximise
+from robustreg.regularisers.bound import maximise
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman
 from robustreg.solvers.evaluation import evaluate, occupancy
 
@@ -114,7 +115,7 @@ def _slack(mdp: MDP, reg: Regulariser, dr: Array) -> Array:
     problem = bellman.bind(mdp, reg, dr.shape[:-2])
     x = pytrees.lanes_last(dr, len(problem.batch), 2)
     x = jnp.broadcast_to(x, x.shape[:2] + problem.batch)
-    return pytrees.batch_first(-maximise(by_rows(problem.regulariser), x)[0], 1)
+    return pytrees.batch_first(-maximise(problem.regulariser.by_rows(), x)[0], 1)
 
 
 def _over_visits(mdp: MDP, policy: ArrayLike, room: Array) -> Array:

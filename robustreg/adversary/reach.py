@@ -25,7 +25,6 @@ the prior with its restriction to the best actions, so that its ratio is of the 
 iteration. Where t is 0 or infinite they are 0.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +34,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
+from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import weighted
-from robustreg.regularisers.regulariser import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser
 
 # Six steps are typical. From far right of a nearly quadratic level each step halves t: no bound on the digits needed.
 _MAX_STEPS = 100
@@ -91,32 +91,22 @@ def _pool(weight: Array | None, x: Array) -> Array:
     return x if weight is None else jnp.sum(weight * x, axis=-1, keepdims=True)
 
 
-def _at(reg: Any, t: Array) -> Any:
-    """The bound regulariser at `t` times its beta."""
-    return dataclasses.replace(reg, beta=reg.beta * t)
+def _level(reg: Bound, x: Array, weight: Array | None, t: Array) -> Array:
+    return _pool(weight, maximise(reg.scaled(t), x)[0])
 
 
-def _level(reg: Regulariser, x: Array, weight: Array | None, t: Array) -> Array:
-    return _pool(weight, maximise(_at(reg, t), x)[0])
-
-
-def _slope(reg: Regulariser, x: Array, weight: Array | None, t: Array) -> Array:
+def _slope(reg: Bound, x: Array, weight: Array | None, t: Array) -> Array:
     """`dG/dt`: that of `t G` is the gain of the policy, and `G` is 0."""
-    return _gain(weight, maximise(_at(reg, t), x)[1], x) / t
+    return _gain(weight, maximise(reg.scaled(t), x)[1], x) / t
 
 
 def _gain(weight: Array | None, policy: Array, x: Array) -> Array:
     return _pool(weight, weighted(policy, x))
 
 
-def order_of(reg: Any) -> Array:
-    """Alpha of a bound regulariser, 1 for KL."""
-    return getattr(reg, "alpha", jnp.ones_like(reg.beta))
-
-
-def _first_ratio(reg: Regulariser, x: Array, weight: Array | None, top: Array) -> Array:
+def _first_ratio(reg: Bound, x: Array, weight: Array | None, top: Array) -> Array:
     """Price over gain of a policy between the prior and its restriction to the best actions, in the shape of t."""
-    prior = jnp.exp(reg._prior)
+    prior = jnp.exp(reg.log_prior)
     mean = _pool(weight, weighted(prior, x))
     # By how much less than the maximum an action may give and count as one of the best: half of what all states gain.
     all_gain = _pool(weight, top)
@@ -128,21 +118,21 @@ def _first_ratio(reg: Regulariser, x: Array, weight: Array | None, top: Array) -
     width = gain - mean
     share, rest = jnp.minimum(-2 * mean, 0.5 * gain - mean) / width, jnp.maximum(gain + mean, 0.5 * gain) / width
     policy = share[None] * best + rest[None] * prior
-    return _pool(weight, reg._value(policy)) / _gain(weight, policy, x)
+    return _pool(weight, reg.value(policy)) / _gain(weight, policy, x)
 
 
-def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
+def _find(reg: Bound, x: Array, weight: Array | None) -> Array:
     # Its maximum is to be one of its entries.
     x = pytrees.materialised(x)
-    best = jnp.max(jnp.where(jnp.isneginf(reg._prior), -jnp.inf, x), axis=0)
-    mean = _pool(weight, weighted(jnp.exp(reg._prior), x))
+    best = jnp.max(jnp.where(jnp.isneginf(reg.log_prior), -jnp.inf, x), axis=0)
+    mean = _pool(weight, weighted(jnp.exp(reg.log_prior), x))
     top = _pool(weight, best)
     unlimited, none = top <= 0, (mean >= 0) & (top > 0)
     unit = 2 * float(jnp.finfo(x.dtype).eps)
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         t, done, count = state
-        value, policy = maximise(_at(reg, t), x)
+        value, policy = maximise(reg.scaled(t), x)
         move = _pool(weight, value) / _gain(weight, policy, x)
         # t descends, but not to 0: any other step is rounding at the root, or NaN.
         done = done | ~((move > 0) & (move < 1))
@@ -155,7 +145,7 @@ def _find(reg: Regulariser, x: Array, weight: Array | None) -> Array:
     t = loops.while_loop(lambda state: ~jnp.all(state[1]) & (state[2] < _MAX_STEPS), step, state, (reg, x, weight))[0]
 
     def level(t: Array) -> Array:
-        return _pool(weight, maximise(_at(reg, t), x)[0])
+        return _pool(weight, maximise(reg.scaled(t), x)[0])
 
     # Newton starts from a ratio that may overflow, or so far right that the level there is rounding or not finite.
     # A root is one if the level changes sign close to it.
@@ -197,7 +187,7 @@ def proper(t: Array) -> Array:
 _reach = implicit_root(_level, _slope, lambda *arguments: lax.stop_gradient(_find(*arguments)), proper)
 
 
-def reach(reg: Regulariser, x: Array, weight: Array | None = None) -> Array:
+def reach(reg: Bound, x: Array, weight: Array | None = None) -> Array:
     """Find the largest `t` for which `t x` is in the robust set of a bound regulariser.
 
     Args:
@@ -211,14 +201,16 @@ def reach(reg: Regulariser, x: Array, weight: Array | None = None) -> Array:
         For alpha <= 0 any policy pays an infinite price for never taking an action, so that an entry of minus infinity
         makes the result infinite; for alpha > 0 it takes that action out of every policy, at its price.
     """
-    x = jnp.where(jnp.isneginf(reg._prior), 0, x)
+    x = jnp.where(jnp.isneginf(reg.log_prior), 0, x)
     x = jnp.broadcast_to(x, x.shape[:1] + jnp.broadcast_shapes(x.shape[1:], reg.beta.shape))
     finite = jnp.all(jnp.isfinite(x), axis=0)
     if weight is not None:
         # What is not finite where nobody goes counts for nothing.
         x = jnp.where(((weight == 0) & ~finite)[None], 0, x)
     # Replaced by losses of 1, whose reach is infinite too and has a derivative.
-    free = jnp.any(jnp.isneginf(x), axis=0) & ~jnp.any(jnp.isnan(x) | jnp.isposinf(x), axis=0) & (order_of(reg) <= 0)
+    free = (
+        jnp.any(jnp.isneginf(x), axis=0) & ~jnp.any(jnp.isnan(x) | jnp.isposinf(x), axis=0) & reg.needs_every_action()
+    )
     if weight is not None:
         free = jnp.any(free, axis=-1, keepdims=True)
     return _reach(reg, jnp.where(free[None], -1, x), weight)

@@ -31,8 +31,9 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.adversary import perturbations, reach
+from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import alpha_divergence, deformed_exp, deformed_log, log_ratio, weighted
-from robustreg.regularisers.regulariser import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser
 
 
 class PerturbationSet:
@@ -248,12 +249,12 @@ def _kernel(kernel: Any, reg: Regulariser, x: ArrayLike) -> Array:
     return kernel(bound, x)
 
 
-def _reach(reg: Regulariser, x: Array) -> Array:
+def _reach(reg: Bound, x: Array) -> Array:
     return reach.reach(reg, x)
 
 
-def _allowed(reg: Regulariser, x: Array) -> Array:
-    return jnp.broadcast_to(~jnp.isneginf(reg._prior), x.shape)
+def _allowed(reg: Bound, x: Array) -> Array:
+    return jnp.broadcast_to(~jnp.isneginf(reg.log_prior), x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -266,20 +267,20 @@ def _excess(reg: Any, x: Array, closed: bool = False) -> Array:
     For alpha < 1 it is infinite where some `beta x >= 1/(1 - alpha)`; with `closed` and alpha < 0, it is what it tends
     to from inside.
     """
-    order = reach.order_of(reg)
+    order = reg.order
     h = (order - 1)[None]
-    x = jnp.where(jnp.isneginf(reg._prior), 0, reg.beta[None] * x)
+    x = jnp.where(jnp.isneginf(reg.log_prior), 0, reg.beta[None] * x)
     inside = 1 + h * x > 0
     terms = deformed_exp(deformed_log(jnp.where(inside, x, 0), h), order[None])
     ends = h > 0
     ends = ends | (order < 0)[None] if closed else ends
     edge = jnp.where(ends, -1 / jnp.where(ends, order[None], 1), jnp.inf)
-    return weighted(jnp.exp(reg._prior), jnp.where(inside, terms, edge)) / reg.beta
+    return weighted(jnp.exp(reg.log_prior), jnp.where(inside, terms, edge)) / reg.beta
 
 
 def _edge(reg: Any) -> Array:
     """For alpha < 0 the conjugate is finite up to the end of its domain, at this x, which can bound the set."""
-    order = reach.order_of(reg)
+    order = reg.order
     return jnp.where(order < 0, 1 / (reg.beta * jnp.where(order < 0, 1 - order, 1)), jnp.inf)
 
 
@@ -306,17 +307,17 @@ def _bisect(level: Any, low: Array, high: Array, size: Array) -> Array:
     return 0.5 * (low + high)
 
 
-def _find_shift(reg: Regulariser, x: Array) -> Array:
+def _find_shift(reg: Bound, x: Array) -> Array:
     """The constant that brings x to the boundary: at least to below 0, at most to that of the robust set."""
-    x = jnp.where(jnp.isneginf(reg._prior), -jnp.inf, x)
+    x = jnp.where(jnp.isneginf(reg.log_prior), -jnp.inf, x)
     low, high = -jnp.max(x, axis=0), -maximise(reg, x)[0]
     size = jnp.maximum(jnp.abs(low), jnp.abs(high))
     shift = _bisect(lambda c: _excess(reg, x + c[None]), low, jnp.maximum(high, low), size)
     return jnp.where(jnp.isnan(high), jnp.nan, shift)
 
 
-def _shift(reg: Regulariser, x: Array) -> Array:
-    masked = jnp.isneginf(reg._prior)
+def _shift(reg: Bound, x: Array) -> Array:
+    masked = jnp.isneginf(reg.log_prior)
     top = jnp.max(jnp.where(masked, -jnp.inf, x), axis=0)
     x = jnp.where(masked, 0, x)
     shift = jnp.where(jnp.isinf(_edge(reg)), 0, _edge(reg)) - top
@@ -331,7 +332,7 @@ _shift_root = reach.implicit_root(
 )
 
 
-def _find_unnormalised_reach(reg: Regulariser, x: Array) -> Array:
+def _find_unnormalised_reach(reg: Bound, x: Array) -> Array:
     """As for the robust set, which holds this one."""
     high = reach.reach(reg, x)
     top = jnp.where(reach.proper(high), high, 1)
@@ -347,8 +348,8 @@ _unnormalised_reach_root = reach.implicit_root(
 )
 
 
-def _unnormalised_reach(reg: Regulariser, x: Array) -> Array:
-    masked = jnp.isneginf(reg._prior)
+def _unnormalised_reach(reg: Bound, x: Array) -> Array:
+    masked = jnp.isneginf(reg.log_prior)
     top = jnp.max(jnp.where(masked, -jnp.inf, x), axis=0)
     x = jnp.where(masked, 0, x)
     limited = (top > 0) & jnp.isfinite(_edge(reg))
@@ -359,18 +360,18 @@ def _unnormalised_reach(reg: Regulariser, x: Array) -> Array:
 
 def _renyi(reg: Any, policy: Array) -> Array:
     """Renyi divergence `log Z/(alpha (alpha-1))`, `[...]`: `lam_{alpha h}(D)`."""
-    order = reach.order_of(reg)
-    return deformed_log(alpha_divergence(policy, reg._prior, order), order * (order - 1))
+    order = reg.order
+    return deformed_log(alpha_divergence(policy, reg.log_prior, order), order * (order - 1))
 
 
 def _unnormalised_support(reg: Any, policy: Array) -> Array:
-    return deformed_exp(_renyi(reg, policy), reach.order_of(reg) - 1) / reg.beta
+    return deformed_exp(_renyi(reg, policy), reg.order - 1) / reg.beta
 
 
 def _unnormalised_worst(reg: Any, policy: Array) -> Array:
-    h = reach.order_of(reg) - 1
-    tilt = deformed_exp(log_ratio(policy, reg._prior) - (h * _renyi(reg, policy))[None], h[None])
-    return jnp.where(jnp.isneginf(reg._prior) & (policy == 0), 0, tilt / reg.beta[None])
+    h = reg.order - 1
+    tilt = deformed_exp(log_ratio(policy, reg.log_prior) - (h * _renyi(reg, policy))[None], h[None])
+    return jnp.where(jnp.isneginf(reg.log_prior) & (policy == 0), 0, tilt / reg.beta[None])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,7 +383,7 @@ def _sample(reg: Regulariser, key: Array, spread: ArrayLike, depth: ArrayLike, s
     bound, blank = reg._public(jnp.zeros(shape, reg.beta.dtype))
     if blank.shape[1:] != shape[:-1]:
         raise ValueError(f"shape is {shape}; the regulariser asks for [*B, ..., A] = {blank.shape[1:] + shape[-1:]}")
-    allowed = ~jnp.isneginf(bound._prior)
+    allowed = ~jnp.isneginf(bound.log_prior)
     count = jnp.sum(jnp.broadcast_to(allowed, blank.shape).astype(blank.dtype), axis=0)
     keys = jax.random.split(key, 3)
     # Uniform in a ball of the hyperplane sum = 0: a normal direction, and a radius U^{1/dimension}.

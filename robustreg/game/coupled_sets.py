@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
-from robustreg.game.sets import Adversary, Whole, curvature, is_masked, shape
-from robustreg.regularisers.regulariser import maximise
+from robustreg.game.sets import Adversary, Whole, is_masked, shape
+from robustreg.regularisers.bound import maximise
 from robustreg.solvers import bellman
 
 # `Features.price`: how often the temperature halves, Newton steps at each, and lengths that a step is tried with. Fewer
@@ -104,11 +104,11 @@ class Features(Adversary):
         share = jax.nn.softmax((excess - jnp.max(excess, axis=0)[None]) / temperature[None], axis=0)
         multiplier = share * total[None]
         target = multiplier[None] * normal
-        bend = curvature(problem, normal)
+        bend = problem.regulariser.curvature(normal)
         bend = bend / pytrees.total(bend)[None]
         # beta sum_s l_s (Cov of phi under the curvature) within states, and the covariance of the normals' between.
         spread = self.features - pytrees.total(self.features * bend[None], 1)[:, None]
-        size = (multiplier * problem.regulariser.beta * pytrees.total(curvature(problem, normal)))[None]
+        size = (multiplier * problem.regulariser.beta * pytrees.total(problem.regulariser.curvature(normal)))[None]
         within = self._gram(size * bend, spread)
         mean = jnp.sum(self.features * normal[None], axis=1)
         across = mean - jnp.sum(mean * share[None], axis=1)[:, None]
@@ -169,9 +169,9 @@ class Features(Adversary):
     def _support(problem: bellman.BoundProblem, u: Array) -> Array:
         u = jnp.maximum(u, 0)
         mass = jnp.sum(u, axis=0)
-        prior = jnp.broadcast_to(jnp.exp(problem.regulariser._prior), u.shape)
+        prior = jnp.broadcast_to(jnp.exp(problem.regulariser.log_prior), u.shape)
         policy = jnp.where((mass > 0)[None], u / jnp.where(mass > 0, mass, 1)[None], prior)
-        return jnp.sum(mass * problem.regulariser._value(policy), axis=0)
+        return jnp.sum(mass * problem.regulariser.value(policy), axis=0)
 
 
 def _solve(matrix: Array, right: Array) -> Array:
@@ -259,4 +259,4 @@ class SharedBudget(Adversary):
         self, problem: bellman.BoundProblem, params: dict[str, Array], policy: Array, visits: Array
     ) -> tuple[Array, Array]:
         """Return the support function itself: the whole budget goes to the state of most visits per weight."""
-        return problem.regulariser._value(policy), self.budget * jnp.max(visits / self.weights, axis=0)
+        return problem.regulariser.value(policy), self.budget * jnp.max(visits / self.weights, axis=0)

@@ -51,6 +51,7 @@ from robustreg._core import checks, loops, pytrees
 from robustreg.game import moves
 from robustreg.game.sets import Adversary, Whole, is_masked
 from robustreg.problems.mdps import MDP
+from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, methods
 from robustreg.solvers.evaluation import FixedPolicy, HardMax, unlimited
@@ -294,7 +295,7 @@ def _primal(setup: moves.Setup, position: moves.Position, policy: Array, accurac
     cost, extra = setup.adversary.price(problem, position.params, policy, moves.visits(setup, policy))
     never = jnp.where(policy == 0, -jnp.inf, 0).astype(policy.dtype)
     # The price is computed with an error of its own, which must not be in the agent's favour.
-    cost = cost + jnp.where(jnp.isfinite(cost), problem.regulariser._value_error(policy), 0)
+    cost = cost + jnp.where(jnp.isfinite(cost), problem.regulariser.value_error(policy), 0)
     fixed = FixedPolicy(policy, cost, unlimited(problem), never)
     value, error, noise = _value(setup, fixed, problem.reward, position.value, accuracy, _EVALUATION)
     return value - error - extra, noise
@@ -311,7 +312,7 @@ def _dual(setup: moves.Setup, position: moves.Position, dr: Array, accuracy: Arr
 
 
 def _value(
-    setup: moves.Setup, operator: Regulariser, reward: Array, start: Array, accuracy: Array, solver: methods.Solver
+    setup: moves.Setup, operator: Bound, reward: Array, start: Array, accuracy: Array, solver: methods.Solver
 ) -> tuple[Array, Array, Array]:
     """Value from the start of an operator's fixed point, a bound on its error, and the rounding in that, `[*B]`."""
     problem = bellman.with_operator(setup.problem, operator, reward)

@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
-from robustreg.regularisers.regulariser import maximise
+from robustreg.regularisers.bound import maximise
 from robustreg.solvers import bellman
 
 # Steps of the safeguarded root finding in `Box`: Newton takes 4 to 10.
@@ -42,7 +42,7 @@ _ROOT_STEPS = 40
 
 def is_masked(problem: bellman.BoundProblem) -> Array:
     """Actions of prior 0, `[A, 1 or S, *b]`."""
-    return jnp.isneginf(problem.regulariser._prior)
+    return jnp.isneginf(problem.regulariser.log_prior)
 
 
 def shape(problem: bellman.BoundProblem) -> tuple[int, ...]:
@@ -106,7 +106,7 @@ def boundary(problem: bellman.BoundProblem, x: Array) -> tuple[Array, Array]:
     reg, masked = problem.regulariser, is_masked(problem)
     excess, normal = maximise(reg, x / reg.beta[None])
     x = x - (reg.beta * excess)[None]
-    x = jnp.where(normal == 0, jnp.maximum(x, reg.beta[None] * reg._worst_case(normal)), x)
+    x = jnp.where(normal == 0, jnp.maximum(x, reg.beta[None] * reg.worst_case(normal)), x)
     return jnp.where(masked, 0, x), normal
 
 
@@ -131,20 +131,15 @@ class Whole(Adversary):
 
     def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """Return the regulariser: this is how the set was defined."""
-        return problem.regulariser._value(policy), jnp.zeros(problem.batch, problem.dtype)
-
-
-def curvature(problem: bellman.BoundProblem, policy: Array) -> Array:
-    """Compute `w = p0^{alpha-1} p^{2-alpha}`, how far p moves with beta q, `[A, S, *B]`; 0 off support."""
-    # KL has no order of its own.
-    order = getattr(problem.regulariser, "alpha", jnp.ones_like(problem.regulariser.beta))
-    prior, on = jnp.where(is_masked(problem), 0, problem.regulariser._prior), policy > 0
-    return jnp.where(on, jnp.exp(prior + (2 - order)[None] * (jnp.log(jnp.where(on, policy, 1)) - prior)), 0)
+        return problem.regulariser.value(policy), jnp.zeros(problem.batch, problem.dtype)
 
 
 def natural(problem: bellman.BoundProblem, policy: Array, normal: Array) -> Array:
-    """Compute `(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`."""
-    w = curvature(problem, jnp.maximum(policy, normal))
+    """Compute `(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`.
+
+    w is the regulariser's curvature at the larger of the two.
+    """
+    w = problem.regulariser.curvature(jnp.maximum(policy, normal))
     return jnp.where(w > 0, (policy - normal) / jnp.where(w > 0, w, 1), 0)
 
 
@@ -219,7 +214,7 @@ class Box(Whole):
         dr = at(jnp.where(fine, c, high))
         # As in `boundary`.
         normal = maximise(reg, dr)[1]
-        dr = jnp.where(normal == 0, jnp.maximum(dr, jnp.minimum(reg._worst_case(normal), bound)), dr)
+        dr = jnp.where(normal == 0, jnp.maximum(dr, jnp.minimum(reg.worst_case(normal), bound)), dr)
         return jnp.where(masked, 0, reg.beta[None] * dr)
 
     def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
@@ -234,7 +229,7 @@ class Box(Whole):
     def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """Compute `l Omega(p) + sum_a bound |pi - l p|` for the best multiple l of the normal p."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
-        own = problem.regulariser._value(normal)
+        own = problem.regulariser.value(normal)
         # Convex and piecewise linear in l: the least value is at a kink.
         on = normal > 0
         kinks = jnp.where(on, policy / jnp.where(on, normal, 1), 0)
@@ -244,7 +239,7 @@ class Box(Whole):
             return share * own + pytrees.total(self.bound * jnp.abs(policy - share[None] * normal))
 
         # Nothing is gained by the box beyond R.
-        cost = jnp.minimum(jnp.min(lax.map(total, kinks), axis=0), problem.regulariser._value(policy))
+        cost = jnp.minimum(jnp.min(lax.map(total, kinks), axis=0), problem.regulariser.value(policy))
         return cost, jnp.zeros(problem.batch, problem.dtype)
 
 

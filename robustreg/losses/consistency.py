@@ -189,7 +189,7 @@ def fenchel_young(reg: Regulariser, q: ArrayLike, target: ArrayLike, *, weights:
         t = _one_hot(actions.checked("target", wanted, values.shape[:-1], x.shape[-1]), x)
     (t,) = expect_alike(values.shape, "the shape of q", target=t)
     (weight,) = expect_alike(x.shape[:-1], "one for each row", weights=weight)
-    prior, t = jnp.broadcast_to(bound._prior, x.shape), jnp.broadcast_to(t.reshape(place), x.shape)
+    prior, t = jnp.broadcast_to(bound.log_prior, x.shape), jnp.broadcast_to(t.reshape(place), x.shape)
     return reduced(_fenchel_young(reg, prior, x, t, weight), weight)
 
 

@@ -8,6 +8,7 @@ from jax import Array
 from robustreg._core import checks
 from robustreg.adversary import reach
 from robustreg.regularisers import parameters
+from robustreg.regularisers.families import Divergence
 
 
 def common(**given: Any) -> tuple[Any, ...]:
@@ -35,13 +36,13 @@ def order_and_strength(reg: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
         ValueError: axes that do not fit.
     """
     reach.expect_reference(reg, "first argument")
-    if not hasattr(reg, "_order"):
+    if not isinstance(reg, Divergence):
         raise TypeError(
             f"a {type(reg).__name__} has no order alpha: of log-ratios alone only kl and alpha can tell a perturbation"
         )
-    scaled = reg.state_scale is not None
-    beta = reg.beta[..., None] * reg.state_scale if scaled else reg.beta
-    order = reg._order[..., None] if scaled else reg._order
+    beta, order = reg.beta, reg.order
+    if reg.state_scale is not None:
+        beta, order = beta[..., None] * reg.state_scale, order[..., None]
     # The regulariser's axes lead, as everywhere.
     beta, order = (leading(x, len(shape)) for x in (beta, order))
     beta, order = expect_alike(shape, "the shape of log_ratio", beta=beta, alpha=order)

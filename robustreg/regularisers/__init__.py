@@ -5,9 +5,10 @@ and `worst_cases` (formulas), `conjugates` (maximisers in the layout of the solv
 for one-step problems). `parameters`, `axes` and `masks` say what the arguments may be and which axes meet.
 """
 
+from robustreg.regularisers.bound import maximise
 from robustreg.regularisers.entropies import Entropy, entropy
 from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
-from robustreg.regularisers.regulariser import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser
 
 __all__ = ["Alpha", "Entropy", "KL", "Regulariser", "alpha", "entropy", "kl", "maximise", "restricted"]

@@ -14,9 +14,39 @@ from jax.typing import ArrayLike
 
 from robustreg._core import pytrees
 from robustreg.regularisers import conjugates, masks
+from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales, kl_divergence
-from robustreg.regularisers.families import KL, kl
-from robustreg.regularisers.regulariser import Regulariser
+from robustreg.regularisers.families import KL, BoundKL, kl
+
+
+@pytrees.dataclass
+class BoundEntropy(BoundKL):
+    """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure; `log_prior` is 0, or minus infinity."""
+
+    has_reference = False
+
+    beta: Array
+    log_prior: Array
+    reduce: pytrees.Reducers = pytrees.reducers()
+
+    def maximiser(self, q: Array) -> tuple[Array, Array]:
+        """Compute them as against the uniform distribution, which has the mass of a policy, and a constant."""
+        logs = float(np.log(q.shape[self.reduce.axis]))
+        value, policy = conjugates.kl_maximiser(q, self.beta, self.log_prior - logs, self.reduce)
+        return value + logs / self.beta, policy
+
+    def value(self, policy: Array) -> Array:
+        """Compute `(1/beta) sum p log p`, `[...]`."""
+        # The counting measure has another mass than a policy: no extension to other measures applies.
+        return kl_divergence(policy, self.log_prior, self.reduce) / self.beta
+
+    def value_error(self, policy: Array) -> Array:
+        """Bound the rounding of `value`, `[...]`."""
+        return Bound.value_error(self, policy)
+
+    def noise(self, scales: Scales) -> Array:
+        """Bound the rounding of the conjugate."""
+        return scales.logs * scales.temperature
 
 
 @pytrees.dataclass
@@ -25,24 +55,8 @@ class Entropy(KL):
 
     has_reference = False
 
-    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Entropy":
-        return Entropy(beta, log_prior)
-
-    def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        # As against the uniform distribution, which has the mass of a policy, and a constant.
-        logs = float(np.log(q.shape[self.reduce.axis]))
-        value, policy = conjugates.kl_maximiser(q, self.beta, self._prior - logs, self.reduce)
-        return value + logs / self.beta, policy
-
-    def _value(self, policy: Array) -> Array:
-        # The counting measure has another mass than a policy: no extension to other measures applies.
-        return kl_divergence(policy, self._prior, self.reduce) / self.beta
-
-    def _value_error(self, policy: Array) -> Array:
-        return Regulariser._value_error(self, policy)
-
-    def _noise(self, scales: Scales) -> Array:
-        return scales.logs * scales.temperature
+    def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> Bound:
+        return BoundEntropy(beta, log_prior)
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
         counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior

@@ -8,104 +8,184 @@ from jax.typing import ArrayLike
 
 from robustreg._core import forks, pytrees
 from robustreg.regularisers import conjugates, divergences, layer, log_policies, parameters, tangents, worst_cases
+from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
 
 
-class _Divergence(Regulariser):
-    """Hold what the regularisers `D_alpha/beta` have in common."""
+class BoundDivergence(Bound):
+    """Hold what the regularisers `D_alpha/beta` have in common: all follows from the order alpha."""
 
     @property
-    def _order(self) -> Array:
-        """Alpha, 1 for KL."""
-        return getattr(self, "alpha", jnp.ones_like(self.beta))
+    def order(self) -> Array:
+        """Alpha, 1 for KL, broadcastable to `[...]`."""
+        return jnp.ones_like(self.beta)
 
-    def _value(self, policy: Array) -> Array:
-        return divergences.alpha_divergence(policy, self._prior, self._order, self.reduce) / self.beta
+    def value(self, policy: Array) -> Array:
+        """Compute `D_alpha[p0 : p]/beta`, `[...]`."""
+        return divergences.alpha_divergence(policy, self.log_prior, self.order, self.reduce) / self.beta
 
-    def _value_error(self, policy: Array) -> Array:
-        return divergences.rounding(policy, self._prior, self._order) / self.beta
+    def marginal(self, log_policy: Array) -> Array:
+        """Compute `eps_h(L)/beta`, `[A, ...]`, with `L = log(p/p0)`, counted as 0 on masked actions."""
+        ratio = jnp.where(jnp.isneginf(self.log_prior), 0, log_policy - self.log_prior)
+        return divergences.deformed_exp(ratio, self.reduce.over(self.order - 1)) / self.reduce.over(self.beta)
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+    def needs_every_action(self) -> Array:
+        """Tell where alpha is 0 or less."""
+        return self.order <= 0
+
+    def value_error(self, policy: Array) -> Array:
+        """Bound the rounding of `value`, `[...]`."""
+        return divergences.rounding(policy, self.log_prior, self.order) / self.beta
+
+    def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+        """Compute the change of the conjugate, `[...]`; see `tangents`."""
         change = self._change(dq, change)
-        return tangents.conjugate_tangent(policy, self._prior, self._order, self.beta, change, self.reduce)
+        return tangents.conjugate_tangent(policy, self.log_prior, self.order, self.beta, change, self.reduce)
 
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+    def policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        """Compute the change of the maximiser, `[A, ...]`; see `tangents`."""
         change = self._change(dq, change)
-        return tangents.policy_tangent(policy, self._prior, self._order, self.beta, change, self.reduce)
+        return tangents.policy_tangent(policy, self.log_prior, self.order, self.beta, change, self.reduce)
 
-    def _policy_change(self, dq: Array) -> Array:
-        return conjugates.policy_change(dq, self.beta, self._prior, self._order)
+    def curvature(self, policy: Array) -> Array:
+        """Compute `w = p0^{alpha-1} p^{2-alpha}`, `[A, ...]`; 0 off the support."""
+        on, order = policy > 0, self.reduce.over(self.order)
+        prior = jnp.where(jnp.isneginf(self.log_prior), 0, self.log_prior)
+        return jnp.where(on, jnp.exp(prior + (2 - order) * (jnp.log(jnp.where(on, policy, 1)) - prior)), 0)
 
-    def _largest_weight(self, reward: Array, gap: Array) -> Array:
-        return conjugates.largest_weight(reward, gap, self.beta, self._prior, self._order)
+    def policy_change(self, dq: Array) -> Array:
+        """Bound the change of the maximiser, `[*B]`."""
+        return conjugates.policy_change(dq, self.beta, self.log_prior, self.order)
+
+    def largest_weight(self, reward: Array, gap: Array) -> Array:
+        """Bound the probability of an action, `[A, ...]`."""
+        return conjugates.largest_weight(reward, gap, self.beta, self.log_prior, self.order)
+
+    @staticmethod
+    def _change(dq: Array | None, change: Any) -> tangents.Change:
+        """A direction in q and in the regulariser's own leaves."""
+        order = pytrees.given(change.alpha) if isinstance(change, BoundAlpha) else None
+        return tangents.Change(dq, pytrees.given(change.beta), pytrees.given(change.log_prior), order)
 
 
 @pytrees.dataclass
-class KL(_Divergence):
-    """`Omega(p) = KL(p : p0)/beta`. Build it with `kl`, which validates; leaves as in the module docstring."""
+class BoundKL(BoundDivergence):
+    """`Omega(p) = KL(p : p0)/beta`; leaves as in `Bound`."""
+
+    beta: Array
+    log_prior: Array
+    reduce: pytrees.Reducers = pytrees.reducers()
+
+    def maximiser(self, q: Array) -> tuple[Array, Array]:
+        """Compute the conjugate, a log-sum-exp, and its softmax."""
+        return conjugates.kl_maximiser(q, self.beta, self.log_prior, self.reduce)
+
+    def noise(self, scales: divergences.Scales) -> Array:
+        """Bound the rounding of the conjugate."""
+        return conjugates.kl_noise(scales, self.beta)
+
+    def policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        """Compute the change of the maximiser, `[A, ...]`."""
+        if self.reduce is not pytrees.LAST:
+            return super().policy_tangent(policy, dq, change)
+        return tangents.kl_policy_tangent(policy, self.log_prior, self.beta, self._change(dq, change), self.reduce)
+
+    def log_policy(self, policy: Array, q: Array) -> Array:
+        """Compute the logarithm of the maximiser, `[A, ...]`."""
+        return log_policies.of_maximiser(policy, q, self.beta, self.log_prior, None, self.reduce)
+
+    def worst_case(self, policy: Array, action: Array | None = None) -> Array:
+        """Compute `log(p/p0)/beta`, `[A, ...]`."""
+        gradient = worst_cases.from_policy(policy, self.log_prior, None, self.reduce, action)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
+
+    def worst_case_of_logs(self, log_policy: Array, action: Array | None = None) -> Array:
+        """Compute it from log-probabilities."""
+        gradient = worst_cases.from_log_policy(log_policy, self.log_prior, None, self.reduce, action)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
+
+
+@pytrees.dataclass
+class BoundAlpha(BoundDivergence):
+    """`Omega(p) = D_alpha[p0 : p]/beta`; leaves as in `Bound`, `alpha` like `beta`."""
+
+    alpha: Array
+    beta: Array
+    log_prior: Array
+    reduce: pytrees.Reducers = pytrees.reducers()
+
+    @property
+    def order(self) -> Array:
+        """Alpha."""
+        return self.alpha
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the leaves without actions."""
+        return self.beta.shape, self.alpha.shape
+
+    def maximiser(self, q: Array) -> tuple[Array, Array]:
+        """Compute the conjugate by its root, and the maximiser."""
+        if self.reduce is pytrees.LAST:
+            return layer.alpha_maximiser(q, self.beta, self.log_prior, self.alpha)
+        return conjugates.alpha_maximiser(q, self.beta, self.log_prior, self.alpha, self.reduce)
+
+    def noise(self, scales: divergences.Scales) -> Array:
+        """Bound the rounding of the conjugate."""
+        return conjugates.alpha_noise(scales, self.beta, self.alpha)
+
+    def log_policy(self, policy: Array, q: Array) -> Array:
+        """Compute the logarithm of the maximiser, `[A, ...]`."""
+        return log_policies.of_maximiser(policy, q, self.beta, self.log_prior, self.alpha, self.reduce)
+
+    def worst_case(self, policy: Array, action: Array | None = None) -> Array:
+        """Compute `(eps_h(L) - h D)/beta`, `[A, ...]`."""
+        gradient = worst_cases.from_policy(policy, self.log_prior, self.alpha, self.reduce, action)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
+
+    def worst_case_of_logs(self, log_policy: Array, action: Array | None = None) -> Array:
+        """Compute it from log-probabilities."""
+        gradient = worst_cases.from_log_policy(log_policy, self.log_prior, self.alpha, self.reduce, action)
+        return worst_cases.over(gradient, self.reduce.over(self.beta))
+
+
+class Divergence(Regulariser):
+    """Hold what KL and alpha have in common."""
+
+    @property
+    def order(self) -> Array:
+        """Alpha, 1 for KL, `[*B]`."""
+        return jnp.ones_like(self.beta)
+
+
+@pytrees.dataclass
+class KL(Divergence):
+    """`Omega(p) = KL(p : p0)/beta`. Build it with `kl`, which validates; leaves as in the base class."""
 
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
-    reduce: pytrees.Reducers = pytrees.reducers()
 
-    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "KL":
-        return KL(beta, log_prior)
-
-    def _noise(self, scales: divergences.Scales) -> Array:
-        return conjugates.kl_noise(scales, self.beta)
-
-    def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        return conjugates.kl_maximiser(q, self.beta, self._prior, self.reduce)
-
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
-        if self.reduce is not pytrees.LAST:
-            return super()._policy_tangent(policy, dq, change)
-        return tangents.kl_policy_tangent(policy, self._prior, self.beta, self._change(dq, change), self.reduce)
-
-    def _log_policy(self, policy: Array, q: Array) -> Array:
-        return log_policies.of_maximiser(policy, q, self.beta, self._prior, None, self.reduce)
-
-    def _worst_case(self, policy: Array, action: Array | None = None) -> Array:
-        gradient = worst_cases.from_policy(policy, self._prior, None, self.reduce, action)
-        return worst_cases.over(gradient, self.reduce.over(self.beta))
-
-    def _worst_case_of_logs(self, log_policy: Array, action: Array | None = None) -> Array:
-        gradient = worst_cases.from_log_policy(log_policy, self._prior, None, self.reduce, action)
-        return worst_cases.over(gradient, self.reduce.over(self.beta))
+    def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> Bound:
+        return BoundKL(beta, log_prior)
 
 
 @pytrees.dataclass
-class Alpha(_Divergence):
-    """`Omega(p) = D_alpha[p0 : p]/beta`. Build it with `alpha`, which validates; leaves as in the module docstring."""
+class Alpha(Divergence):
+    """`Omega(p) = D_alpha[p0 : p]/beta`. Build it with `alpha`, which validates; `alpha [*B]`, the rest as in KL."""
 
     alpha: Array
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
-    reduce: pytrees.Reducers = pytrees.reducers()
 
-    def _rebuild(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "Alpha":
-        return Alpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
+    @property
+    def order(self) -> Array:
+        """Alpha, `[*B]`."""
+        return self.alpha
 
-    def _noise(self, scales: divergences.Scales) -> Array:
-        return conjugates.alpha_noise(scales, self.beta, self.alpha)
-
-    def _maximiser(self, q: Array) -> tuple[Array, Array]:
-        if self.reduce is pytrees.LAST:
-            return layer.alpha_maximiser(q, self.beta, self._prior, self.alpha)
-        return conjugates.alpha_maximiser(q, self.beta, self._prior, self.alpha, self.reduce)
-
-    def _log_policy(self, policy: Array, q: Array) -> Array:
-        return log_policies.of_maximiser(policy, q, self.beta, self._prior, self.alpha, self.reduce)
-
-    def _worst_case(self, policy: Array, action: Array | None = None) -> Array:
-        gradient = worst_cases.from_policy(policy, self._prior, self.alpha, self.reduce, action)
-        return worst_cases.over(gradient, self.reduce.over(self.beta))
-
-    def _worst_case_of_logs(self, log_policy: Array, action: Array | None = None) -> Array:
-        gradient = worst_cases.from_log_policy(log_policy, self._prior, self.alpha, self.reduce, action)
-        return worst_cases.over(gradient, self.reduce.over(self.beta))
+    def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> Bound:
+        return BoundAlpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
 
 
 def kl(

@@ -67,8 +67,9 @@ from robustreg._core import loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import masks
+from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import Scales
-from robustreg.regularisers.regulariser import Regulariser, maximise
+from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ranges
 
 
@@ -90,7 +91,7 @@ class BoundProblem:
     """
 
     transitions: Transitions
-    regulariser: Regulariser
+    regulariser: Bound
     reward: Array
     exit_rate: Array
     discount: Array
@@ -134,7 +135,7 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
     mdp, regulariser = loops.alike((mdp._canonical(), regulariser))
     n, dtype = len(batch), mdp.dtype
     bound = masks.restricted(regulariser, mdp.available).bind(n, dtype, mdp.n_actions)
-    if bound.beta.shape[0] not in (1, mdp.n_states) or bound._prior.shape[1] not in (1, mdp.n_states):
+    if bound.beta.shape[0] not in (1, mdp.n_states) or bound.log_prior.shape[1] not in (1, mdp.n_states):
         raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
     discount, complement = (pytrees.lanes_last(x, n, 0) for x in (mdp.discount, _complement(mdp)))
     exit_rate = complement[None, None]
@@ -164,7 +165,7 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
     )
 
 
-def with_operator(problem: BoundProblem, operator: Regulariser, reward: Array) -> BoundProblem:
+def with_operator(problem: BoundProblem, operator: Bound, reward: Array) -> BoundProblem:
     """Put another bound regulariser and another reward in the place of a problem's own."""
     problem, operator, reward = loops.alike((problem, operator, reward))
     known = ranges.magnitudes(*lax.stop_gradient((operator, reward)), problem.horizon)
@@ -193,7 +194,7 @@ def backup(problem: BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Arr
 
 def cost(problem: BoundProblem, th: Array, q: Array) -> Array:
     """Compute `max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
-    return jnp.max(problem.regulariser._excess(q, th), axis=0)
+    return jnp.max(problem.regulariser.excess(q, th), axis=0)
 
 
 def sound(problem: BoundProblem) -> Array:
@@ -336,7 +337,7 @@ def rounding(problem: BoundProblem, size: Array, c: Array, cost: Array) -> Array
         (terms + 2 + n_actions**0.5) * size
         + (2 + n_actions**0.5) * jnp.abs(cost)
         + (2 + log_actions + known.log_prior) * jnp.minimum(jnp.abs(cost), known.temperature)
-        + problem.regulariser._noise(scales)
+        + problem.regulariser.noise(scales)
         + 3 * reward
     )
     return unit * (per_step * problem.horizon + 4 * jnp.abs(c) + 2 * size)

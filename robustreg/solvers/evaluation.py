@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers import masks
+from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, implicit, linear, methods, readings
 from robustreg.solvers.loop import Loop, iterate
@@ -23,7 +24,7 @@ from robustreg.solvers.solution import Status
 
 
 @pytrees.dataclass
-class FixedPolicy(Regulariser):
+class FixedPolicy(Bound):
     """The affine operator of one policy as a bound regulariser: `Omega*(q) = <p, q> - cost`."""
 
     policy: Array
@@ -31,34 +32,34 @@ class FixedPolicy(Regulariser):
     beta: Array
     log_prior: Array
 
-    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+    def maximiser(self, q: Array) -> tuple[Array, Array]:
         return jnp.sum(self.policy * self._where_taken(q), axis=0) - self.cost, self.policy
 
-    def _excess(self, q: Array, th: Array) -> Array:
+    def excess(self, q: Array, th: Array) -> Array:
         # An average by known weights: what is hardly ever done hardly counts.
         return jnp.sum(self.policy * jnp.abs(self._where_taken(q) - th[None]), axis=0)
 
-    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+    def largest_weight(self, reward: Array, gap: Array) -> Array:
         return jnp.broadcast_to(self.policy, jnp.broadcast_shapes(self.policy.shape, gap.shape))
 
     def _where_taken(self, q: Array) -> Array:
         """q with 0 in the place of what is infinite at actions never taken."""
         return jnp.where((self.policy == 0) & ~jnp.isfinite(q), 0, q)
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "FixedPolicy") -> Array:
+    def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "FixedPolicy") -> Array:
         dp, dcost = pytrees.given(change.policy), pytrees.given(change.cost)
         total = jnp.zeros(q.shape[1:], q.dtype) if dcost is None else -dcost
         if dq is not None:
             total = total + jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
         return total if dp is None else total + jnp.sum(dp * self._where_taken(q), axis=0)
 
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: "FixedPolicy") -> Array:
+    def policy_tangent(self, policy: Array, dq: Array | None, change: "FixedPolicy") -> Array:
         dp = pytrees.given(change.policy)
         return jnp.zeros_like(policy) if dp is None else dp
 
 
 @pytrees.dataclass
-class HardMax(Regulariser):
+class HardMax(Bound):
     """The maximum as a bound regulariser: `Omega*(q) = max q`, whose subgradient is the first best action."""
 
     has_reference = False
@@ -66,18 +67,18 @@ class HardMax(Regulariser):
     beta: Array
     log_prior: Array
 
-    def _maximiser(self, q: Array) -> tuple[Array, Array]:
+    def maximiser(self, q: Array) -> tuple[Array, Array]:
         q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
         return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
 
-    def _largest_weight(self, reward: Array, gap: Array) -> Array:
+    def largest_weight(self, reward: Array, gap: Array) -> Array:
         return jnp.where(gap > 0, 0, jnp.ones_like(gap))
 
-    def _conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "HardMax") -> Array:
+    def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "HardMax") -> Array:
         zero = jnp.zeros(q.shape[1:], q.dtype)
         return zero if dq is None else jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
 
-    def _policy_tangent(self, policy: Array, dq: Array | None, change: "HardMax") -> Array:
+    def policy_tangent(self, policy: Array, dq: Array | None, change: "HardMax") -> Array:
         return jnp.zeros_like(policy)
 
 
@@ -91,7 +92,7 @@ class NoRegulariser(Regulariser):
     log_prior: Array | None = None
     state_scale: Array | None = None
 
-    def _rebuild(self, beta: Array, log_prior: Array, place: object, dtype: object) -> HardMax:
+    def _bound(self, beta: Array, log_prior: Array, place: object, dtype: object) -> HardMax:
         return HardMax(beta, log_prior)
 
 
@@ -174,7 +175,7 @@ def _cost(problem: bellman.BoundProblem, policy: Array, free: bool) -> tuple[Arr
     if free:
         zero = jnp.zeros((1,) * (policy.ndim - 1), policy.dtype)
         return zero, zero > 0
-    infinite = jnp.isposinf(problem.regulariser._value(lax.stop_gradient(policy)))
+    infinite = jnp.isposinf(problem.regulariser.value(lax.stop_gradient(policy)))
     onwards = (policy > 0) & (problem.discount > 0)[None, None]
 
     def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -188,8 +189,8 @@ def _cost(problem: bellman.BoundProblem, policy: Array, free: bool) -> tuple[Arr
         lambda state: state[1], spread, (infinite, jnp.any(infinite)), (onwards, problem.transitions)
     )
     # The derivative there is that of another policy, which has one: a gradient that nobody asks for is then 0, not NaN.
-    prior = jax.nn.softmax(jnp.broadcast_to(lax.stop_gradient(problem.regulariser._prior), policy.shape), axis=0)
-    cost = problem.regulariser._value(jnp.where(ruined[None], prior, policy))
+    prior = jax.nn.softmax(jnp.broadcast_to(lax.stop_gradient(problem.regulariser.log_prior), policy.shape), axis=0)
+    cost = problem.regulariser.value(jnp.where(ruined[None], prior, policy))
     return jnp.where(ruined, 0, cost), ruined
 
 
@@ -220,7 +221,7 @@ def _nominal_optimum(mdp: MDP, log_prior: Array | None) -> Array:
 
 def fixed_point(
     problem: bellman.BoundProblem,
-    operator: Regulariser,
+    operator: Bound,
     reward: Array,
     start: Array | None = None,
     tol: Array | None = None,
@@ -276,7 +277,7 @@ def _settled(problem: bellman.BoundProblem, loop: Loop) -> tuple[Array, Array, A
     half = float(jnp.finfo(problem.dtype).eps) ** 0.5
     poor = (loop.status != int(Status.CONVERGED)) & (loop.half_width > half * size)
     if isinstance(problem.regulariser, FixedPolicy):
-        reward, policy = problem.regulariser._maximiser(problem.reward)
+        reward, policy = problem.regulariser.maximiser(problem.reward)
         certain = lost | (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size)
         value = h + c[None]
         exact, solved = linear.eliminate(bellman.chain(problem, policy), reward, value, certain)

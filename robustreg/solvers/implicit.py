@@ -76,11 +76,11 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     chain = bellman.chain(problem, policy)
     dprobe = None if dprobe is None else pytrees.given(dprobe)
     dq = _explicit(problem, change, h + c[None])
-    dth = problem.regulariser._conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
+    dth = problem.regulariser.conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
     dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact)
     ahead = problem.discount[None, None] * problem.transitions._expect(dh)
     dq = ahead if dq is None else dq + ahead
-    dpolicy = jnp.broadcast_to(problem.regulariser._policy_tangent(policy, dq, change.regulariser), policy.shape)
+    dpolicy = jnp.broadcast_to(problem.regulariser.policy_tangent(policy, dq, change.regulariser), policy.shape)
     # dT V = dV at the fixed point.
     return found, (dh, dh, dpolicy, jnp.broadcast_to(dq, q.shape))
 
@@ -152,6 +152,6 @@ def policy_error(problem: bellman.BoundProblem, half_width: Array) -> Array:
     policy P, `d' - d = (I - K'^T)^{-1} (K' - K)^T d`, so that states are visited otherwise by at most `g x horizon` of
     all visits, and actions by x more.
     """
-    moved = problem.regulariser._policy_change(problem.discount * half_width)
+    moved = problem.regulariser.policy_change(problem.discount * half_width)
     moved = jnp.where(half_width == 0, 0, moved)
     return moved * (1 + problem.discount * problem.horizon)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg._core import pytrees
+from robustreg.regularisers.families import BoundAlpha
 from robustreg.solvers import bellman
 
 # A group has as many lanes as give vectors [S, lanes] of so many bytes (a dozen are in use at a time, and should stay
@@ -70,7 +71,7 @@ def _grouped(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> A
 def _by_hardness(problem: bellman.BoundProblem) -> Array:
     """Flat numbers of the lanes, `[n]`, the easy ones first."""
     reg: Any = problem.regulariser
-    keys = [reg.beta] + ([reg.alpha] if hasattr(reg, "alpha") else []) + [problem.discount]
+    keys = [reg.beta] + ([reg.alpha] if isinstance(reg, BoundAlpha) else []) + [problem.discount]
 
     def flat(x: Array) -> Array:
         """Reduce to the largest over what is not an axis of lanes, one number per lane."""

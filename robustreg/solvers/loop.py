@@ -335,7 +335,7 @@ def _finish(
     found = (problem, h, c, accuracy, probe, *lax.stop_gradient((inexact, lost)))
     h, th, policy, q = implicit.attach(method, *loops.alike(found))
     value = h + c[None]
-    masked = jnp.isneginf(problem.regulariser._prior)
+    masked = jnp.isneginf(problem.regulariser.log_prior)
     perturbation = jnp.where(masked, 0, q - th[None])
 
     def public(x: Array, core: int) -> Array:
@@ -360,7 +360,7 @@ def _log_policy(problem: bellman.BoundProblem, policy: Array, q: Array, lost: Ar
     """Logarithm of the policy, `[A, S, *B]`, of a harmless one in lanes that are lost: see `implicit`."""
     policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(lost[None, None], 0, q)
-    return implicit.harmless(problem, lost).regulariser._log_policy(policy, q)
+    return implicit.harmless(problem, lost).regulariser.log_policy(policy, q)
 
 
 def _honest(problem: bellman.BoundProblem, loop: Loop, tol: Array) -> Array:

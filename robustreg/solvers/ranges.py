@@ -13,7 +13,7 @@ from jax import Array
 
 from robustreg._core import loops
 from robustreg.problems.transitions import Transitions
-from robustreg.regularisers.regulariser import Regulariser
+from robustreg.regularisers.bound import Bound
 
 # Share of a row of P, or of a prior, that may be missing: what is further off is no probability.
 _MISSING = 1e-3
@@ -42,9 +42,9 @@ class Magnitudes(NamedTuple):
     log_prior: Array
 
 
-def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magnitudes:
+def magnitudes(regulariser: Bound, reward: Array, horizon: Array) -> Magnitudes:
     """Measure what `rounding` grows with and no iteration changes."""
-    masked = jnp.isneginf(regulariser._prior)
+    masked = jnp.isneginf(regulariser.log_prior)
     size = jnp.where(masked, 0, jnp.abs(reward))
     largest = jnp.max(size, axis=(0, 1))
     top = jnp.max(jnp.abs(jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)), axis=0)
@@ -58,7 +58,7 @@ def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magni
         gap = jnp.max(jnp.where(masked, -jnp.inf, reward), axis=0)[None] - reward - 2 * limit[None, None]
         # Less what rounding may move either by.
         gap = gap - 16 * float(jnp.finfo(reward.dtype).eps) * (size + top[None, None])
-        weight = regulariser._largest_weight(jnp.where(masked, 0, reward), jnp.maximum(gap, 0))
+        weight = regulariser.largest_weight(jnp.where(masked, 0, reward), jnp.maximum(gap, 0))
         weighed = jnp.sum(jnp.where(size == 0, 0, weight * size), axis=0)
         return jnp.max(jnp.minimum(weighed, jnp.max(size, axis=0)), axis=0)
 
@@ -69,13 +69,13 @@ def magnitudes(regulariser: Regulariser, reward: Array, horizon: Array) -> Magni
         jnp.minimum(charged, plain),
         limit,
         1 / jnp.min(regulariser.beta, axis=0),
-        -jnp.min(jnp.where(masked, 0, regulariser._prior), axis=(0, 1)),
+        -jnp.min(jnp.where(masked, 0, regulariser.log_prior), axis=(0, 1)),
     )
 
 
 def validity(
     transitions: Transitions,
-    regulariser: Regulariser,
+    regulariser: Bound,
     reward: Array,
     exit_rate: Array,
     discount: Array,
@@ -83,7 +83,7 @@ def validity(
     ends: bool,
 ) -> tuple[Array, Array]:
     """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`."""
-    masked = jnp.isneginf(regulariser._prior)
+    masked = jnp.isneginf(regulariser.log_prior)
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
     # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.
     safe = jnp.where(discount > 0, discount, 1)
@@ -105,19 +105,19 @@ def validity(
         close = (exit_rate >= (1 - 1e-5) * complement[None, None]) & (exit_rate <= 1 + 1e-5)
         valid = valid & jnp.all(close | masked, axis=(0, 1))
     if regulariser.has_reference:
-        mass = jnp.sum(jnp.exp(regulariser._prior), axis=0)
+        mass = jnp.sum(jnp.exp(regulariser.log_prior), axis=0)
         valid = valid & jnp.all(jnp.abs(mass - 1) <= _MISSING, axis=0)
     return deviation, valid
 
 
-def horizon(transitions: Transitions, regulariser: Regulariser, discount: Array, complement: Array) -> Array:
+def horizon(transitions: Transitions, regulariser: Bound, discount: Array, complement: Array) -> Array:
     """Bound the discounted steps of any episode, `[*b]`: by `max w` with `w >= 1 + g P_a w`, or by 1/(1-g).
 
     Sweeps `w <- 1 + g max_a P_a w` from w = 1 count the steps of longer and longer episodes. Where one raises w by at
     most x < 1, `w/(1-x)` is such a bound. Only for discounts so close to 1 that it is worth the sweeps, and as long as
     they may come to less than half of 1/(1-g).
     """
-    masked = jnp.isneginf(regulariser._prior)
+    masked = jnp.isneginf(regulariser.log_prior)
     own = jnp.broadcast_shapes(transitions._lane_axes(discount.ndim), discount.shape, masked.shape[2:])
     discount, complement = jnp.broadcast_to(discount, own), jnp.broadcast_to(complement, own)
     plain = 1 / complement

@@ -29,7 +29,7 @@ from jax import Array
 
 from robustreg.problems.successors import BoundSuccessors
 from robustreg.problems.transitions import Dense
-from robustreg.regularisers.families import KL, Alpha
+from robustreg.regularisers.families import BoundAlpha, BoundKL
 from robustreg.solvers import bellman, methods, resident_kernel
 from robustreg.solvers.resident_kernel import Carrier, Sizes
 
@@ -82,7 +82,7 @@ def find(problem: bellman.BoundProblem, solver: Any) -> tuple[str, Engine] | Non
 
 def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
     reg, rows, (n_actions, n_states) = problem.regulariser, problem.transitions, problem.reward.shape[:2]
-    if type(reg) not in (KL, Alpha) or type(solver) is not methods.Newton or solver.linear != "krylov":
+    if type(reg) not in (BoundKL, BoundAlpha) or type(solver) is not methods.Newton or solver.linear != "krylov":
         return None
     if problem.dtype != np.float32 or math.prod(problem.batch) == 0 or n_actions > _ACTIONS or n_states > _STATES:
         return None
@@ -98,8 +98,8 @@ def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
         dense=dense,
         terms=float(4 + (rows.fan_out if problem.strict else min(rows.fan_out, 4 * rows.fan_out**0.5))),
         ends=problem.ends,
-        alpha=type(reg) is Alpha,
-        state_prior=reg._prior.shape[1] > 1,
+        alpha=type(reg) is BoundAlpha,
+        state_prior=reg.log_prior.shape[1] > 1,
         state_beta=reg.beta.shape[0] > 1,
         inner_steps=solver.inner_steps,
         forcing=float(solver.forcing),
@@ -149,7 +149,7 @@ def _each(x: Array, batch: tuple[int, ...]) -> Array:
 def _numbers(problem: bellman.BoundProblem, tol: Array) -> Array:
     """The numbers of each lane, `[n, 14]`, in the order of `Numbers` in certificate.cu."""
     reg, known = problem.regulariser, problem.magnitudes
-    order = reg.alpha[0] - 1 if type(reg) is Alpha else jnp.zeros((), problem.dtype)
+    order = reg.alpha[0] - 1 if type(reg) is BoundAlpha else jnp.zeros((), problem.dtype)
     columns = (
         reg.beta[0],
         problem.discount,
@@ -206,4 +206,4 @@ def _tables(sizes: Sizes, problem: bellman.BoundProblem) -> list[tuple[Array, Ar
         p = jnp.swapaxes(kernel.probabilities, 0, 1)
     exit_rate = whole(problem.exit_rate) if sizes.ends else none
     beta = reg.beta if sizes.state_beta else none
-    return [rows(x) for x in (near, p, whole(problem.reward), exit_rate, reg._prior, beta)]
+    return [rows(x) for x in (near, p, whole(problem.reward), exit_rate, reg.log_prior, beta)]
