@@ -27,9 +27,11 @@ from robustreg.problems.successors import Successors
 from robustreg.problems.transitions import Dense, MatrixFree
 from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha
+from robustreg.regularisers.regulariser import Sum
+from robustreg.regularisers.separable import FAMILIES
 from robustreg.solvers.solution import Solution
 
-_KINDS = (MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
+_KINDS = (Sum, MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 
@@ -49,8 +51,8 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
     Raises:
         TypeError: for an object that is not of these classes, holds tracers, or has `MatrixFree` transitions.
     """
-    if type(obj).__name__ not in _CLASSES:
-        raise TypeError(f"cannot save {type(obj).__name__}; pass one of: {', '.join(_CLASSES)}")
+    if type(obj) not in _classes().values():
+        raise TypeError(f"cannot save {type(obj).__name__}; pass one of: {', '.join(_classes())}")
     path = Path(path)
     path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
     arrays: dict[str, np.ndarray] = {}
@@ -93,6 +95,11 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
     return {key: value for key, value in header.items() if key != "robustreg"}
 
 
+def _classes() -> dict[str, type]:
+    """The classes that files hold by name; those of users as far as they are defined by now."""
+    return FAMILIES | _CLASSES
+
+
 def _archive(path: str | os.PathLike) -> contextlib.AbstractContextManager[Arrays]:
     """A NumPy archive, named as `save` names it."""
     path = Path(path)
@@ -123,6 +130,8 @@ def _flatten(obj: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Any:
             raise TypeError("save needs values, so it cannot run inside jit, vmap or grad; call it on the result")
         arrays[prefix] = np.asarray(obj)
         return {"array": prefix}
+    if isinstance(obj, tuple):
+        return {"items": [_flatten(item, f"{prefix}.{i}".lstrip("."), arrays) for i, item in enumerate(obj)]}
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(obj):
         value = getattr(obj, field.name)
@@ -139,7 +148,11 @@ def _rebuild(tree: Any, archive: Arrays) -> Any:
         return None
     if "array" in tree:
         return jnp.asarray(archive.read(tree["array"]))
-    kind: Any = _CLASSES[tree["class"]]
+    if "items" in tree:
+        return tuple(_rebuild(item, archive) for item in tree["items"])
+    if tree["class"] not in _classes():
+        raise ArchiveError(f"a file with a {tree['class']!r}, which is not defined here: import its class first")
+    kind: Any = _classes()[tree["class"]]
     fields = {}
     for field in dataclasses.fields(kind):
         part = tree["fields"].get(field.name)

@@ -19,7 +19,6 @@ holds for *every* policy, in particular for the one that solves the MDP with the
 visits of a given policy: less is asked, beta is larger, and the guarantee is for that policy.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -41,7 +40,9 @@ def critical_beta(
     """Find the largest beta, hence the weakest regulariser, whose robust set holds a perturbation.
 
     Args:
-        reg: the regulariser; its own beta does not matter (but for its batch axes), its `state_scale` does.
+        reg: the regulariser; its own beta does not matter (but for its batch axes), its `state_scale` does. Of a sum
+            with one reference, the strengths `1/beta` of its parts keep their proportions, and beta is that of all of
+            them together, `1/sum(1/beta)`.
         perturbation: `dr`, `[*B, ..., S, A]`, subtracted from the reward; the regulariser's batch axes lead. Without
             reductions over states `[*B, ..., A]` will do for a regulariser without parameters per state. An entry may
             be minus infinity (`worst_case` of a policy that omits the action): with alpha <= 0 beta is then infinite,
@@ -84,7 +85,7 @@ def _critical_beta(reg: Any, perturbation: Array, weights: Array | None, per_sta
     if weights is not None:
         rows = jnp.broadcast_shapes(x.shape[:-1], weights.shape)
         x, weights = jnp.broadcast_to(x, rows + x.shape[-1:]), jnp.broadcast_to(weights, rows)
-    bound, x = dataclasses.replace(reg, beta=jnp.ones_like(reg.beta))._public(x)
+    bound, x = reg._at_unit_strength()._public(x)
     if weights is not None:
         return reach.reach(bound, x, weights)[..., 0]
     each = reach.reach(bound, x)

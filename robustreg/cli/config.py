@@ -38,6 +38,7 @@ Whatever is wrong with a file is a `ConfigError` that names the file, the table,
 import dataclasses
 import functools
 import inspect
+import operator
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,10 +97,23 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+def _sum(parts: Any) -> Any:
+    """The sum of regularisers, each a table with its kind."""
+    if not isinstance(parts, list) or len(parts) < 2 or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            'parts is a list of two or more tables: [{ kind = "kl", beta = 5.0 }, { kind = "alpha", ... }]'
+        )
+    return functools.reduce(
+        operator.add, (construct(REGULARISERS, part, f"parts[{i}]") for i, part in enumerate(parts))
+    )
+
+
 REGULARISERS: dict[str, Callable[..., Any]] = {
     "kl": _numeric(families.kl),
     "alpha": _numeric(families.alpha),
     "entropy": _numeric(entropies.entropy),
+    "tsallis": _numeric(entropies.tsallis),
+    "sum": _sum,
 }
 
 

@@ -13,10 +13,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import pytrees
-from robustreg.regularisers import conjugates, masks
+from robustreg.regularisers import conjugates, masks, parameters
 from robustreg.regularisers.bound import Bound
-from robustreg.regularisers.divergences import Scales, kl_divergence
+from robustreg.regularisers.divergences import Scales, deformed_exp, kl_divergence
 from robustreg.regularisers.families import KL, BoundKL, kl
+from robustreg.regularisers.separable import Separable
 
 
 @pytrees.dataclass
@@ -40,6 +41,11 @@ class BoundEntropy(BoundKL):
         # The counting measure has another mass than a policy: no extension to other measures applies.
         return kl_divergence(policy, self.log_prior, self.reduce) / self.beta
 
+    def marginal(self, log_policy: Array) -> Array:
+        """Compute `(1 + log p)/beta`, `[A, ...]`."""
+        logs = jnp.where(jnp.isneginf(self.log_prior), 0, log_policy)
+        return (1 + logs) / self.reduce.over(self.beta)
+
     def value_error(self, policy: Array) -> Array:
         """Bound the rounding of `value`, `[...]`."""
         return Bound.value_error(self, policy)
@@ -47,6 +53,11 @@ class BoundEntropy(BoundKL):
     def noise(self, scales: Scales) -> Array:
         """Bound the rounding of the conjugate."""
         return scales.logs * scales.temperature
+
+
+def _counting(reg: Any, dtype: Any, n_actions: int) -> Any:
+    """The regulariser with the counting measure in the place of a reference."""
+    return reg if reg.log_prior is not None else dataclasses.replace(reg, log_prior=jnp.zeros((n_actions,), dtype))
 
 
 @pytrees.dataclass
@@ -59,8 +70,54 @@ class Entropy(KL):
         return BoundEntropy(beta, log_prior)
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
-        counting = jnp.zeros((n_actions,), dtype) if self.log_prior is None else self.log_prior
-        return KL._rearrange(dataclasses.replace(self, log_prior=counting), place, dtype, n_actions, last)
+        return KL._rearrange(_counting(self, dtype, n_actions), place, dtype, n_actions, last)
+
+
+class Tsallis(Separable):
+    """`Omega(p) = (1/beta) (sum p^q - 1)/(q - 1)`, the negative Tsallis entropy. Build it with `tsallis`."""
+
+    has_reference = False
+
+    order: Array
+
+    def generator(self, ratio: Array) -> Array:
+        """Compute `t eps_{q-1}(log t)`, elementwise, without a singularity at q = 1."""
+        inside = ratio > 0
+        tilted = deformed_exp(jnp.log(jnp.where(inside, ratio, 1)), self.order - 1)
+        return jnp.where(inside, ratio * tilted, 0)
+
+    def slope(self, log_ratio: Array) -> Array:
+        """Compute `eps_{q-1}(L) + e^{(q-1) L}`, elementwise."""
+        h = self.order - 1
+        some = jnp.where(jnp.isneginf(log_ratio), 0, log_ratio)
+        end = jnp.where(h > 0, -1 / jnp.where(h > 0, h, 1), -jnp.inf)
+        return jnp.where(jnp.isneginf(log_ratio), end, deformed_exp(some, h) + jnp.exp(h * some))
+
+    def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
+        return Separable._rearrange(_counting(self, dtype, n_actions), place, dtype, n_actions, last)
+
+
+def tsallis(
+    order: ArrayLike, beta: ArrayLike, *, state_scale: ArrayLike | None = None, available: ArrayLike | None = None
+) -> Tsallis:
+    """Make the regulariser that is the negative Tsallis entropy without a reference, `(1/beta) (sum p^q - 1)/(q - 1)`.
+
+    Args:
+        order: q, `[*B]`, positive: 1 is Shannon's entropy, 2 sparse policies [Lee, Choi and Oh 2018]. With more than
+            1, bad actions get probability exactly 0.
+        beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
+        state_scale: `[*B, S]`, multiplies beta per state.
+        available: which actions there are, as in `entropy`.
+
+    Returns:
+        A regulariser whose policies are those of `alpha(order, beta A^(order - 1) / order)` with a uniform prior, and
+        whose values differ by a constant per step that is played, as those of `entropy` do from `kl`.
+
+    Raises:
+        TypeError, ValueError: an order or beta out of range; a mask that is none.
+    """
+    reg = Tsallis.create(beta, state_scale=state_scale, order=parameters.strength("order", order))
+    return reg if available is None else masks.restricted(reg, available)
 
 
 def entropy(beta: ArrayLike, *, state_scale: ArrayLike | None = None, available: ArrayLike | None = None) -> Entropy:

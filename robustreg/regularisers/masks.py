@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from robustreg._core import checks
-from robustreg.regularisers.regulariser import Regulariser
+from robustreg.regularisers.regulariser import Regulariser, Sum
 
 
 def restricted(reg: Regulariser, available: ArrayLike | None) -> Any:
@@ -40,6 +40,8 @@ def restricted(reg: Regulariser, available: ArrayLike | None) -> Any:
     checks.expect_type(reg, Regulariser, "first argument", "kl")
     if available is None:
         return reg
+    if isinstance(reg, Sum):
+        return Sum(tuple(restricted(part, available) for part in reg.parts), reg.shared)
     allowed = jnp.asarray(checked(available, None))
     logs: Any = reg.log_prior
     if logs is None:

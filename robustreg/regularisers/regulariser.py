@@ -20,6 +20,7 @@ could have lanes or states on one axis, is refused, and both readings named (see
 results have the dtype of the values.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -32,6 +33,7 @@ from jax.typing import ArrayLike
 from robustreg._core import checks, forks, pytrees
 from robustreg.regularisers import actions, axes, parameters
 from robustreg.regularisers.bound import Bound
+from robustreg.regularisers.sums import BoundSum
 
 
 class Regulariser:
@@ -69,6 +71,14 @@ class Regulariser:
         if self.state_scale is not None:
             beta = beta * place(self.state_scale.astype(dtype), 1)
         return self._bound(beta, place(log_prior.astype(dtype), 2), place, dtype)
+
+    def __add__(self, other: Any) -> "Sum":
+        """Add costs up: an adversary with the budgets of both. See `sums`."""
+        return _sum(self, other) if isinstance(other, Regulariser) else NotImplemented
+
+    def _at_unit_strength(self) -> Any:
+        """The same with a beta of 1."""
+        return dataclasses.replace(self, beta=jnp.ones_like(self.beta))  # type: ignore[type-var]
 
     @property
     def _leaves(self) -> axes.Leaves:
@@ -176,6 +186,86 @@ class Regulariser:
             assert policy is not None
             return _act(self, policy, "worst_case", action)
         return _act(self, log_policy, "worst_case_of_logs", action)
+
+
+@pytrees.dataclass
+class Sum(Regulariser):
+    """The sum of regularisers; write it with `+`.
+
+    Attributes:
+        parts: two or more, none of them a sum.
+        shared: whether they have the same reference.
+    """
+
+    parts: tuple[Regulariser, ...]
+    shared: bool = pytrees.static()
+
+    @property
+    def has_reference(self) -> bool:  # type: ignore[override]
+        """Whether the parts have the same reference."""
+        return self.shared
+
+    @property
+    def beta(self) -> Array:  # type: ignore[override]
+        """Inverse strength of all parts together, `1/sum(1/beta)`, `[*B]`, where no part has its own per state."""
+        return 1 / functools.reduce(jnp.add, (1 / part.beta for part in self.parts))
+
+    @property
+    def log_prior(self) -> Array | None:  # type: ignore[override]
+        """The reference that parts share, else their normalised geometric mean; None where all are uniform."""
+        if self.shared:
+            return self.parts[0].log_prior
+        known = [part.log_prior for part in self.parts if part.log_prior is not None]
+        return jax.nn.log_softmax(functools.reduce(jnp.add, known) / len(self.parts)) if known else None
+
+    @property
+    def state_scale(self) -> None:  # type: ignore[override]
+        """None: each part has its own."""
+        return None
+
+    @property
+    def _leaves(self) -> axes.Leaves:
+        leaves = [part._leaves for part in self.parts]
+        states = {n for each in leaves if (n := each.states) is not None and n > 1}
+        if len(states) > 1:
+            raise ValueError(f"the parts of this sum are for different numbers of states: {sorted(states)}")
+        try:
+            batch = jnp.broadcast_shapes(*(each.batch for each in leaves))
+        except ValueError:
+            shown = ", ".join(str(list(each.batch)) for each in leaves)
+            raise ValueError(f"the batch axes of the parts of this sum do not broadcast: {shown}") from None
+        return axes.Leaves(None, batch, tuple(states) or None, None)
+
+    def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> "BoundSum":
+        parts = tuple(part._rearrange(place, dtype, n_actions, last) for part in self.parts)
+        return BoundSum(parts, self.shared)
+
+    def _at_unit_strength(self) -> "Sum":
+        beta = self.beta
+        return Sum(tuple(dataclasses.replace(part, beta=part.beta / beta) for part in self.parts), self.shared)
+
+
+def _sum(*parts: Regulariser) -> Sum:
+    """The sum of parts whose axes fit; sums among them are taken apart."""
+    flat: list[Any] = []
+    for part in parts:
+        flat.extend(part.parts if isinstance(part, Sum) else [part])
+    whole = Sum(tuple(flat), _same_reference(flat))
+    _ = whole._leaves.batch, whole._leaves.states
+    return whole
+
+
+def _same_reference(parts: list[Any]) -> bool:
+    """Whether all parts are 0 at one policy, as far as values can be looked at."""
+    if not all(part.has_reference for part in parts):
+        return False
+    priors = [part.log_prior for part in parts]
+    first = priors[0]
+    if all(prior is first for prior in priors):
+        return True
+    if any(prior is None for prior in priors) or checks.is_traced(*priors):
+        return False
+    return all(prior.shape == first.shape and np.array_equal(prior, first) for prior in priors)
 
 
 def _act(reg: Regulariser, x: ArrayLike, method: str, action: ArrayLike | None = None) -> Any:

@@ -12,8 +12,8 @@ does: solvers, worst case, robust set, certificate, gradients to any order, swee
     reg = JensenShannon.create(beta=5.0, prior=p0)
 
 Constants and multiples of `ratio - 1` in f change nothing. The slope `f'(p/p0)` comes from f by automatic
-differentiation; where f' is known in terms of `log(p/p0)`, override `slope` with it, which keeps digits of probabilities
-that underflow. A parameter of the family is a field of the class (`order: Array`), one number per lane.
+differentiation; where f' is known in terms of `log(p/p0)`, override `slope` with it, which keeps digits of
+probabilities that underflow. A parameter of the family is a field of the class (`order: Array`), one number per lane.
 
 **What f must do**: be convex and finite for every ratio above 0, differentiable there, and evaluate to a few units of
 rounding of the numbers it is made of. f(0) may be infinite (then every allowed action is played), and so may the slope
@@ -121,9 +121,9 @@ class Separable(Regulariser):
 
     def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> "BoundSeparable":
         own = {name: place(x.astype(dtype)[..., None], 1) for name, x in self._own.items()}
-        return BoundSeparable(
-            dataclasses.replace(self, beta=None, log_prior=None, state_scale=None, **own), beta, log_prior
-        )  # type: ignore[type-var]
+        family: Any = self  # of a class that is a dataclass, as all subclasses are
+        family = dataclasses.replace(family, beta=None, log_prior=None, state_scale=None, **own)
+        return BoundSeparable(family, beta, log_prior)
 
 
 @pytrees.dataclass
@@ -141,6 +141,11 @@ class BoundSeparable(Bound):
     reduce: pytrees.Reducers = pytrees.reducers()
 
     @property
+    def has_reference(self) -> bool:  # type: ignore[override]
+        """Whether the cost is that of leaving a distribution."""
+        return self.family.has_reference
+
+    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the leaves without actions."""
         return (self.beta.shape, *(x.shape for x in self.family._own.values()))
@@ -151,8 +156,10 @@ class BoundSeparable(Bound):
         return jax.tree.map(self.reduce.over, self.family)
 
     def _at_one(self, like: Array) -> tuple[Array, Array]:
-        """`f(1)` and `f'(1)`, with an axis of 1 for actions."""
+        """`f(1)` and `f'(1)`, with an axis of 1 for actions; 0 without a reference."""
         one = jnp.ones((1,) * like.ndim, like.dtype)
+        if not self.family.has_reference:
+            return 0 * one, 0 * one
         return self._over.generator(one), self._over.slope(0 * one)
 
     def _terms(self, policy: Array) -> Array:

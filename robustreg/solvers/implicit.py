@@ -127,16 +127,13 @@ def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem
         return jnp.where(where.reshape((1,) * core + where.shape), value, x)
 
     values = {"log_prior": -float(np.log(problem.reward.shape[0])), "cost": 0.0}
-    reg: Any = problem.regulariser
-    leaves = {
-        field.name: put(getattr(reg, field.name), values.get(field.name, 1.0))
-        for field in dataclasses.fields(reg)
-        if isinstance(getattr(reg, field.name), Array)
-    }
+    calm = jax.tree_util.tree_map_with_path(
+        lambda path, x: put(x, values.get(getattr(path[-1], "name", ""), 1.0)), problem.regulariser
+    )
     return dataclasses.replace(
         problem,
         transitions=problem.transitions._silenced(lost),
-        regulariser=dataclasses.replace(reg, **leaves),
+        regulariser=calm,
         reward=put(problem.reward, 0.0),
         exit_rate=put(problem.exit_rate, 1.0),
         discount=put(problem.discount, 0.0),
