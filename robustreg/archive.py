@@ -27,11 +27,12 @@ from robustreg.problems.successors import Successors
 from robustreg.problems.transitions import Dense, MatrixFree
 from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha
+from robustreg.regularisers.norms import NormBall
 from robustreg.regularisers.regulariser import Sum
 from robustreg.regularisers.separable import FAMILIES
 from robustreg.solvers.solution import Solution
 
-_KINDS = (Sum, MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
+_KINDS = (Sum, NormBall, MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 

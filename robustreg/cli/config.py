@@ -50,7 +50,7 @@ import numpy as np
 from robustreg.cli import problem_kinds
 from robustreg.cli.problem_kinds import PROBLEMS
 from robustreg.problems.problem import Problem
-from robustreg.regularisers import entropies, families
+from robustreg.regularisers import entropies, families, norms
 from robustreg.solvers import methods
 
 
@@ -97,6 +97,11 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+def _norm_ball(radius: Any, p: float = 2.0, radius_per_state: Any = None) -> Any:
+    """The ball of reward perturbations."""
+    return _numeric(functools.partial(norms.norm_ball, p=p))(radius=radius, radius_per_state=radius_per_state)
+
+
 def _sum(parts: Any) -> Any:
     """The sum of regularisers, each a table with its kind."""
     if not isinstance(parts, list) or len(parts) < 2 or not all(isinstance(part, dict) for part in parts):
@@ -113,6 +118,7 @@ REGULARISERS: dict[str, Callable[..., Any]] = {
     "alpha": _numeric(families.alpha),
     "entropy": _numeric(entropies.entropy),
     "tsallis": _numeric(entropies.tsallis),
+    "norm_ball": _norm_ball,
     "sum": _sum,
 }
 

@@ -4,7 +4,6 @@ Its robust set is `{ sum exp(beta dr) <= 1 }`, and the worst case `(1/beta) log 
 uniform prior everything moves by `log(A)/beta` and both signs appear [Eysenbach and Levine 2022].
 """
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from robustreg.regularisers import conjugates, masks, parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales, deformed_exp, kl_divergence
 from robustreg.regularisers.families import KL, BoundKL, kl
+from robustreg.regularisers.regulariser import counting
 from robustreg.regularisers.separable import Separable
 
 
@@ -55,11 +55,6 @@ class BoundEntropy(BoundKL):
         return scales.logs * scales.temperature
 
 
-def _counting(reg: Any, dtype: Any, n_actions: int) -> Any:
-    """The regulariser with the counting measure in the place of a reference."""
-    return reg if reg.log_prior is not None else dataclasses.replace(reg, log_prior=jnp.zeros((n_actions,), dtype))
-
-
 @pytrees.dataclass
 class Entropy(KL):
     """`Omega(p) = (1/beta) sum p log p`: KL against the counting measure. Build it with `entropy`."""
@@ -70,7 +65,7 @@ class Entropy(KL):
         return BoundEntropy(beta, log_prior)
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
-        return KL._rearrange(_counting(self, dtype, n_actions), place, dtype, n_actions, last)
+        return KL._rearrange(counting(self, dtype, n_actions), place, dtype, n_actions, last)
 
 
 class Tsallis(Separable):
@@ -94,7 +89,7 @@ class Tsallis(Separable):
         return jnp.where(jnp.isneginf(log_ratio), end, deformed_exp(some, h) + jnp.exp(h * some))
 
     def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
-        return Separable._rearrange(_counting(self, dtype, n_actions), place, dtype, n_actions, last)
+        return Separable._rearrange(counting(self, dtype, n_actions), place, dtype, n_actions, last)
 
 
 def tsallis(

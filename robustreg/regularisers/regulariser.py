@@ -242,7 +242,8 @@ class Sum(Regulariser):
 
     def _at_unit_strength(self) -> "Sum":
         beta = self.beta
-        return Sum(tuple(dataclasses.replace(part, beta=part.beta / beta) for part in self.parts), self.shared)
+        parts: Any = self.parts  # of classes that are dataclasses, as all are
+        return Sum(tuple(dataclasses.replace(part, beta=part.beta / beta) for part in parts), self.shared)
 
 
 def _sum(*parts: Regulariser) -> Sum:
@@ -266,6 +267,11 @@ def _same_reference(parts: list[Any]) -> bool:
     if any(prior is None for prior in priors) or checks.is_traced(*priors):
         return False
     return all(prior.shape == first.shape and np.array_equal(prior, first) for prior in priors)
+
+
+def counting(reg: Any, dtype: Any, n_actions: int) -> Any:
+    """Put the counting measure in the place of a reference, unless a mask stands there."""
+    return reg if reg.log_prior is not None else dataclasses.replace(reg, log_prior=jnp.zeros((n_actions,), dtype))
 
 
 def _act(reg: Regulariser, x: ArrayLike, method: str, action: ArrayLike | None = None) -> Any:
