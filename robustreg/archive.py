@@ -25,9 +25,9 @@ from robustreg.game.minimax import Game
 from robustreg.problems.mdps import MDP
 from robustreg.problems.successors import Successors
 from robustreg.problems.transitions import Dense, MatrixFree
+from robustreg.regularisers.balls import NormBall
 from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha
-from robustreg.regularisers.norms import NormBall
 from robustreg.regularisers.regulariser import Sum
 from robustreg.regularisers.separable import FAMILIES
 from robustreg.solvers.solution import Solution

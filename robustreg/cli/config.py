@@ -50,7 +50,7 @@ import numpy as np
 from robustreg.cli import problem_kinds
 from robustreg.cli.problem_kinds import PROBLEMS
 from robustreg.problems.problem import Problem
-from robustreg.regularisers import entropies, families, norms
+from robustreg.regularisers import balls, entropies, families
 from robustreg.solvers import methods
 
 
@@ -99,7 +99,7 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _norm_ball(radius: Any, p: float = 2.0, radius_per_state: Any = None) -> Any:
     """The ball of reward perturbations."""
-    return _numeric(functools.partial(norms.norm_ball, p=p))(radius=radius, radius_per_state=radius_per_state)
+    return _numeric(functools.partial(balls.norm_ball, p=p))(radius=radius, radius_per_state=radius_per_state)
 
 
 def _sum(parts: Any) -> Any:

@@ -133,12 +133,15 @@ class Bound:
         """Compute `beta w`: how far each probability moves with `beta q`, `[A, ...]`; 0 off the support."""
         return self.yields(policy) * self.reduce.over(self.beta)
 
+    def rate(self, log_policy: Array) -> Array:
+        """Compute `dm/dlog p`, `[A, ...]`."""
+        return jax.jvp(self.marginal, (log_policy,), (jnp.ones_like(log_policy),))[1]
+
     def yields(self, policy: Array) -> Array:
         """Compute `w = dp/dm`: how far each probability moves with its action value, `[A, ...]`; 0 off the support."""
         on = policy != 0  # a policy of NaN has one of NaN
         logs = jnp.log(jnp.where(on, policy, 1))
-        rate = jax.jvp(self.marginal, (logs,), (jnp.ones_like(logs),))[1]
-        return jnp.where(on, policy / jnp.where(on, rate, 1), 0)
+        return jnp.where(on, policy / jnp.where(on, self.rate(logs), 1), 0)
 
     def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
         """Compute the change of `Omega*(q)` at its maximiser, `[...]`; `change` is the regulariser's, leaf by leaf."""
@@ -147,13 +150,18 @@ class Bound:
 
     def policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         """Compute the change of the maximiser, `[A, ...]`."""
-        w, on = self.yields(policy), policy != 0
+        w = self.yields(policy)
+        t = w * self.forces(policy, dq, change)
+        return t - w * self.reduce.over(self.reduce.plain_sum(t) / self.reduce.plain_sum(w))
+
+    def forces(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        """Compute `dq - d_leaves m`, `[A, ...]`: what moves a policy; 0 off its support."""
+        on = policy != 0
         z = jnp.zeros_like(policy) if dq is None else dq
         if not _still(change):
             logs = jnp.log(jnp.where(on, policy, 1))
             z = z - self._explicit(change, lambda reg: reg.marginal(logs))
-        t = w * jnp.where(on, z, 0)
-        return t - w * self.reduce.over(self.reduce.plain_sum(t) / self.reduce.plain_sum(w))
+        return jnp.where(on, z, 0)
 
     def _explicit(self, change: Any, function: Any) -> Array:
         """Change of a function of the regulariser itself."""

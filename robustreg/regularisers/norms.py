@@ -22,13 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from robustreg._core import loops, pytrees
-from robustreg.regularisers import masks, parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales, weighted
-from robustreg.regularisers.regulariser import Regulariser, counting
 
 # Newton's method on a convex function: 4 to 8 turns are typical.
 _MAX_TURNS = 60
@@ -51,8 +48,8 @@ class BoundNorm(Bound):
     p: float = pytrees.static()
     reduce: pytrees.Reducers = pytrees.reducers()
 
-    def _dual(self, policy: Array) -> Array:
-        """`||p||_q`, `[...]`."""
+    def dual(self, policy: Array) -> Array:
+        """Compute `||p||_q`, `[...]`."""
         if self.p == 1:
             return self.reduce.largest(policy)
         if math.isinf(self.p):
@@ -66,7 +63,7 @@ class BoundNorm(Bound):
     def value(self, policy: Array) -> Array:
         """Compute `||p||_q/beta`, `[...]`."""
         escaped = jnp.any((policy > 0) & jnp.isneginf(self.log_prior), axis=self.reduce.axis)
-        return jnp.where(escaped, jnp.inf, self._dual(policy) / self.beta)
+        return jnp.where(escaped, jnp.inf, self.dual(policy) / self.beta)
 
     def marginal(self, log_policy: Array) -> Array:
         """Compute `(p/||p||_q)^(q-1)/beta`, `[A, ...]`: a gradient, or one of several."""
@@ -77,7 +74,7 @@ class BoundNorm(Bound):
             best = policy >= self.reduce.over(self.reduce.largest(policy))
             slope = best / self.reduce.over(self.reduce.total(best.astype(policy.dtype)))
         else:
-            slope = (policy / self.reduce.over(self._dual(policy))) ** (1 / (self.p - 1))
+            slope = (policy / self.reduce.over(self.dual(policy))) ** (1 / (self.p - 1))
         return slope / self.reduce.over(self.beta)
 
     def maximiser(self, q: Array) -> tuple[Array, Array]:
@@ -101,6 +98,22 @@ class BoundNorm(Bound):
         weight = jnp.where(ahead > 0, ahead ** (self.p - 1), 0)
         return weight / self.reduce.over(self.reduce.total(weight))
 
+    def rate(self, log_policy: Array) -> Array:
+        """Compute `dm/dlog p` at a fixed norm, `[A, ...]`."""
+        power = 0.0 if math.isinf(self.p) else 1 / (self.p - 1)
+        return power * self.marginal(log_policy)
+
+    def bend(self, policy: Array) -> tuple[Array, Array]:
+        """Find how the norm's own change takes off that rate: `c [...]` and `b [A, ...]`, as in `rate/p - c b b^T`."""
+        power = 0.0 if math.isinf(self.p) else 1 / (self.p - 1)
+        norm = self.dual(policy)
+        b = (policy / self.reduce.over(norm)) ** power
+        return power / (self.beta * norm), b
+
+    def at_scale(self, s: Array) -> "Scaled":
+        """Return what the norm is the least of, over s."""
+        return Scaled(s, self.beta, self.log_prior, self.p, self.reduce)
+
     def policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         """Compute the change of the maximiser, `[A, ...]`: of `d^(p-1)/sum d^(p-1)` with `d = (Q - x)_+`."""
         if self.p == 1 or math.isinf(self.p):  # constant but where an action enters
@@ -110,7 +123,7 @@ class BoundNorm(Bound):
         depth = jnp.where(on, self.marginal(jnp.where(on, logs, -jnp.inf)), 1)  # Q - x: the marginal is at the root
         moved = jnp.zeros_like(policy) if dq is None else jnp.where(on, dq, 0)
         dradius = jnp.zeros_like(self.beta) if pytrees.given(change.beta) is None else -change.beta / self.beta**2
-        dx = weighted(policy, moved, reduce.plain_sum) - self._dual(policy) * dradius
+        dx = weighted(policy, moved, reduce.plain_sum) - self.dual(policy) * dradius
         t = jnp.where(on, (self.p - 1) * policy * (moved - reduce.over(dx)) / depth, 0)
         return t - policy * reduce.over(reduce.plain_sum(t))
 
@@ -122,7 +135,7 @@ class BoundNorm(Bound):
         """Bound the rounding of `value`, `[...]`."""
         n, unit = policy.shape[self.reduce.axis], 0.5 * float(jnp.finfo(policy.dtype).eps)
         moved = jnp.abs(self.reduce.total(policy) - 1) + n * unit
-        return (unit * (16 + min(n, 4 * n**0.5)) + moved) * self._dual(policy) / self.beta
+        return (unit * (16 + min(n, 4 * n**0.5)) + moved) * self.dual(policy) / self.beta
 
 
 def _first(best: Array, reduce: pytrees.Reducers) -> Array:
@@ -155,63 +168,28 @@ def _root(gap: Array, radius: Array, p: float, reduce: pytrees.Reducers) -> Arra
 
 
 @pytrees.dataclass
-class NormBall(Regulariser):
-    """`Omega(p) = radius ||p||_q`. Build it with `norm_ball`, which validates.
+class Scaled(Bound):
+    """`(s^(1-q) sum p^q / q + (1 - 1/q) s) / beta`: a sum over actions, at least the norm, and that at `s = ||p||_q`.
 
     Attributes:
-        radius: of the ball of reward perturbations, in reward units, `[*B]`.
-        log_prior: None, or 0 and minus infinity: which actions there are.
-        state_scale: divides the radius per state, `[*B, S]`, or None.
-        p: norm of the ball.
+        s: broadcastable to `[...]`.
+        beta, log_prior, p, reduce: as in `BoundNorm`, with 1 < p < infinity.
     """
 
     has_reference = False
 
-    radius: Array
-    log_prior: Array | None = None
-    state_scale: Array | None = None
-    p: float = pytrees.static(default=2.0)
+    s: Array
+    beta: Array
+    log_prior: Array
+    p: float = pytrees.static()
+    reduce: pytrees.Reducers = pytrees.reducers()
 
-    @property
-    def beta(self) -> Array:  # type: ignore[override]
-        """1/radius, `[*B]`, the largest number for a radius of 0."""
-        tiny = jnp.finfo(self.radius.dtype).tiny
-        return 1 / jnp.maximum(self.radius, tiny)
+    def value(self, policy: Array) -> Array:
+        """Compute it, `[...]`."""
+        q = self.p / (self.p - 1)
+        total = self.reduce.total((policy / self.reduce.over(self.s)) ** q)
+        return self.s * (total / q + 1 - 1 / q) / self.beta
 
-    def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> BoundNorm:
-        return BoundNorm(beta, log_prior, self.p)
-
-    def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> Any:
-        return Regulariser._rearrange(counting(self, dtype, n_actions), place, dtype, n_actions, last)
-
-    def _at_unit_strength(self) -> Any:
-        raise TypeError("a norm ball has no reference: nothing can be scaled to the boundary of its set")
-
-
-def norm_ball(
-    radius: ArrayLike, p: float = 2, *, radius_per_state: ArrayLike | None = None, available: ArrayLike | None = None
-) -> NormBall:
-    """Make the regulariser of rewards that are uncertain within a ball of a p-norm in every state.
-
-    Args:
-        radius: in reward units, `[*B]`, finite and not negative; 0 is no regulariser at all.
-        p: norm of the ball, from 1 to infinity: with 1 the adversary moves the reward of one action, with infinity that
-            of all by as much.
-        radius_per_state: `[*B, S]`, positive; multiplies the radius per state.
-        available: which actions there are, as in `entropy`. (An MDP with a mask of its own needs none here.)
-
-    Returns:
-        A regulariser for `solve` and the rest: `solve` gives the best policy against the worst reward in the ball
-        [Derman, Geist and Mannor 2021], `worst_case` that reward's difference from the nominal one.
-
-    Raises:
-        TypeError, ValueError: a radius or p out of range; a mask that is none.
-    """
-    size = parameters.number("radius", radius)
-    parameters.refuse("radius", size, lambda v: ~((v >= 0) & (v < jnp.inf)), "must be finite and not negative")
-    if not isinstance(p, (int, float)) or not p >= 1:
-        raise ValueError(f"p must be a number from 1 to infinity, got {p!r}")
-    scale = None if radius_per_state is None else 1 / parameters.state_scale(radius_per_state)  # type: ignore[operator]
-    reg = NormBall(size, None, scale, float(p))
-    _ = reg._leaves.batch, reg._leaves.states
-    return reg if available is None else masks.restricted(reg, available)
+    def marginal(self, log_policy: Array) -> Array:
+        """Compute `(p/s)^(q-1)/beta`, `[A, ...]`."""
+        return jnp.exp((log_policy - jnp.log(self.reduce.over(self.s))) / (self.p - 1)) / self.reduce.over(self.beta)

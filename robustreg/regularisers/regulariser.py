@@ -52,6 +52,7 @@ class Regulariser:
     log_prior: Array | None
     state_scale: Array | None
     has_reference = True  # the cost is that of leaving a distribution, and 0 there
+    _is_norm = False  # the cost is no sum over actions
 
     def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> Bound:
         """Make the bound regulariser from leaves that are laid out, `[S or 1, *b]` and `[A, S or 1, *b]`; `place` does
@@ -251,6 +252,10 @@ def _sum(*parts: Regulariser) -> Sum:
     flat: list[Any] = []
     for part in parts:
         flat.extend(part.parts if isinstance(part, Sum) else [part])
+    if sum(part._is_norm for part in flat) > 1:
+        raise TypeError("a sum has one norm ball at most: add the radii of balls of one p")
+    if any(part._is_norm and part.p == 1 for part in flat):
+        raise TypeError("a norm ball of p = 1 cannot be added to another regulariser; take p > 1")
     whole = Sum(tuple(flat), _same_reference(flat))
     _ = whole._leaves.batch, whole._leaves.states
     return whole
