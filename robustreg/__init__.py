@@ -31,10 +31,12 @@ from robustreg.problems.stacking import stack
 from robustreg.problems.successors import Successors
 from robustreg.problems.tables import from_table
 from robustreg.problems.transitions import Dense, MatrixFree, Transitions
-from robustreg.regularisers.entropies import Entropy, entropy
+from robustreg.regularisers.balls import NormBall, norm_ball
+from robustreg.regularisers.entropies import Entropy, Tsallis, entropy, tsallis
 from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
-from robustreg.regularisers.regulariser import Regulariser
+from robustreg.regularisers.regulariser import Regulariser, Sum
+from robustreg.regularisers.separable import Separable
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
@@ -107,4 +109,10 @@ __all__ = [
     "sweep",
     "trainable",
     "worst_case",
+    "NormBall",
+    "norm_ball",
+    "Tsallis",
+    "tsallis",
+    "Sum",
+    "Separable",
 ]

@@ -13,7 +13,7 @@ import pytest
 
 import robustreg as rr
 from robustreg.solvers import bellman, elimination, krylov, linear
-from robustreg.solvers.evaluation import _no_regulariser
+from robustreg.solvers.plain import no_regulariser
 
 DISCOUNTS = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6)
 # Relative errors that a solution may have; the first discounts apart, which float32 holds to fewer digits.
@@ -195,7 +195,7 @@ def test_the_horizon_bounds_the_inverse():
     for termination in (None, ends):
         rows = P if termination is None else P * (1 - termination)
         m = rr.mdp(rows[:, :, None], np.zeros((7, 1)), 0.9999, termination=termination)
-        chain = bellman.chain(bellman.bind(m, _no_regulariser(m)), jnp.ones((1, 7, len(P))))
+        chain = bellman.chain(bellman.bind(m, no_regulariser(m)), jnp.ones((1, 7, len(P))))
         steps = exact(rows, np.full(len(P), 0.9999), np.ones((len(P), 7)), False)
         assert (steps.max(-1) <= np.asarray(chain.horizon) * (1 + 1e-9)).all()
 
@@ -221,7 +221,7 @@ def test_a_lane_that_krylov_steps_do_not_help_holds_up_no_other(monkeypatch):
     P[1] = np.eye(n)[(np.arange(n) + 1) % n] * (1 - 2.0**-10)
     P[1, :, 0] += 2.0**-10
     m = rr.mdp(P[:, :, None], np.zeros((count, n, 1)), 0.999, layout="sas")
-    chain = bellman.chain(bellman.bind(m, _no_regulariser(m)), jnp.ones((1, n, count)))
+    chain = bellman.chain(bellman.bind(m, no_regulariser(m)), jnp.ones((1, n, count)))
     asked: list[int] = []
     real: Any = vars(krylov)["bicgstab"]
 

@@ -27,7 +27,7 @@ from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import maximise
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman
+from robustreg.solvers import bellman, plain
 from robustreg.solvers.solution import Solution, SolveError, concrete
 
 
@@ -105,11 +105,11 @@ class Certificate:
         return self
 
 
-def certify(mdp: MDP, reg: Regulariser, sol: Solution, *, strict: bool = False) -> Certificate:
+def certify(mdp: MDP, reg: Regulariser | None, sol: Solution, *, strict: bool = False) -> Certificate:
     """Check a solution against its problem, independently of the solver that made it.
 
     Args:
-        mdp, reg: the problem.
+        mdp, reg: the problem; a reg of None is the plain maximum.
         sol: a `Solution`, or anything with its `value [*B, S]`, `policy [*B, S, A]` and `perturbation [*B, S, A]`.
         strict: whether rounding is bounded for the worst case, as in `solve`; by default long sums are bounded with a
             probability close to 1.
@@ -118,6 +118,7 @@ def certify(mdp: MDP, reg: Regulariser, sol: Solution, *, strict: bool = False) 
         A `Certificate`; NaN at states whose policy is no distribution over actions (to rounding of its sum), and in
         lanes whose problem is none (a discount or a beta out of range, rows of P that do not sum to 1 - termination).
     """
+    reg = plain.regulariser_or_none(mdp, reg)
     checks.expect_type(mdp, MDP, "first argument", "mdp")
     checks.expect_type(reg, Regulariser, "second argument", "kl")
     pairs = (mdp.n_states, mdp.n_actions)

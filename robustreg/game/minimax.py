@@ -54,8 +54,9 @@ from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, methods
-from robustreg.solvers.evaluation import FixedPolicy, HardMax, unlimited
+from robustreg.solvers.evaluation import unlimited
 from robustreg.solvers.loop import freeze, iterate
+from robustreg.solvers.plain import FixedPolicy, HardMax
 from robustreg.solvers.solution import SolveError, Status, concrete
 
 # Logits are logarithms of probabilities: 5 a round is a factor of 150.

@@ -1,8 +1,11 @@
 """The convex cost of a policy: its value, its conjugate, the maximiser of that, and the worst case it stands for.
 
-`families` has the classes and factories of KL and alpha, `entropies` that of the entropy. They rest on `divergences`
-and `worst_cases` (formulas), `conjugates` (maximisers in the layout of the solvers) and `layer` (the same by the row,
-for one-step problems). `parameters`, `axes` and `masks` say what the arguments may be and which axes meet.
+What users hold is a `Regulariser` (`regulariser`, with sums), what computes is a `Bound` (`bound`). `families` has KL
+and alpha, `entropies` what has no reference, `separable` f-divergences of your own, `balls` norms.
+
+Below them: `divergences` and `worst_cases` (formulas), `conjugates` (maximisers in the layout of the solvers), `layer`
+(the same by the row, for one-step problems), `marginals` (the maximiser of anything that is a sum over actions), `sums`
+and `norms`. `parameters`, `axes` and `masks` say what the arguments may be and which axes meet.
 """
 
 from robustreg.regularisers.bound import maximise

@@ -20,84 +20,8 @@ from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, implicit, linear, methods, readings
 from robustreg.solvers.loop import Loop, iterate
 from robustreg.solvers.methods import Solver
+from robustreg.solvers.plain import FixedPolicy, no_regulariser
 from robustreg.solvers.solution import Status
-
-
-@pytrees.dataclass
-class FixedPolicy(Bound):
-    """The affine operator of one policy as a bound regulariser: `Omega*(q) = <p, q> - cost`."""
-
-    policy: Array
-    cost: Array
-    beta: Array
-    log_prior: Array
-
-    def maximiser(self, q: Array) -> tuple[Array, Array]:
-        return jnp.sum(self.policy * self._where_taken(q), axis=0) - self.cost, self.policy
-
-    def excess(self, q: Array, th: Array) -> Array:
-        # An average by known weights: what is hardly ever done hardly counts.
-        return jnp.sum(self.policy * jnp.abs(self._where_taken(q) - th[None]), axis=0)
-
-    def largest_weight(self, reward: Array, gap: Array) -> Array:
-        return jnp.broadcast_to(self.policy, jnp.broadcast_shapes(self.policy.shape, gap.shape))
-
-    def _where_taken(self, q: Array) -> Array:
-        """q with 0 in the place of what is infinite at actions never taken."""
-        return jnp.where((self.policy == 0) & ~jnp.isfinite(q), 0, q)
-
-    def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "FixedPolicy") -> Array:
-        dp, dcost = pytrees.given(change.policy), pytrees.given(change.cost)
-        total = jnp.zeros(q.shape[1:], q.dtype) if dcost is None else -dcost
-        if dq is not None:
-            total = total + jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
-        return total if dp is None else total + jnp.sum(dp * self._where_taken(q), axis=0)
-
-    def policy_tangent(self, policy: Array, dq: Array | None, change: "FixedPolicy") -> Array:
-        dp = pytrees.given(change.policy)
-        return jnp.zeros_like(policy) if dp is None else dp
-
-
-@pytrees.dataclass
-class HardMax(Bound):
-    """The maximum as a bound regulariser: `Omega*(q) = max q`, whose subgradient is the first best action."""
-
-    has_reference = False
-
-    beta: Array
-    log_prior: Array
-
-    def maximiser(self, q: Array) -> tuple[Array, Array]:
-        q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
-        return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
-
-    def largest_weight(self, reward: Array, gap: Array) -> Array:
-        return jnp.where(gap > 0, 0, jnp.ones_like(gap))
-
-    def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: "HardMax") -> Array:
-        zero = jnp.zeros(q.shape[1:], q.dtype)
-        return zero if dq is None else jnp.sum(policy * jnp.where(policy == 0, 0, dq), axis=0)
-
-    def policy_tangent(self, policy: Array, dq: Array | None, change: "HardMax") -> Array:
-        return jnp.zeros_like(policy)
-
-
-@pytrees.dataclass
-class NoRegulariser(Regulariser):
-    """Stands for "no regulariser": binds to no cost at all, an infinite beta in the rounding bound."""
-
-    has_reference = False
-
-    beta: Array
-    log_prior: Array | None = None
-    state_scale: Array | None = None
-
-    def _bound(self, beta: Array, log_prior: Array, place: object, dtype: object) -> HardMax:
-        return HardMax(beta, log_prior)
-
-
-def _no_regulariser(mdp: MDP) -> NoRegulariser:
-    return NoRegulariser(jnp.asarray(jnp.finfo(mdp.dtype).max, mdp.dtype))
 
 
 def unlimited(problem: bellman.BoundProblem) -> Array:
@@ -153,7 +77,7 @@ def _evaluate(
     tol: Array | None = None,
 ) -> Array:
     others = (policy.shape[:-2],) + (() if reward is None else (reward.shape[:-2],))
-    problem = bellman.bind(mdp, _no_regulariser(mdp) if reg is None else reg, *others)
+    problem = bellman.bind(mdp, no_regulariser(mdp) if reg is None else reg, *others)
     n = len(problem.batch)
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     cost, ruined = _cost(problem, p, reg is None)
@@ -215,7 +139,7 @@ def nominal_optimum(mdp: MDP, reg: Regulariser | None = None) -> Array:
 
 @jax.jit
 def _nominal_optimum(mdp: MDP, log_prior: Array | None) -> Array:
-    problem = bellman.bind(mdp, dataclasses.replace(_no_regulariser(mdp), log_prior=log_prior))
+    problem = bellman.bind(mdp, dataclasses.replace(no_regulariser(mdp), log_prior=log_prior))
     return fixed_point(problem, problem.regulariser, problem.reward)
 
 
@@ -314,7 +238,7 @@ def _policy(mdp: MDP, policy: ArrayLike) -> Array:
 
 @jax.jit
 def _occupancy(mdp: MDP, policy: Array) -> Array:
-    problem = bellman.bind(mdp, _no_regulariser(mdp), policy.shape[:-2])
+    problem = bellman.bind(mdp, no_regulariser(mdp), policy.shape[:-2])
     n = len(problem.batch)
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     if mdp.available is not None:

@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, readings, resident
+from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, plain, readings, resident
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Solution, Status
 
@@ -38,7 +38,7 @@ _PATIENCE = 60
 
 def solve(
     mdp: MDP,
-    reg: Regulariser,
+    reg: Regulariser | None,
     solver: Solver | None = None,
     *,
     tol: ArrayLike | None = None,
@@ -54,7 +54,8 @@ def solve(
 
     Args:
         mdp: from `robustreg.mdp` or a generator.
-        reg: from `robustreg.kl` or `robustreg.alpha`.
+        reg: from `robustreg.kl`, `robustreg.alpha` and their like, or a sum of such; None is the plain maximum, whose
+            policy takes one best action.
         solver: None chooses one; see `robustreg.solvers`.
         tol: certified bound on `max_s |value - V*|` in reward units, `[*B]` or a number; None: as tight as the
             precision supports (the rounding bound is then at least half of the certified error).
@@ -77,6 +78,7 @@ def solve(
         TypeError, ValueError: arguments of the wrong kind or shape. Failures of lanes are no exceptions; see `status`
             and `raise_if_failed`.
     """
+    reg = plain.regulariser_or_none(mdp, reg)
     check_arguments(mdp, reg, solver, tol)
     dtype, max_steps = mdp.dtype, _check_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.

@@ -31,6 +31,7 @@ from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers.loop import check_arguments, solve
 from robustreg.solvers.methods import Solver
+from robustreg.solvers.plain import regulariser_or_none
 from robustreg.solvers.solution import Status
 from robustreg.sweeps.outputs import NOMINAL, OUTPUTS, OUTPUTS_BY_DEFAULT, VISITED, Cell, best_return
 from robustreg.sweeps.plan import Plan, checked_part, digest, layout_of, make_plan, per_lane, problem, relaid
@@ -44,7 +45,7 @@ _PAST = 4
 
 def sweep(
     mdp: MDP,
-    reg: Regulariser,
+    reg: Regulariser | None,
     grid: Mapping[str, Any],
     *,
     outputs: Sequence[str] = OUTPUTS_BY_DEFAULT,
@@ -165,7 +166,7 @@ class Run:
 
 def prepare(
     mdp: MDP,
-    reg: Regulariser,
+    reg: Regulariser | None,
     grid: Mapping[str, Any],
     outputs: Sequence[str] = OUTPUTS_BY_DEFAULT,
     zipped: bool = False,
@@ -182,6 +183,7 @@ def prepare(
         )
     if checks.is_traced(mdp, reg, tol, *grid.values()):
         raise TypeError("sweep needs values, so it cannot run inside jit, vmap or grad: call solve there")
+    reg = regulariser_or_none(mdp, reg)
     check_arguments(mdp, reg, solver, tol)
     mdp, reg = mdp._canonical(), checks.canonical(reg)
     max_steps = None if max_steps is None else checks.count("max_steps", max_steps)

@@ -1,0 +1,355 @@
+"""Regularisers made of others: of a generator, of parts, of a norm; and none. The same invariants hold for all."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.special import xlogy
+from scipy import optimize, special
+
+import robustreg as rr
+from robustreg.cli import config
+
+S, A = 6, 4
+
+
+# A user's own regulariser, from public names alone.
+class JensenShannon(rr.Separable):
+    """The divergence of Jensen and Shannon, of the policy and its prior from their mean."""
+
+    def generator(self, ratio):
+        return xlogy(ratio, ratio) - (1 + ratio) * jnp.log((1 + ratio) / 2)
+
+
+class Power(rr.Separable):
+    """`D_alpha`, written by its generator, with the order as a parameter of its own."""
+
+    order: jax.Array
+
+    def generator(self, ratio):
+        return (ratio**self.order - 1) / (self.order * (self.order - 1))
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    rng = np.random.default_rng(0)
+    prior = rng.dirichlet(np.ones(A), S)
+    other = rng.dirichlet(np.ones(A), S)
+    return rng, prior, other
+
+
+def members(prior, other):
+    """Every kind of regulariser that there is."""
+    return {
+        "kl": rr.kl(5.0, prior),
+        "alpha": rr.alpha(1.5, 5.0, prior),
+        "reverse": rr.alpha(-1.0, 5.0, prior),
+        "entropy": rr.entropy(5.0),
+        "tsallis": rr.tsallis(2.0, 5.0),
+        "own": JensenShannon.create(5.0, prior),
+        "power": Power.create(5.0, prior, order=3.0),
+        "sum": rr.kl(5.0, prior) + rr.alpha(2.0, 4.0, prior),
+        "two references": rr.kl(5.0, prior) + rr.kl(3.0, other),
+        "mixed": rr.alpha(0.5, 5.0, prior) + JensenShannon.create(3.0, other),
+        "ball": rr.norm_ball(0.3),
+        "ball of 3/2": rr.norm_ball(0.3, 1.5),
+        "ball of 1": rr.norm_ball(0.3, 1),
+        "ball of infinity": rr.norm_ball(0.3, float("inf")),
+        "divergence and ball": rr.kl(5.0, prior) + rr.norm_ball(0.3, 3),
+    }
+
+
+NAMES = list(members(np.ones((S, A)) / A, np.ones((S, A)) / A))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_invariants(name, drawn):
+    """Duality of one step, robust set and guarantee, minimax value, indifference (and solves that converge)."""
+    rng, prior, other = drawn
+    reg = members(prior, other)[name]
+    q = rng.standard_normal((S, A))
+    p = np.array(reg.argmax(q))
+    value = np.asarray(reg.conjugate(q))
+    assert p.min() >= 0 and np.abs(p.sum(-1) - 1).max() < 1e-12
+    # The maximiser attains the conjugate, and no other policy exceeds it.
+    assert np.abs((p * q).sum(-1) - reg.value(p) - value).max() < 1e-11
+    some = rng.dirichlet(np.ones(A), (50, S))
+    costs = np.stack([np.asarray(reg.value(x)) for x in some])
+    assert ((some * q).sum(-1) - costs <= value + 1e-12).all()
+    # The worst case of any policy: it costs the policy Omega, others no more than theirs, and lies on the boundary.
+    for policy, cost in ((some[0], costs[0]), (p, reg.value(p))):
+        dr = np.asarray(rr.worst_case(reg, policy))
+        assert np.abs((policy * np.where(policy > 0, dr, 0)).sum(-1) - cost).max() < 1e-11
+        assert np.abs(rr.slack(reg, dr)).max() < 1e-11
+        assert ((some * dr).sum(-1) <= costs + 1e-11).all()
+    # What is moved to the boundary is in the set.
+    x = rng.standard_normal((S, A)) - np.asarray(0)
+    inside = x + np.asarray(rr.slack(reg, x))[:, None]
+    assert np.abs(rr.slack(reg, inside)).max() < 1e-11
+    assert ((some * inside).sum(-1) <= costs + 1e-11).all()
+    # The solved value is that of the policy against its worst case, and of the best answer to that reward.
+    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+    sol = rr.solve(m, reg).raise_if_failed()
+    worst = m.reward - sol.perturbation
+    assert np.abs(rr.evaluate(m, sol.policy, reward=worst) - sol.value).max() < 1e-10
+    assert np.abs(rr.evaluate(m, sol.policy, reg=reg) - sol.value).max() < 1e-10
+    assert np.abs(rr.nominal_optimum(m.replace(reward=worst)) - sol.value).max() < 1e-10
+    # Any perturbation in the set leaves the plain optimum at V* or above.
+    assert (rr.nominal_optimum(m.replace(reward=m.reward - inside)) >= sol.value - 1e-10).all()
+    proof = rr.certify(m, reg, sol)
+    proof.raise_if_loose(sol.tol + proof.rounding)
+    assert (proof.lower <= sol.value + 1e-12).all() and (sol.value <= proof.upper + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives(name, drawn):
+    """Of conjugate and maximiser in q and in the regulariser, and of a solve, against differences."""
+    rng, prior, other = drawn
+    reg, q = members(prior, other)[name], jnp.asarray(rng.standard_normal((S, A)))
+    direction = jnp.asarray(rng.standard_normal((S, A)))
+    step = 1e-5
+    leaves, tree = jax.tree.flatten(reg)
+    moved = [x * rng.uniform(0.1, 1) if x.ndim == 0 else jnp.zeros_like(x) for x in leaves]
+
+    def at(t, of_reg):
+        ours = jax.tree.unflatten(tree, [x + t * d for x, d in zip(leaves, moved)]) if of_reg else reg
+        values = q if of_reg else q + t * direction
+        return ours.conjugate(values), ours.argmax(values), ours.worst_case(jax.nn.softmax(values))
+
+    for of_reg in (False, True):
+        found = jax.jvp(lambda t: at(t, of_reg), (0.0,), (1.0,))[1]
+        wanted = jax.tree.map(lambda a, b: (a - b) / (2 * step), at(step, of_reg), at(-step, of_reg))
+        for a, b in zip(found, wanted):
+            assert np.abs(a - b).max() < 1e-6 * (1 + np.abs(b).max())
+    # Backwards, through a solve.
+    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+
+    def objective(t):
+        ours = jax.tree.unflatten(tree, [x + t * d for x, d in zip(leaves, moved)])
+        return rr.solve(m.replace(reward=m.reward + t * direction), ours).objective
+
+    difference = (objective(step) - objective(-step)) / (2 * step)
+    assert abs(jax.grad(objective)(0.0) - difference) < 1e-6 * (1 + abs(difference))
+
+
+def test_a_user_s_own_regulariser(drawn, tmp_path):
+    """Solve, adversary, robust set, certificate, gradients (above); here its oracle, sweep, float32, mask and file."""
+    rng, prior, _ = drawn
+    reg, q = JensenShannon.create(5.0, prior), rng.standard_normal((S, A))
+    value = np.asarray(reg.conjugate(q))
+    for s in range(S):
+        # f' = log(2t/(1+t)), so that p = p0 t with t = e^x/(2 - e^x), x = beta (q - psi).
+        def policy(psi, s=s):
+            e = np.exp(5.0 * (q[s] - psi))
+            return prior[s] * np.where(e < 2, e / np.where(e < 2, 2 - e, 1), 1e9)
+
+        psi = optimize.brentq(
+            lambda x: policy(x).sum() - 1, q[s].max() - np.log(2) / 5 + 1e-9, q[s].max() + 5, xtol=1e-14
+        )
+        p = policy(psi)
+        t = p / prior[s]
+        cost = (prior[s] * (t * np.log(t) - (1 + t) * np.log((1 + t) / 2))).sum() / 5.0
+        assert abs((p * q[s]).sum() - cost - value[s]) < 1e-11
+    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+    table = rr.sweep(
+        m, reg, grid={"beta": [0.5, 5.0], "discount": [0.5, 0.9]}, outputs=("objective", "regulariser_cost")
+    )
+    assert float(abs(table["objective"][1, 1] - rr.solve(m, reg).objective)) < 1e-8
+    single = jax.tree.map(lambda x: x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, (m, reg))
+    sol, truth = rr.solve(*single).raise_if_failed(), rr.solve(m, reg).value
+    assert (sol.lower <= truth).all() and (truth <= sol.upper).all()
+    masked = prior.copy()
+    masked[:, 0] = 0
+    masked /= masked.sum(-1, keepdims=True)
+    assert float(JensenShannon.create(5.0, masked).argmax(q)[:, 0].max()) == 0
+    assert rr.RobustSet(reg).contains(rr.worst_case(reg, prior) - 1e-9).all()
+    back = rr.load(rr.save(tmp_path / "own", reg))
+    assert type(back) is JensenShannon and float(abs(back.conjugate(q) - value).max()) == 0
+    with pytest.raises(TypeError, match="order"):
+        Power.create(5.0)
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1.0, 1e3])
+def test_generators_of_known_families(beta, drawn):
+    """An alpha divergence by its generator is the one by its own root: also near its prior, and far from it."""
+    rng, prior, _ = drawn
+    q = rng.standard_normal((S, A))
+    for order in (-1.0, 0.5, 1.5, 2.0, 3.0):
+        own, known = Power.create(beta, prior, order=order), rr.alpha(order, beta, prior)
+        assert np.abs(own.conjugate(q) - known.conjugate(q)).max() < 1e-12 * (1 + 1 / beta)
+        assert np.abs(own.argmax(q) - known.argmax(q)).max() < 1e-9
+        assert np.abs(own.worst_case(prior[::-1]) - known.worst_case(prior[::-1])).max() < 1e-11 * (1 + 1 / beta)
+
+
+def test_sums(drawn):
+    """Twice half of a regulariser, chi-PO's in closed form, products of experts, masks, and what is refused."""
+    rng, prior, other = drawn
+    q = rng.standard_normal((S, A))
+    twice = rr.kl(10.0, prior) + rr.kl(10.0, prior)
+    assert twice.has_reference and float(abs(twice.beta - 5)) < 1e-12
+    assert np.abs(twice.conjugate(q) - rr.kl(5.0, prior).conjugate(q)).max() < 1e-13
+    # log t/b1 + (t - 1)/b2 = q - psi is solved by Lambert's function: t = (b2/b1) W((b1/b2) e^{b1 (q - psi + 1/b2)}).
+    b1, b2 = 5.0, 4.0
+    p = np.asarray((rr.kl(b1, prior) + rr.alpha(2.0, b2, prior)).argmax(q))
+    for s in range(S):
+
+        def ratios(psi, s=s):
+            return b2 / b1 * special.lambertw(b1 / b2 * np.exp(b1 * (q[s] - psi + 1 / b2))).real
+
+        psi = optimize.brentq(lambda x: (prior[s] * ratios(x)).sum() - 1, q[s].min() - 1, q[s].max() + 1, xtol=1e-14)
+        assert np.abs(p[s] - prior[s] * ratios(psi)).max() < 1e-11
+    # KL to two references is KL to their product: policies agree, and values differ by what the two disagree.
+    both = rr.kl(5.0, prior) + rr.kl(3.0, other)
+    assert not both.has_reference
+    product = jax.nn.log_softmax((5.0**-1 * np.log(prior) + 3.0**-1 * np.log(other)) / (1 / 5 + 1 / 3))
+    assert np.abs(both.argmax(q) - rr.kl(1 / (1 / 5 + 1 / 3), log_prior=product).argmax(q)).max() < 1e-12
+    masked = np.array([[0, 0.5, 0.5, 0]] * S)
+    assert (np.asarray((rr.kl(5.0, prior) + rr.kl(3.0, masked)).argmax(q))[:, [0, 3]] == 0).all()
+    allowed = np.ones((S, A), bool)
+    allowed[:, 2] = False
+    assert float(rr.restricted(both, allowed).argmax(q)[:, 2].max()) == 0
+    # A sum of one reference is scaled as a whole.
+    chi = rr.kl(5.0, prior) + rr.alpha(2.0, 4.0, prior)
+    assert np.abs(rr.critical_beta(chi, chi.worst_case(p)) - chi.beta).max() < 1e-9
+    with pytest.raises(TypeError, match="reference"):
+        rr.critical_beta(both, q)
+    with pytest.raises(TypeError, match="one norm ball"):
+        rr.norm_ball(0.1) + rr.norm_ball(0.2)
+    with pytest.raises(TypeError, match="p = 1"):
+        rr.kl(1.0) + rr.norm_ball(0.2, 1)
+    with pytest.raises(ValueError, match="do not broadcast"):
+        rr.kl(np.ones(2)) + rr.kl(np.ones(3))
+    with pytest.raises(TypeError):
+        rr.kl(1.0) + 1.0
+
+
+def test_batches_of_sums_and_balls(drawn):
+    """Lanes of strengths and radii, per-state ones as well: each is the problem by itself."""
+    _, prior, _ = drawn
+    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+    betas, radii = np.array([0.5, 5.0, 50.0]), np.array([0.0, 0.1, 1.0])
+    scale = np.linspace(0.5, 2, S)
+    for make in (
+        lambda b, r: rr.kl(b, prior) + rr.alpha(2.0, b, prior),
+        lambda b, r: rr.norm_ball(r, radius_per_state=scale),
+        lambda b, r: rr.kl(b, prior, state_scale=scale) + rr.norm_ball(r, 3),
+        lambda b, r: JensenShannon.create(b, prior),
+    ):
+        whole = rr.solve(m, make(betas, radii)).raise_if_failed()
+        for i in range(3):
+            alone = rr.solve(m, make(betas[i], radii[i])).raise_if_failed()
+            assert np.abs(whole.value[i] - alone.value).max() <= float(whole.tol[i] + alone.tol)
+
+
+def test_entropies_without_reference(drawn):
+    """Tsallis of order 1 is Shannon's; of order q its policies are those of alpha at another strength."""
+    rng = drawn[0]
+    q = rng.standard_normal((S, A))
+    shannon, limit = rr.entropy(5.0), rr.tsallis(1.0, 5.0)
+    for a, b in zip((limit.conjugate(q), limit.argmax(q)), (shannon.conjugate(q), shannon.argmax(q))):
+        assert np.abs(a - b).max() < 1e-13
+    for order in (0.5, 1.5, 2.0, 3.0):
+        one = rr.tsallis(order, 5.0)
+        assert np.abs(one.argmax(q) - rr.alpha(order, 5.0 * A ** (order - 1) / order).argmax(q)).max() < 1e-9
+        p = np.asarray(one.argmax(q))
+        assert np.abs(one.value(p) - ((p**order).sum(-1) - 1) / (order - 1) / 5.0).max() < 1e-13
+    with pytest.raises(ValueError, match="order"):
+        rr.tsallis(-1.0, 5.0)
+
+
+def test_balls_against_their_definition(drawn):
+    """The root by bisection; the policy by its primal value; small and large radii, ties, and float32."""
+    rng = drawn[0]
+    Q = rng.standard_normal((40, 7))
+    Q[:5, 1] = Q[:5].max(1)
+    for p in (1, 1.5, 2, 3, 10, np.inf):
+        q = {1: np.inf, np.inf: 1}.get(p) or p / (p - 1)
+        for radius in (0.0, 1e-6, 0.3, 30.0):
+            reg = rr.norm_ball(radius, p)
+            x = np.asarray(reg.conjugate(Q))
+            policy = np.asarray(reg.argmax(Q))
+            primal = (policy * Q).sum(-1) - radius * np.linalg.norm(policy, q, axis=-1)
+            assert np.abs(primal - x).max() < 1e-12 * (1 + radius)
+            if radius and p < np.inf:
+                norm = (np.maximum(Q - x[:, None], 0) ** p).sum(-1) ** (1 / p)
+                assert np.abs(norm - radius).max() < 1e-9 * (1 + radius)
+            near = rr.norm_ball(np.float32(radius), p).conjugate(Q.astype(np.float32))
+            assert np.abs(near - x).max() < 1e-5 * (1 + radius)
+    for bad in (0.5, "2", np.nan):
+        with pytest.raises(ValueError, match="p must be"):
+            rr.norm_ball(0.1, bad)
+    with pytest.raises(ValueError, match="radius"):
+        rr.norm_ball(-1.0)
+
+
+def test_no_regulariser_at_all(drawn):
+    """None is the plain maximum, in solve, certify and sweep, and the limit of what vanishes."""
+    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+    sol = rr.solve(m, None).raise_if_failed()
+    best = rr.nominal_optimum(m)
+    assert np.abs(sol.value - best).max() < 1e-10 and set(np.unique(sol.policy)) == {0.0, 1.0}
+    assert np.abs(rr.solve(m, rr.norm_ball(0.0)).value - best).max() < 1e-10
+    proof = rr.certify(m, None, sol)
+    proof.raise_if_loose(sol.tol + proof.rounding)
+    assert np.abs(rr.sweep(m, None, grid={"discount": [0.5, 0.9]})["objective"][1] - sol.objective) < 1e-8
+
+
+def test_files_and_configurations(drawn, tmp_path):
+    """Every member is saved and read back; every kind has a name in a configuration."""
+    rng, prior, other = drawn
+    q = rng.standard_normal((S, A))
+    for i, reg in enumerate(members(prior, other).values()):
+        back = rr.load(rr.save(tmp_path / f"{i}", reg))
+        assert type(back) is type(reg) and float(abs(back.conjugate(q) - reg.conjugate(q)).max()) == 0
+    text = '[problem]\nkind = "ring"\ndiscount = 0.9\n[regulariser]\n'
+    for kind, wanted in (
+        ('kind = "tsallis"\norder = 2.0\nbeta = 5.0', rr.tsallis(2.0, 5.0)),
+        ('kind = "norm_ball"\nradius = 0.3\np = 3.0', rr.norm_ball(0.3, 3)),
+        (
+            'kind = "sum"\nparts = [{ kind = "kl", beta = 5.0 }, { kind = "alpha", alpha = 2.0, beta = 4.0 }]',
+            rr.kl(5.0) + rr.alpha(2.0, 4.0),
+        ),
+    ):
+        path = tmp_path / "job.toml"
+        path.write_text(text + kind + "\n")
+        made = config.load(path).regulariser
+        assert type(made) is type(wanted) and float(abs(made.conjugate(q) - wanted.conjugate(q)).max()) == 0
+    for kind, told in (
+        ('kind = "sum"\nparts = []', "two tables or more"),
+        ('kind = "sum"\nparts = [{ kind = "kl", beta = 5.0 }, { kind = "kl" }]', "needs beta"),
+        ('kind = "norm_ball"\nradius = -1.0', "not negative"),
+    ):
+        path.write_text(text + kind + "\n")
+        with pytest.raises(config.ConfigError, match=told):
+            config.load(path)
+
+
+def test_a_penalised_float32_sum_holds_the_truth():
+    """Strengths, rewards and priors over many orders of magnitude: the float32 interval holds the float64 value."""
+    rng = np.random.default_rng(5)
+    lanes = 64
+    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+    scale = 10 ** rng.uniform(-4, 4, lanes)
+    reward = rng.standard_normal((lanes, S, A)) * scale[:, None, None]
+    prior = rng.dirichlet(np.full(A, 0.1), (lanes, S)) + 1e-9
+    prior /= prior.sum(-1, keepdims=True)
+    b1, b2 = (10 ** rng.uniform(-3, 3, lanes) for _ in range(2))
+    for make in (
+        lambda c: rr.kl(c(b1), c(prior)) + rr.alpha(c(1.0) * 2, c(b2), c(prior)),
+        lambda c: JensenShannon.create(c(b1), c(prior)),
+        lambda c: rr.norm_ball(c(1 / b1), 2),
+    ):
+        single = [jnp.asarray(x, np.float32) for x in (reward, m.transitions.probabilities)]
+        low = m.replace(reward=reward)
+        low = jax.tree.map(lambda x: jnp.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, low)
+        exact = jax.tree.map(lambda x: jnp.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, low)
+        exact = dataclasses.replace(exact, complement=1 - exact.discount)
+        assert single[0].dtype == np.float32
+        reg = make(np.float32)
+        wide = jax.tree.map(lambda x: jnp.asarray(x, np.float64), reg)
+        sol, truth = rr.solve(low, reg), rr.solve(exact, wide)
+        held = (sol.lower <= truth.upper) & (truth.lower <= sol.upper)
+        assert held.all(), np.argwhere(~np.asarray(held.all(-1)))
+        assert np.isfinite(np.asarray(sol.value)).all()
