@@ -99,7 +99,8 @@ def _numeric(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _norm_ball(radius: Any, p: float = 2.0, radius_per_state: Any = None) -> Any:
     """The ball of reward perturbations."""
-    return _numeric(functools.partial(balls.norm_ball, p=p))(radius=radius, radius_per_state=radius_per_state)
+    arrays = {"radius": radius} | ({} if radius_per_state is None else {"radius_per_state": radius_per_state})
+    return _numeric(functools.partial(balls.norm_ball, p=p))(**arrays)
 
 
 def _sum(parts: Any) -> Any:

@@ -46,6 +46,10 @@ class BoundEntropy(BoundKL):
         logs = jnp.where(jnp.isneginf(self.log_prior), 0, log_policy)
         return (1 + logs) / self.reduce.over(self.beta)
 
+    def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
+        """Compute the change of the conjugate, `[...]`: that of this value, not of a divergence's."""
+        return Bound.conjugate_tangent(self, policy, q, dq, change)
+
     def value_error(self, policy: Array) -> Array:
         """Bound the rounding of `value`, `[...]`."""
         return Bound.value_error(self, policy)

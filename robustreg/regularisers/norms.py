@@ -71,8 +71,8 @@ class BoundNorm(Bound):
         if math.isinf(self.p):
             slope = jnp.ones_like(policy)
         elif self.p == 1:
-            best = policy >= self.reduce.over(self.reduce.largest(policy))
-            slope = best / self.reduce.over(self.reduce.total(best.astype(policy.dtype)))
+            best = (policy >= self.reduce.over(self.reduce.largest(policy))).astype(policy.dtype)
+            slope = best / self.reduce.over(self.reduce.total(best))
         else:
             slope = (policy / self.reduce.over(self.dual(policy))) ** (1 / (self.p - 1))
         return slope / self.reduce.over(self.beta)
@@ -141,7 +141,9 @@ class BoundNorm(Bound):
 def _first(best: Array, reduce: pytrees.Reducers) -> Array:
     """The first of the best actions, `[A, ...]`."""
     place = jnp.argmax(best, axis=reduce.axis)
-    index = jnp.arange(best.shape[reduce.axis]).reshape((-1, *[1] * (best.ndim - 1)) if reduce.axis == 0 else (-1,))
+    shape = [1] * best.ndim
+    shape[reduce.axis] = -1
+    index = jnp.arange(best.shape[reduce.axis]).reshape(shape)
     return reduce.over(place) == index
 
 
