@@ -183,9 +183,9 @@ def prepare(
         )
     if checks.is_traced(mdp, reg, tol, *grid.values()):
         raise TypeError("sweep needs values, so it cannot run inside jit, vmap or grad: call solve there")
-    reg = regulariser_or_none(mdp, reg)
-    check_arguments(mdp, reg, solver, tol)
-    mdp, reg = mdp._canonical(), checks.canonical(reg)
+    own: Any = regulariser_or_none(mdp, reg)
+    check_arguments(mdp, own, solver, tol)
+    mdp, own = mdp._canonical(), checks.canonical(own)
     max_steps = None if max_steps is None else checks.count("max_steps", max_steps)
     chunk = None if chunk is None else checks.count("chunk", chunk)
     if tol is not None and checks.number("tol", tol).ndim > 0:
@@ -199,7 +199,7 @@ def prepare(
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}; there are: {', '.join(OUTPUTS)}")
     where = _devices(mdp, devices)
-    plan = make_plan(mdp, reg, grid, outputs, zipped, chunk, where)
+    plan = make_plan(mdp, own, grid, outputs, zipped, chunk, where)
     # An array of the working precision: a Python float would be traced as weakly typed, and compile anew.
     asked = None if tol is None else np.asarray(tol, mdp.dtype)
     # Leaves that do not fit each other are found before a folder is made; the program that is traced is used later.
