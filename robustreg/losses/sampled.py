@@ -26,7 +26,7 @@ from robustreg.adversary.perturbations import slack
 from robustreg.losses.samples import common, expect_alike, leading, order_and_strength
 from robustreg.regularisers.divergences import divergence_terms
 from robustreg.regularisers.families import KL
-from robustreg.regularisers.regulariser import Regulariser
+from robustreg.regularisers.regulariser import Regulariser, Sum
 from robustreg.regularisers.worst_cases import tilt
 
 
@@ -86,8 +86,9 @@ def _empirical(reg: Any, perturbation: ArrayLike, log_ratio: Any, weights: Any) 
     if weight is not None:
         logs = jnp.where(weight > 0, logs + jnp.log(jnp.where(weight > 0, weight, 1)), -jnp.inf)
     rank = samples.ndim - 1
-    leaves: dict[str, Any] = {name: getattr(reg, name) for name in ("beta", "alpha") if hasattr(reg, name)}
-    leaves = {name: leading(x, rank) for name, x in leaves.items()}
+    if isinstance(reg, Sum):
+        raise TypeError("a sum of regularisers has several references: estimate the slack of one of its parts")
+    leaves: dict[str, Any] = {name: leading(getattr(reg, name), rank) for name in reg._scalars}
     scale = None if reg.state_scale is None else leading(reg.state_scale, rank)[..., None]
     prior = jax.nn.log_softmax(logs, axis=-1)[..., None, :]
     return dataclasses.replace(reg, **leaves, state_scale=scale, log_prior=prior), samples[..., None, :]

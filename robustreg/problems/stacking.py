@@ -19,7 +19,7 @@ from robustreg.problems.mdps import MDP
 from robustreg.problems.successors import Successors, written_out
 from robustreg.problems.transitions import Dense, Transitions
 from robustreg.regularisers.families import KL, Alpha
-from robustreg.regularisers.regulariser import Regulariser
+from robustreg.regularisers.regulariser import Regulariser, Sum
 
 
 class Stack(NamedTuple):
@@ -85,7 +85,7 @@ def stack(problems: Sequence[tuple[MDP, Regulariser]]) -> Stack:
     if {type(reg) for reg in regs} == {KL, Alpha}:
         regs = tuple(_with_order(reg) for reg in regs)
     for i, reg in enumerate(regs):
-        if type(reg) is not type(regs[0]):
+        if _kind(reg) != _kind(regs[0]):
             kinds = f"{type(regs[0]).__name__} and, of problem {i}, {type(reg).__name__}"
             raise TypeError(f"stack takes regularisers of one kind, got {kinds}; stack those of a kind together")
     dtype = np.result_type(*(m.dtype for m in mdps))
@@ -173,13 +173,19 @@ def _rows(kernel: Any, n_states: int, n_actions: int, dtype: Any) -> Array:
     return p.at[:, kernel.n_actions :, 0].set(1)
 
 
+def _kind(reg: Any) -> tuple[Any, ...]:
+    """What regularisers of one kind have in common: their class, what of it is no leaf, and their parts."""
+    fixed = [getattr(reg, f.name) for f in dataclasses.fields(reg) if f.metadata.get("static")]
+    return type(reg), *fixed, *(_kind(part) for part in getattr(reg, "parts", ()))
+
+
 def _regulariser(regs: Sequence[Any], sizes: Sequence[tuple[int, int]], n_states: int, n_actions: int) -> Any:
     """All regularisers as one, with a beta per lane and, where any has them, a scale and a prior per lane and state."""
-    leaves: dict[str, Array] = {}
-    for name in ("alpha", "beta"):
-        if hasattr(regs[0], name):
-            leaves[name] = jnp.stack([getattr(reg, name) for reg in regs])
-    dtype = leaves["beta"].dtype
+    if isinstance(regs[0], Sum):
+        parts = zip(*(reg.parts for reg in regs))
+        return Sum(tuple(_regulariser(part, sizes, n_states, n_actions) for part in parts), regs[0].shared)
+    leaves = {name: jnp.stack([getattr(reg, name) for reg in regs]) for name in regs[0]._scalars}
+    dtype = next(iter(leaves.values())).dtype
     if any(reg.state_scale is not None for reg in regs):
         scales = [jnp.ones(1, dtype) if reg.state_scale is None else reg.state_scale for reg in regs]
         wide = [jnp.broadcast_to(x, (s,)) if x.shape == (1,) else x for x, (s, _) in zip(scales, sizes)]

@@ -37,6 +37,10 @@ class NormBall(Regulariser):
         tiny = jnp.finfo(self.radius.dtype).tiny
         return 1 / jnp.maximum(self.radius, tiny)
 
+    @property
+    def _scalars(self) -> tuple[str, ...]:
+        return ("radius",)
+
     def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> BoundNorm:
         return BoundNorm(beta, log_prior, self.p)
 

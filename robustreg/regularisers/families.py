@@ -184,6 +184,10 @@ class Alpha(Divergence):
         """Alpha, `[*B]`."""
         return self.alpha
 
+    @property
+    def _scalars(self) -> tuple[str, ...]:
+        return "alpha", "beta"
+
     def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> Bound:
         return BoundAlpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
 

@@ -77,6 +77,11 @@ class Regulariser:
         """Add costs up: an adversary with the budgets of both. See `sums`."""
         return _sum(self, other) if isinstance(other, Regulariser) else NotImplemented
 
+    @property
+    def _scalars(self) -> tuple[str, ...]:
+        """Names of the leaves that are one number per lane, `[*B]`."""
+        return ("beta",)
+
     def _at_unit_strength(self) -> Any:
         """The same with a beta of 1."""
         return dataclasses.replace(self, beta=jnp.ones_like(self.beta))  # type: ignore[type-var]
@@ -240,6 +245,10 @@ class Sum(Regulariser):
     def _rearrange(self, place: Any, dtype: Any, n_actions: int, last: bool = False) -> "BoundSum":
         parts = tuple(part._rearrange(place, dtype, n_actions, last) for part in self.parts)
         return BoundSum(parts, self.shared)
+
+    @property
+    def _scalars(self) -> tuple[str, ...]:
+        return ()
 
     def _at_unit_strength(self) -> "Sum":
         beta = self.beta

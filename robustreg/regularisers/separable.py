@@ -114,6 +114,10 @@ class Separable(Regulariser):
         return {name: getattr(self, name) for name in names}
 
     @property
+    def _scalars(self) -> tuple[str, ...]:
+        return "beta", *self._own
+
+    @property
     def _leaves(self) -> axes.Leaves:
         shapes = [x.shape for x in self._own.values()]
         own = jnp.broadcast_shapes(*shapes) if shapes else None

@@ -92,6 +92,10 @@ class NoRegulariser(Regulariser):
     log_prior: Array | None = None
     state_scale: Array | None = None
 
+    @property
+    def _scalars(self) -> tuple[str, ...]:
+        return ()
+
     def _bound(self, beta: Array, log_prior: Array, place: object, dtype: object) -> HardMax:
         return HardMax(beta, log_prior)
 

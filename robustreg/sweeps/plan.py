@@ -10,6 +10,7 @@ computed.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import operator
@@ -26,13 +27,13 @@ from robustreg.problems.mdps import MDP
 from robustreg.problems.mdps import mdp as make_mdp
 from robustreg.problems.successors import Successors
 from robustreg.problems.transitions import MatrixFree
+from robustreg.regularisers import balls, parameters
 from robustreg.regularisers import families as regs
-from robustreg.regularisers import parameters
 from robustreg.regularisers.regulariser import Regulariser
 
 # Outputs with an entry per state, and but for the value per action.
 ARRAYS = ("value", "policy", "perturbation", "occupancy")
-MDP_LEAVES, REGULARISER_LEAVES = ("discount", "reward", "initial"), ("alpha", "beta", "prior", "state_scale")
+MDP_LEAVES = ("discount", "reward", "initial")
 # Cells of a path, at least (on a CPU) and at most. The first cells of a path have no predecessors to start from, so
 # short paths gain little; of a long one that is interrupted all cells are lost.
 _SHORTEST, _LONGEST = 32, 64
@@ -267,9 +268,10 @@ def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np
 
 def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
     """Values of one leaf `[n, ...]`, checked by the factory that makes it."""
-    allowed = MDP_LEAVES + tuple(
-        n for n in REGULARISER_LEAVES if (reg.has_reference if n == "prior" else hasattr(reg, n))
-    )
+    # Parts of a sum, and what stands for none, have no leaves of one name.
+    own = reg._scalars
+    shared = ("state_scale", *(("prior",) if reg.has_reference else ())) if own else ()
+    allowed = MDP_LEAVES + tuple(sorted((*own, *shared)))
     if name not in allowed:
         raise ValueError(f"unknown leaf {name!r} in the grid; there are: {', '.join(allowed)}")
     values = checks.number(name, x)
@@ -280,10 +282,9 @@ def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
         return values
     if name in MDP_LEAVES:
         _check_mdp(name, values if name != "initial" else x, mdp)
-    elif name == "alpha":
-        regs.alpha(x, 1.0)
-    elif name == "beta":
-        regs.kl(x)
+    elif name in own:
+        checked: Any = {"alpha": parameters.order, "beta": functools.partial(parameters.strength, "beta")}
+        checked.get(name, {"radius": balls.norm_ball}.get(name, functools.partial(parameters.number, name)))(x)
     else:
         regs.kl(1.0, **{name: x})
     if name == "prior":
@@ -369,7 +370,7 @@ def problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[MD
         mdp = _pick(mdp, lanes["mdp"])
     changed = {n: lanes[n] for n in ("discount", "complement", "reward", "initial") if n in lanes}
     mdp = dataclasses.replace(mdp, **changed)
-    leaves: dict[str, Any] = {n: lanes[n] for n in ("alpha", "beta", "state_scale") if n in lanes}
+    leaves: dict[str, Any] = {n: lanes[n] for n in (*reg._scalars, "state_scale") if n in lanes}
     if "prior" in lanes:
         prior = lanes["prior"]
         leaves["log_prior"] = parameters.log_prior(prior[:, None] if prior.ndim == 2 else prior, None)
