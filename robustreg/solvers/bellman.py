@@ -156,7 +156,7 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
     horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
     proved = None
     if mdp._may_not_discount():
-        horizon, proved = _undiscounted_horizon(*fixed[:2], *fixed[3:], horizon)
+        horizon, proved = _undiscounted_horizon(*fixed, horizon)
     deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon)
     return BoundProblem(
         transitions=transitions,
@@ -179,6 +179,7 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
 def _undiscounted_horizon(
     transitions: Transitions,
     regulariser: Regulariser,
+    reward: Array,
     exit_rate: Array,
     discount: Array,
     complement: Array,
@@ -195,8 +196,8 @@ def _undiscounted_horizon(
         kernel, policy, backwards = transitions._induced(policy)
         return Chain(kernel, policy, discount, rate, jnp.full_like(discount, jnp.inf), backwards, True)
 
-    active, terms = (discount == 1) & (complement == 0), transitions.fan_out + regulariser._prior.shape[0]
-    ends = jnp.broadcast_to(exit_rate > 0, (transitions.n_actions, transitions.n_states, *own))
+    active, terms = (discount == 1) & (complement == 0), transitions.fan_out + reward.shape[0]
+    ends = jnp.broadcast_to(exit_rate > 0, (*reward.shape[:2], *own))
     found, proved = lifetimes.of_all(transitions, masked, ends, active, chain_of, terms, discount.dtype)
     return jnp.where(active, found, horizon), proved | ~active
 

@@ -245,7 +245,7 @@ def fixed_point(
     problem, start, wanted = undiscounted.begin(problem, start)
     fixed = lax.stop_gradient(problem)
     solver = _evaluation(fixed) if isinstance(operator, FixedPolicy) else methods.automatic(fixed)
-    loop = lax.stop_gradient(iterate(fixed, solver, tol, limit, start))
+    loop = lax.stop_gradient(iterate(fixed, solver, undiscounted.asked(wanted, tol), limit, start))
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
     status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)
     fixed = dataclasses.replace(fixed, horizon=lax.stop_gradient(problem.horizon))

@@ -132,7 +132,7 @@ def of_all(
     Args:
         transitions: bound, of lanes `[*b]`.
         masked: actions that are not taken, `[A, S, *b]`, broadcastable.
-        ends: actions after which the episode may end, `[A, S, *b]`, broadcastable.
+        ends: actions after which the episode may end, `[A, S, *b]`.
         active: lanes that are wanted, those with a discount of 1, `[*b]`.
         chain_of: the chain of a policy `[A, S, *b]`.
         terms: summands of an expectation.
@@ -141,8 +141,8 @@ def of_all(
     Returns:
         The bound, `[*b]`, and where there is one, `[*b]`: where every policy is proper.
     """
-    shape = (transitions.n_states, *active.shape)
-    allowed = jnp.broadcast_to(~masked, (transitions.n_actions, *shape))
+    shape = ends.shape[1:]
+    allowed = jnp.broadcast_to(~masked, ends.shape)
     closed = episodes.stays(transitions, allowed, ends, dtype)
     active = active & ~jnp.any(closed, axis=0)
 

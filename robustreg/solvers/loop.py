@@ -131,8 +131,8 @@ def _solve(
     if init is not None:
         init = pytrees.lanes_last(jnp.broadcast_to(init, batch + init.shape[-1:]), len(batch), 1)
     problem, start, wanted = undiscounted.begin(problem, init)
-    solver = methods.automatic(problem) if solver is None else solver
-    loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, tol, limit, lax.stop_gradient(start)))
+    solver, goal = methods.automatic(problem) if solver is None else solver, undiscounted.asked(wanted, tol)
+    loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, goal, limit, lax.stop_gradient(start)))
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
     status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)
     loop = dataclasses.replace(loop, half_width=half_width, status=status)

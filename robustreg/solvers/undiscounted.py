@@ -39,6 +39,8 @@ from robustreg.solvers.solution import Status
 
 # z = _ROOM x w: x for the residual, the rest for the policy that changes on the way to V + z, and for rounding.
 _ROOM = 4
+# What the loop is asked for: this share of the tolerance, for the room and for rounding that counts several times.
+_SHARE = 1 / 32
 
 
 def pending(problem: bellman.BoundProblem) -> Array | None:
@@ -125,6 +127,11 @@ def above(problem: bellman.BoundProblem, h: Array, c: Array, z: Array) -> Array:
     noise = noise + problem.discount * problem.deviation * (jnp.max(jnp.abs(up), axis=0) + jnp.abs(c))
     unit = float(jnp.finfo(problem.dtype).eps)
     return jnp.all(th + noise[None] <= up - unit * jnp.abs(up), axis=0)
+
+
+def asked(wanted: Array | None, tol: Array) -> Array:
+    """Return the tolerances to ask the loop for, `[*B]`: smaller ones in the lanes that are yet to be proved."""
+    return tol if wanted is None else jnp.where(wanted & (tol > 0), _SHARE * tol, tol)
 
 
 def settle(
