@@ -27,7 +27,9 @@ from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import maximise
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, plain
+from robustreg.solvers import bellman, plain, undiscounted
+from robustreg.solvers.evaluation import unlimited
+from robustreg.solvers.plain import HardMax
 from robustreg.solvers.solution import Solution, SolveError, concrete
 
 
@@ -41,7 +43,8 @@ class Certificate:
             beyond its precision), and both are NaN.
         indifference: largest `|r - dr + g P V - V|` over the support of the policy.
         slack: `-Omega*(dr)`, 0 at a worst case, negative where the perturbation is infeasible.
-        consistency: bound on `|W - value|`, W the plain optimal value on `reward - dr`.
+        consistency: bound on `|W - value|`, W the plain optimal value on `reward - dr`. (At a discount of 1 where some
+            policy need not end, W is the best of those that take no more steps than this one on average.)
         rounding: share of floating point in each side of `lower` and `upper`, `[*B]`: of the backups, of `Omega` at
             the policy, and of the storage of `value`, which every solver rounds by `u |value|` and which moves each
             side by `(1+g)/(1-g)` times as much. A converged solution's sides lie within `tol + rounding` of its value.
@@ -148,16 +151,26 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
     p = jnp.where(proper[None], p, jnp.nan)
     own = jnp.sum(p * q, axis=0) - problem.regulariser.value(p)
+    wanted = undiscounted.pending(problem)
+    problem, steps = undiscounted.own_horizon(problem, p)
     shortage = _shortage(problem, p, q)
     lower = bellman.value_bounds(problem, h, c, own, bellman.cost(problem, own, q))[0] - shortage[None]
     cost = bellman.cost(problem, th, q)
     upper = bellman.value_bounds(problem, h, c, th, cost)[1]
+    if wanted is not None and steps is not None:
+        # The steps of this policy say nothing of the others: see `undiscounted`.
+        z = undiscounted.allowance(problem, h, c, th, q)[None] * steps
+        proved = undiscounted.above(problem, h, c, z)
+        upper = jnp.where(wanted[None], jnp.where(proved[None], v + (1 + 4 * unit) * z, jnp.inf), upper)
     wrong = (lower > upper) | ~bellman.sound(problem)[None]
     lower, upper = (jnp.where(wrong, jnp.nan, x) for x in (lower, upper))
     perturbed = q - dr
     indifference = jnp.max(jnp.where(p > 0, jnp.abs(perturbed - h[None]), 0), axis=0)
     best = jnp.max(jnp.where(masked, -jnp.inf, perturbed), axis=0)
     below, above = bellman.value_bounds(problem, h, c, best, jnp.zeros_like(c))
+    if wanted is not None and steps is not None:
+        plain = _plain_bounds(problem, h, c, dr, p, steps)
+        below, above = (jnp.where(wanted[None], x, y) for x, y in zip(plain, (below, above)))
     consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
     feasible = -maximise(problem.regulariser.by_rows(), jnp.broadcast_to(dr, q.shape))[0]
     noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
@@ -168,6 +181,28 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     public = [pytrees.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]
     noise = noise + jnp.where(jnp.isfinite(shortage), shortage, 0) + stored
     return Certificate(*public, rounding=noise, storage=storage)
+
+
+def _plain_bounds(
+    problem: bellman.BoundProblem, h: Array, c: Array, dr: Array, policy: Array, steps: Array
+) -> tuple[Array, Array]:
+    """Bounds on the best plain value on the perturbed reward where some policy need not end, `[S, *B]` each.
+
+    Against the worst case every action is worth as much as every other, going on forever included: what earns nothing
+    more than x in a step earns no more than x times its steps, and policies that take more of them than this one are
+    left out.
+    """
+    masked = jnp.where(
+        jnp.isneginf(problem.regulariser.log_prior), -jnp.inf, jnp.zeros_like(problem.regulariser.log_prior)
+    )
+    plain = HardMax(unlimited(problem), masked)
+    plain = bellman.with_operator(problem, plain, problem.reward - jnp.where(jnp.isfinite(dr), dr, 0))
+    th, _, q = bellman.backup(plain, h, c)
+    # Above the best there is, below what this policy earns.
+    own = jnp.sum(policy * jnp.where(policy > 0, q, 0), axis=0)
+    least = jnp.maximum(*(undiscounted.allowance(plain, h, c, x, q) for x in (th, own)))
+    v, z = h + c[None], least[None] * steps
+    return v - z, v + z
 
 
 def _shortage(problem: bellman.BoundProblem, policy: Array, q: Array) -> Array:

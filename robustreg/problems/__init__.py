@@ -3,10 +3,11 @@
 `mdps` has the class and its factory, `transitions` and `successors` the representations of P with one operator and its
 transpose, `sparsity` what successor lists look like from the other end. `generators` makes problems to try things on;
 `tables`, `gymnasium`, `prism` and `cassandra` read those that people have; `handles` are for training loops; `stacking`
-makes one batch of problems of different sizes, `sharding` splits one over devices.
+makes one batch of problems of different sizes, `sharding` splits one over devices. `episodes` tells whether they end.
 """
 
 from robustreg.problems.cassandra import from_cassandra
+from robustreg.problems.episodes import endless_states
 from robustreg.problems.generators import (
     CELLS,
     MOVES,
@@ -42,6 +43,7 @@ __all__ = [
     "Transitions",
     "bandit",
     "chain",
+    "endless_states",
     "from_cassandra",
     "from_gymnasium",
     "from_prism",

@@ -183,14 +183,17 @@ def initial_of(initial: Any, n_states: int, normalise: bool) -> Any:
     return initial / sums[..., None]
 
 
-def discount_of(discount: Any, dtype: np.dtype) -> tuple[Array, Array]:
-    """Return the discount and its complement, the latter from double precision where the discount has it."""
+def discount_of(discount: Any, dtype: np.dtype, ends: bool = False) -> tuple[Array, Array]:
+    """Return the discount and its complement, the latter from double precision where the discount has it.
+
+    1 itself is a discount where there is a termination (`ends`); `episodes` looks whether that suffices.
+    """
     g = checks.number("discount", discount)
     if checks.is_traced(g):
         g = cast(g, dtype)
         return g, 1 - g
     rule = "it must lie in [0, 1): use 0.999 for a long horizon, and termination for episodes that end"
-    checks.refuse("discount", g, ~((g >= 0) & (g < 1)), (), rule)
+    checks.refuse("discount", g, ~((g >= 0) & ((g < 1) | (ends & (g == 1)))), (), rule)
     rule = f"in {dtype} that is 1: pass float64 arrays with jax_enable_x64 on, or a smaller discount"
-    checks.refuse("discount", g, g.astype(dtype) >= 1, (), rule)
+    checks.refuse("discount", g, (g.astype(dtype) >= 1) & (g < 1), (), rule)
     return cast(g, dtype), cast(1.0 - g, dtype)

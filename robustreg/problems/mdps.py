@@ -24,7 +24,7 @@ from jax import Array
 
 from robustreg._core import checks, containers, forks, pytrees
 from robustreg._core.names import Names, by_name, distribution
-from robustreg.problems import arguments, rewards
+from robustreg.problems import arguments, episodes, rewards
 from robustreg.problems.transitions import Transitions
 
 
@@ -35,7 +35,7 @@ class MDP:
     Attributes:
         transitions: `Dense`, `Successors` or `MatrixFree`.
         reward: expected reward, `[*B, S, A]`.
-        discount: `[*B]`, in [0, 1).
+        discount: `[*B]`, in [0, 1), or 1 where episodes end.
         complement: `1 - discount`, `[*B]`, from double precision where that was known.
         initial: distribution of the initial state, `[*B, S]`.
         termination: probability that the episode ends after (s, a), `[*B, S, A]`, or None for never.
@@ -43,6 +43,7 @@ class MDP:
         available: whether state s has action a, `[*B, S, A]` booleans, or None for always; see `regularisers.masks`.
         names: of states and actions, or None; see `robustreg._core.names`. No solver reads them.
         raw: whether the mask is a leaf of truth values, as the library's own programs take it.
+        undiscounted: whether a discount may be 1, None before anybody has looked; see `solvers.undiscounted`.
     """
 
     transitions: Transitions
@@ -55,6 +56,7 @@ class MDP:
     available: Array | None = pytrees.discrete(bool, default=None)
     names: Names | None = pytrees.static(Names.to_json, Names.from_json, default=None)
     raw: bool = pytrees.static(default=False, repr=False)
+    undiscounted: bool | None = pytrees.static(default=None, repr=False)
 
     @property
     def n_states(self) -> int:
@@ -123,7 +125,14 @@ class MDP:
         forks.refuse()
         m = self._canonical()
         # Names are left off: they would compile everything anew.
-        return dataclasses.replace(m, transitions=m.transitions._with_sparsity(m.dtype), names=None, raw=True)
+        kernel = m.transitions._with_sparsity(m.dtype)
+        return dataclasses.replace(m, transitions=kernel, names=None, raw=True, undiscounted=m._may_not_discount())
+
+    def _may_not_discount(self) -> bool:
+        """Whether a discount may be 1: programs of problems where none is are spared what only those need."""
+        if checks.is_traced(self.discount):
+            return self.termination is not None and self.undiscounted is not False
+        return self.termination is not None and bool((np.asarray(self.discount) == 1).any())
 
     def _canonical(self) -> "MDP":
         """Cast every floating leaf to the working precision; see `checks.canonical`."""
@@ -149,7 +158,8 @@ def mdp(
         reward: expected reward `[*B, S, A]`; `[S]`, the same for every action; or `[S, A, S]`, or a matrix `[S, S]` per
             action (`[A, S, S]` with `layout="ass"`), averaged here over successors jointly with P. That average has no
             share for the step that ends an episode: with `termination`, add the reward of that step to an `[S, A]` one.
-        discount: `[*B]`, in [0, 1). A Python float (or float64) keeps `1 - discount` exact in float32 too.
+        discount: `[*B]`, in [0, 1). A Python float (or float64) keeps `1 - discount` exact in float32 too. 1, the plain
+            sum over an episode, with a `termination` that can be reached from every state; see `solvers.undiscounted`.
         initial: distribution of the initial state, `[*B, S]`; None is uniform.
         termination: probability that the episode ends after (s, a), `[*B, S, A]` or `[S]`, the same for every action;
             value 0 beyond. Rows of P then sum to `1 - termination`.
@@ -183,7 +193,7 @@ def mdp(
     kernel, margin, available = arguments.kernel_of(came, layout, available)
     termination = arguments.termination_of(termination, kernel, available)
     kernel = arguments.stochastic(kernel, termination, margin, normalise, dtype, available)
-    discount, complement = arguments.discount_of(discount, dtype)
+    discount, complement = arguments.discount_of(discount, dtype, termination is not None)
     names = came.names(kernel.n_states, kernel.n_actions)
     m = MDP(
         arguments.cast_kernel(kernel, dtype),
@@ -196,6 +206,7 @@ def mdp(
         names=names,
     )
     checks.check_batches(_batch_axes(m))
+    episodes.refuse_endless(m)
     return m
 
 
@@ -219,12 +230,16 @@ def _replaced(m: MDP, changes: dict[str, Any]) -> MDP:
     if "reward" in new:
         new["reward"] = arguments.cast(rewards.expected(new["reward"], m.transitions, available, False), m.dtype)
     if "discount" in new:
-        new["discount"], new["complement"] = arguments.discount_of(new["discount"], m.dtype)
+        ends = new.get("termination", m.termination) is not None
+        new["discount"], new["complement"] = arguments.discount_of(new["discount"], m.dtype, ends)
     if "initial" in new:
         start = arguments.initial_of(_by_state(new["initial"], m.names), m.n_states, False)
         new["initial"] = arguments.cast(start, m.dtype)
-    m = dataclasses.replace(m, **new)
+    if new.get("termination", m) is None:
+        arguments.discount_of(new.get("discount", m.discount), m.dtype)
+    m = dataclasses.replace(m, **new, undiscounted=None)
     checks.check_batches(_batch_axes(m))
+    episodes.refuse_endless(m)
     return m
 
 

@@ -45,6 +45,12 @@ so that a constant costs nothing and rounding is that of the small `h`, not of `
 where min d is replaced by min(min d, 0) and max d by max(max d, 0) if episodes end. Then 1/(1-g) may also be replaced
 by any `w >= 1 + g P_a w` for every action a that may be taken (`ranges.horizon`): from `T V <= V + x`, x >= 0, follows
 `T(V + x w) <= T V + x max_a g P_a w <= V + x w`, hence `V* <= V + x w`, and likewise from below.
+One more step, `V* <= T(V + x w) <= T V + x max_a g P_a w <= T V + x (max w - 1)`, is why `max w - 1` stands in the
+place of g/(1-g).
+
+**No discount.** None of this needs g < 1 where such a w exists: then T contracts by `1 - 1/max w` in the norm
+`max_s |V(s)|/w(s)`, has one fixed point, and sweeps lead to it, also at g = 1. A finite w at g = 1 exists exactly where
+every policy's episodes end (`lifetimes`); what can be proved where only some do, `undiscounted` says.
 
 **Rounding.** In floating point `T` is computed with an error; an error of `delta` in every entry widens each side by
 `delta/(1-g)`, except for the error in `c e`: along every trajectory the discounted exit rates add up to exactly 1, so
@@ -70,7 +76,7 @@ from robustreg.regularisers import masks
 from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import Scales
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import ranges
+from robustreg.solvers import lifetimes, ranges
 
 
 @pytrees.dataclass
@@ -82,10 +88,11 @@ class BoundProblem:
         reward: `[A, S, *b]`.
         exit_rate: exit rate `(1-g) + g termination`, `[A, S, *b]` with axes of 1 where nothing depends on them.
         discount, complement: g and 1 - g, `[*b]`.
-        horizon: bound on the discounted steps of an episode, at most 1/(1-g), `[*b]`.
+        horizon: bound on the discounted steps of an episode, at most 1/(1-g), `[*b]`; infinite where none is known.
         deviation: largest share by which a row of P misses `1 - termination`, beyond rounding, `[*b]`.
         valid: whether discount, strength, rows and prior are in range, `[*b]`.
         magnitudes: what rounding grows with.
+        proved: whether the horizon is one of every policy, `[*b]`; None where every discount is less than 1.
         ends: whether termination is part of the problem (else T commutes with constants up to g).
         strict: whether rounding is bounded for the worst case (else long sums count by the root of their length).
     """
@@ -100,6 +107,7 @@ class BoundProblem:
     deviation: Array
     valid: Array
     magnitudes: ranges.Magnitudes
+    proved: Array | None
     batch: tuple[int, ...] = pytrees.static()
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
@@ -147,7 +155,10 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
     transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
     fixed = lax.stop_gradient((transitions, bound, reward, exit_rate, discount, complement))
     horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
-    deviation, valid = ranges.validity(*fixed, ends)
+    proved = None
+    if mdp._may_not_discount():
+        horizon, proved = _undiscounted_horizon(*fixed, horizon)
+    deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon)
     return BoundProblem(
         transitions=transitions,
         regulariser=bound,
@@ -159,10 +170,37 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
         deviation=deviation,
         valid=valid,
         magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon),
+        proved=proved,
         batch=batch,
         ends=ends,
         strict=strict,
     )
+
+
+def _undiscounted_horizon(
+    transitions: Transitions,
+    regulariser: Bound,
+    reward: Array,
+    exit_rate: Array,
+    discount: Array,
+    complement: Array,
+    horizon: Array,
+) -> tuple[Array, Array]:
+    """The horizon with that of the lanes whose discount is 1, and which lanes have one, `[*b]`."""
+    masked = jnp.isneginf(regulariser.log_prior)
+    shapes = exit_rate.shape[2:], masked.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
+    own = jnp.broadcast_shapes(*shapes)
+    discount, complement, horizon = (jnp.broadcast_to(x, own) for x in (discount, complement, horizon))
+
+    def chain_of(policy: Array) -> Chain:
+        rate = pytrees.total(policy * exit_rate)
+        kernel, policy, backwards = transitions._induced(policy)
+        return Chain(kernel, policy, discount, rate, jnp.full_like(discount, jnp.inf), backwards, True)
+
+    active, terms = (discount == 1) & (complement == 0), transitions.fan_out + reward.shape[0]
+    ends = jnp.broadcast_to(exit_rate > 0, (*reward.shape[:2], *own))
+    found, proved = lifetimes.of_all(transitions, masked, ends, active, chain_of, terms, discount.dtype)
+    return jnp.where(active, found, horizon), proved | ~active
 
 
 def with_operator(problem: BoundProblem, operator: Bound, reward: Array) -> BoundProblem:
@@ -199,7 +237,7 @@ def cost(problem: BoundProblem, th: Array, q: Array) -> Array:
 
 def sound(problem: BoundProblem) -> Array:
     """Tell whether the numbers of a lane are in range, `[*B]`. NaN in a reward shows in the first backup."""
-    return jnp.broadcast_to(problem.valid, problem.batch)
+    return jnp.broadcast_to(problem.valid if problem.proved is None else problem.valid & problem.proved, problem.batch)
 
 
 @pytrees.dataclass
@@ -277,7 +315,7 @@ def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
 
 def ratio(problem: BoundProblem) -> Array:
     """Compute `g/(1-g)`, or less where episodes end sooner, `[*b]`: what a residual still costs after the backup."""
-    plain = problem.discount / problem.complement
+    plain = problem.discount / problem.complement  # infinite at a discount of 1
     return jnp.minimum(plain, problem.horizon - 1) if problem.ends else plain
 
 
@@ -298,8 +336,14 @@ def deviation_cost(problem: BoundProblem, size: Array) -> Array:
 
     With such rows T is off by at most `g x size`, and contracts by `g (1 + x)`, where `g x <= (1 - g)/2` (else the lane
     is refused): the two together cost at most `2 g x size / (1 - g)`, and as much again for the bounds themselves.
+    At a discount of 1 the same holds with the horizon for 1/(1 - g): of `w >= 1 + P_a w` rows that are off leave
+    `w >= 1 - x max w + P'_a w`, of which `x max w <= 1/2` is lost.
     """
-    return 4 * problem.discount * problem.deviation * size / problem.complement
+    off = 4 * problem.discount * problem.deviation * size
+    if problem.proved is None:
+        return off / problem.complement
+    # (No deviation costs nothing, whatever the horizon.)
+    return jnp.where(problem.complement > 0, off / problem.complement, jnp.where(off > 0, off * problem.horizon, 0))
 
 
 def rounding(problem: BoundProblem, size: Array, c: Array, cost: Array) -> Array:

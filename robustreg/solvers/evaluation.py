@@ -17,7 +17,7 @@ from robustreg.problems.mdps import MDP
 from robustreg.regularisers import masks
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, implicit, linear, methods, readings
+from robustreg.solvers import bellman, implicit, linear, methods, readings, undiscounted
 from robustreg.solvers.loop import Loop, iterate
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.plain import FixedPolicy, no_regulariser
@@ -159,16 +159,22 @@ def fixed_point(
         start: where to begin, `[S, *B]`; None: at 0.
         tol: error to stop at, a number; None: as small as the precision supports.
     """
+    if isinstance(operator, FixedPolicy):
+        problem, _ = undiscounted.own_horizon(problem, operator.policy)
     problem = bellman.with_operator(problem, operator, reward)
     dtype = problem.dtype
     tol = jnp.full(problem.batch, -1 if tol is None else tol, dtype)
     limit = jnp.asarray(10_000, jnp.int32)
-    zeros = jnp.zeros((problem.n_states, *problem.batch), dtype)
-    start = zeros if start is None else jnp.broadcast_to(start, zeros.shape)
+    if start is not None:
+        start = jnp.broadcast_to(start, (problem.n_states, *problem.batch))
+    problem, start, wanted = undiscounted.begin(problem, start)
     fixed = lax.stop_gradient(problem)
     solver = _evaluation(fixed) if isinstance(operator, FixedPolicy) else methods.automatic(fixed)
-    loop = lax.stop_gradient(iterate(fixed, solver, tol, limit, start))
-    h, c, failed = _settled(fixed, loop)
+    loop = lax.stop_gradient(iterate(fixed, solver, undiscounted.asked(wanted, tol), limit, start))
+    problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
+    status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)
+    fixed = dataclasses.replace(fixed, horizon=lax.stop_gradient(problem.horizon))
+    h, c, failed = _settled(fixed, dataclasses.replace(loop, half_width=half_width, status=status))
     h, c, zero = (jnp.where(failed, 0, x) for x in (h, c, jnp.zeros_like(c)))
     found = loops.alike((problem, h, c, zero, None, zero, failed))
     h = implicit.attach(linear.Method(), *found)[0]
@@ -219,7 +225,8 @@ def occupancy(mdp: MDP, policy: ArrayLike) -> Array:
         policy: `[*B, S, A]`, normalised over actions.
 
     Returns:
-        `mu(s, a) = sum_t g^t Pr(s_t = s, a_t = a)`, `[*B, S, A]`; sums to 1/(1-g) if no episode ends. It is the
+        `mu(s, a) = sum_t g^t Pr(s_t = s, a_t = a)`, `[*B, S, A]`; sums to 1/(1-g) if no episode ends, and
+        to the expected steps of an episode at a discount of 1 (NaN where the policy's need not end). It is the
         gradient of the return in the reward.
     """
     policy = _policy(mdp, policy)
@@ -245,6 +252,7 @@ def _occupancy(mdp: MDP, policy: Array) -> Array:
         wrong = masks.plays_missing(p, pytrees.lanes_last(mdp.available, n, 2))
         p = jnp.where(wrong[None], jnp.nan, p)
     initial = jnp.broadcast_to(pytrees.lanes_last(mdp.initial, n, 1), p.shape[1:])
+    problem, _ = undiscounted.own_horizon(problem, p)
     lost = lax.stop_gradient(~bellman.sound(problem) | ~jnp.all(jnp.isfinite(p), axis=(0, 1)))
     problem, p = implicit.harmless(problem, lost), jnp.where(lost[None, None], 1 / p.shape[0], p)
     chain = bellman.chain(problem, p)

@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, plain, readings, resident
+from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, plain, readings, resident, undiscounted
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Solution, Status
 
@@ -130,10 +130,14 @@ def _solve(
     problem = bellman.bind(mdp, reg, *shapes, strict=strict)
     batch = problem.batch
     tol = jnp.broadcast_to(tol, batch)
-    init = jnp.zeros((mdp.n_states,), mdp.dtype) if init is None else init
-    start = pytrees.lanes_last(jnp.broadcast_to(init, batch + init.shape[-1:]), len(batch), 1)
-    solver = methods.automatic(problem) if solver is None else solver
-    loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, tol, limit, lax.stop_gradient(start)))
+    if init is not None:
+        init = pytrees.lanes_last(jnp.broadcast_to(init, batch + init.shape[-1:]), len(batch), 1)
+    problem, start, wanted = undiscounted.begin(problem, init)
+    solver, goal = methods.automatic(problem) if solver is None else solver, undiscounted.asked(wanted, tol)
+    loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, goal, limit, lax.stop_gradient(start)))
+    problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
+    status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)
+    loop = dataclasses.replace(loop, half_width=half_width, status=status)
     probe = None if probe is None else jnp.broadcast_to(probe, batch)
     method = linear.Method(direct=getattr(solver, "linear", None) == "direct")
     return _finish(problem, loop, pytrees.lanes_last(mdp.initial, len(batch), 1), tol, probe, method)

@@ -24,6 +24,9 @@ from jax import Array
 from robustreg._core import pytrees
 from robustreg.solvers import bellman, linear
 
+# Forcing of Newton's method at a discount of 1.
+_EXACT = 1e-8
+
 
 @pytrees.dataclass
 class Step:
@@ -145,6 +148,10 @@ class Newton:
         forcing, last = memory
         floor = 10 * float(jnp.finfo(step.h.dtype).eps)
         forcing = jnp.where(step.half_width > 0.5 * last, jnp.maximum(0.1 * forcing, floor), forcing)
+        if step.chain.ends:
+            # Without a discount a policy that was evaluated loosely may be followed by one whose episodes never end.
+            # After an exact evaluation none is (see `undiscounted`).
+            forcing = jnp.where(step.chain.discount == 1, min(_EXACT, self.forcing), forcing)
         # The linear residual becomes the next residual of the equation, up to the change of policy: no use in making
         # it smaller than what the lane may stop on, nor in anything for a lane that stops now.
         reduction = jnp.maximum(forcing, 0.25 * step.goal / step.half_width)

@@ -81,8 +81,12 @@ def validity(
     discount: Array,
     complement: Array,
     ends: bool,
+    horizon: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`."""
+    """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`.
+
+    A discount of 1 is in range where a `horizon` is given, a bound on the steps of an episode.
+    """
     masked = jnp.isneginf(regulariser.log_prior)
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
     # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.
@@ -99,8 +103,15 @@ def validity(
     unit = 0.5 * float(jnp.finfo(reward.dtype).eps)
     allowed = (4 + min(transitions.fan_out, 4 * transitions.fan_out**0.5)) * unit + (4 * unit / safe if ends else 0)
     deviation = jnp.where(deviation <= allowed, 0, deviation)
-    valid = (discount >= 0) & (discount < 1) & (complement > 0) & jnp.all(regulariser.beta > 0, axis=0)
-    valid = valid & (deviation <= _MISSING) & (discount * deviation <= 0.5 * complement)
+    discounted, close_enough = (discount < 1) & (complement > 0), discount * deviation <= 0.5 * complement
+    if horizon is not None:
+        undiscounted = (discount == 1) & (complement == 0)
+        discounted = discounted | undiscounted
+        # (A horizon that nobody knows yet is infinite: rows that are not off by anything are good enough for it.)
+        off = jnp.where(deviation > 0, deviation * horizon, 0)
+        close_enough = jnp.where(undiscounted, off <= 0.5, close_enough)
+    valid = (discount >= 0) & discounted & jnp.all(regulariser.beta > 0, axis=0)
+    valid = valid & (deviation <= _MISSING) & close_enough
     if ends:
         close = (exit_rate >= (1 - 1e-5) * complement[None, None]) & (exit_rate <= 1 + 1e-5)
         valid = valid & jnp.all(close | masked, axis=(0, 1))
@@ -115,7 +126,7 @@ def horizon(transitions: Transitions, regulariser: Bound, discount: Array, compl
 
     Sweeps `w <- 1 + g max_a P_a w` from w = 1 count the steps of longer and longer episodes. Where one raises w by at
     most x < 1, `w/(1-x)` is such a bound. Only for discounts so close to 1 that it is worth the sweeps, and as long as
-    they may come to less than half of 1/(1-g).
+    they may come to less than half of 1/(1-g). (For a discount of 1 see `lifetimes`.)
     """
     masked = jnp.isneginf(regulariser.log_prior)
     own = jnp.broadcast_shapes(transitions._lane_axes(discount.ndim), discount.shape, masked.shape[2:])
@@ -133,7 +144,7 @@ def horizon(transitions: Transitions, regulariser: Bound, discount: Array, compl
         active = active & ~(rise <= 0.5) & (jnp.max(new, axis=0) < 0.5 * plain)
         return new, bound, active, count + 1
 
-    start = (jnp.ones((transitions.n_states, *own), discount.dtype), plain, complement < _LONG)
+    start = (jnp.ones((transitions.n_states, *own), discount.dtype), plain, (complement < _LONG) & (complement > 0))
     w, bound, *_ = loops.while_loop(
         lambda state: jnp.any(state[2]) & (state[3] < _SWEEPS),
         sweep,

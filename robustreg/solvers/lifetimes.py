@@ -1,0 +1,163 @@
+"""How long episodes last at most, where nothing but their end bounds them: at a discount of 1.
+
+**The bound.** A number per state with `w >= 1 + P_a w` for every action a that may be taken bounds the expected steps
+of an episode under every policy: by induction `w >= 1 + P + ... + P^n 1 + P^{n+1} w` along any of them. It exists
+exactly where every policy is proper (in a closed set that never ends, the average of w over its visits would have to be
+larger than itself), so that finite numbers with this property prove at once that all episodes end *and* that
+
+    |T U - T V|  <=  max_a P_a |U - V|  <=  (1 - 1/max w) |U - V|      in the norm  max_s |V(s)|/w(s):
+
+T is a contraction without any discount, and has one fixed point [Bertsekas and Tsitsiklis 1991, prop. 2.2].
+
+**Finding it** is the plain control problem of whoever wants to stay as long as possible, solved by policy iteration:
+`w <- (I - P_a)^{-1} 1` for the actions a that look longest. How w was found does not matter. What is believed is the
+margin `m = min_s (w - max_a P_a w)` of the numbers as they are, less rounding: where it is at least 1/2, `w/m` is a
+bound. One policy's own steps (`of_chain`) are checked likewise, by `m = min_s (w - P_pi w)`.
+
+Each round costs a backup and one linear system: BiCGSTAB first; what it leaves is eliminated up to 2,048 states, and
+swept beyond. A few rounds do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from robustreg._core import loops
+from robustreg.problems import episodes
+from robustreg.problems.transitions import Transitions
+from robustreg.solvers import elimination, krylov
+
+# The margin that is enough, rounds of policy iteration, and caps on the steps of a system and on sweeps.
+_MARGIN, _ROUNDS, _STEPS, _SWEEPS = 0.5, 100, 500, 100_000
+# States up to which a matrix is written out, as in `linear`.
+_DENSE = 2048
+
+
+def rounding(terms: float, w: Array) -> Array:
+    """Bound what rounding does to `P w`, a sum of some terms, `[*b]`."""
+    return terms * float(jnp.finfo(w.dtype).eps) * jnp.max(jnp.abs(w), axis=0)
+
+
+def believed(w: Array, ahead: Array, terms: float) -> tuple[Array, Array]:
+    """Read off what numbers prove.
+
+    Args:
+        w: `[S, *b]`.
+        ahead: the most of them that one expects after a step, `[S, *b]`.
+        terms: summands of an expectation.
+
+    Returns:
+        The margin, `[*b]`, and whether it proves anything.
+    """
+    margin = jnp.min(w - ahead, axis=0) - rounding(terms + 4, w)
+    return margin, jnp.isfinite(margin) & (margin >= _MARGIN) & jnp.all(w > 0, axis=0)
+
+
+def of_chain(chain: Any, active: Array, terms: float) -> tuple[Array, Array]:
+    """Bound the expected steps of one policy's episodes.
+
+    Args:
+        chain: a `bellman.Chain`, its discount 1 where it matters.
+        active: lanes that are wanted, `[*B]`.
+        terms: summands of an expectation.
+
+    Returns:
+        `w >= 1 + P_pi w`, `[S, *B]`, and where it was found, `[*B]`; 1 in the other lanes.
+    """
+    active = jnp.broadcast_to(active, chain.exit_rate.shape[1:])
+    ones = jnp.ones_like(chain.exit_rate)
+    n, dtype = ones.shape[0], ones.dtype
+    # A residual of a thousandth of a step in the largest entry, or of what this precision has.
+    close = max(1e-3, 10 * float(jnp.finfo(dtype).eps)) / n**0.5
+    reduction = jnp.where(active, close, 1).astype(dtype)
+    idle = max(32, n // 8) if n <= _DENSE else _STEPS
+
+    def apply(x: Array) -> Array:
+        return lax.optimization_barrier(chain.apply(x))
+
+    w = krylov.bicgstab(apply, ones, ones[0], reduction, _STEPS, idle)
+    todo = active & ~believed(w, apply(w), terms)[1]
+    w = (_eliminated if n <= _DENSE else _swept)(chain, apply, ones, w, todo)
+    margin, found = believed(w, apply(w), terms)
+    found = found & active
+    return jnp.where(found[None], w / jnp.where(found, margin, 1)[None], 1), found
+
+
+def _eliminated(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
+    """The steps of the lanes in `todo` by elimination, one lane after the other; infinite where no end is reached."""
+    n, batch = ones.shape[0], todo.shape
+
+    def one(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        w, todo = state
+        lane = jnp.argmax(todo)
+        alone = chain.pick(tuple(i[None] for i in jnp.unravel_index(lane, batch)))
+        found = elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], jnp.ones((n,), w.dtype))
+        return w.at[:, lane].set(found), todo.at[lane].set(False)
+
+    start = (w.reshape(n, -1), todo.reshape(-1))
+
+    def loop() -> tuple[Array, Array]:
+        return loops.while_loop(lambda state: jnp.any(state[1]), one, start, chain)
+
+    # See `linear._eliminated` for why the loop alone will not do.
+    return loops.cond(jnp.any(todo), loop, lambda: start, chain)[0].reshape(w.shape)
+
+
+def _swept(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
+    """Add up steps until what a sweep adds is less than half a step, in the lanes in `todo`."""
+
+    def sweep(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        w, todo, count = state
+        new = ones + apply(w)
+        return jnp.where(todo[None], new, w), todo & (jnp.max(new - w, axis=0) > 0.25), count + 1
+
+    start = (jnp.where(todo[None], ones, w), todo, jnp.asarray(0, jnp.int32))
+    return loops.while_loop(lambda s: jnp.any(s[1]) & (s[2] < _SWEEPS), sweep, start, chain)[0]
+
+
+def of_all(
+    transitions: Transitions,
+    masked: Array,
+    ends: Array,
+    active: Array,
+    chain_of: Callable[[Array], Any],
+    terms: float,
+    dtype: Any,
+) -> tuple[Array, Array]:
+    """Bound the expected steps of every policy's episodes.
+
+    Args:
+        transitions: bound, of lanes `[*b]`.
+        masked: actions that are not taken, `[A, S, *b]`, broadcastable.
+        ends: actions after which the episode may end, `[A, S, *b]`.
+        active: lanes that are wanted, those with a discount of 1, `[*b]`.
+        chain_of: the chain of a policy `[A, S, *b]`.
+        terms: summands of an expectation.
+        dtype: to compute in.
+
+    Returns:
+        The bound, `[*b]`, and where there is one, `[*b]`: where every policy is proper.
+    """
+    shape = ends.shape[1:]
+    allowed = jnp.broadcast_to(~masked, ends.shape)
+    closed = episodes.stays(transitions, allowed, ends, dtype)
+    active = active & ~jnp.any(closed, axis=0)
+
+    def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        w, bound, active, found, count = state
+        ahead = jnp.where(allowed, transitions._expect(w), -jnp.inf)
+        margin, enough = believed(w, jnp.max(ahead, axis=0), terms)
+        enough = enough & active
+        bound = jnp.where(enough, jnp.max(w, axis=0) / jnp.where(enough, margin, 1), bound)
+        left = active & ~enough
+        longest = jax.nn.one_hot(jnp.argmax(ahead, axis=0), ahead.shape[0], axis=0, dtype=dtype)
+        new, solved = of_chain(chain_of(longest), left, terms)
+        return jnp.where(solved[None], new, w), bound, left & solved, found | enough, count + 1
+
+    none, infinite = jnp.zeros(active.shape, bool), jnp.full(active.shape, jnp.inf, dtype)
+    start = (jnp.ones(shape, dtype), infinite, active, none, jnp.asarray(0, jnp.int32))
+    state = loops.while_loop(lambda s: jnp.any(s[2]) & (s[4] < _ROUNDS), turn, start, (transitions, masked, ends))
+    return state[1], state[3]

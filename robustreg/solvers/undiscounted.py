@@ -1,0 +1,197 @@
+r"""Discounts of 1: the plain sum of what an episode earns, and what can be proved of it.
+
+**Every policy ends.** Then `lifetimes` finds `w >= 1 + P_a w` for all actions that are available and not masked, and
+everything is as with a discount, with `max w` in the place of 1/(1-g) (see `bellman`).
+
+**Only some policies end.** V* is then the best value among those whose episodes end with probability 1, which is the
+best of all where going on forever is worth minus infinity: where every step costs something, bumping into a wall costs
+too much in the end. (A walk that costs nothing forever is not looked at: it never arrives at what it is worth.) Two
+facts prove bounds, whatever the numbers came from:
+
+* *above*: from `T U <= U` follows `U >= V*`. For a policy pi, `U >= T U >= T_pi U >= ... >= T_pi^n U`, which is what pi
+  earns in n steps, plus `P_pi^n U`; and that goes to 0 where episodes end with probability 1.
+* *below*: from `T_pi L >= L` for a policy with a finite `w >= 1 + P_pi w` follows `L <= V_pi <= V*`.
+
+So where a solve has found V, with the residual `|T V - V| <= x`, rounding included, and the steps w of its policy,
+
+    U = V + 4 x w        has   T U <= V + x + 4 x P_pi' w,    pi' the policy at U; it is close to pi, and `T U <= U` is
+                         tested, by one more backup, with its rounding;
+    L = V - 4 x w        has   T_pi L >= V - x - 4 x P_pi w  >=  V - 4 x w = L.
+
+The reference policy has to end in all lanes: its value is where the search begins, and its steps stand for the horizon
+until the end. Policy iteration from there stays among the policies that end [Bertsekas and Tsitsiklis 1991, prop. 2.3].
+Where either fails there is no answer: the lane is NONFINITE_INPUT where no policy that ends was found, and STAGNATED,
+between infinite bounds, where the test of U fails (a state in which it pays to stay forever, such as one with a
+positive reward and a wall, has no V*).
+
+**Cost.** One linear system before the loop, one and two backups after it; none where every policy ends.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from robustreg._core import loops
+from robustreg.solvers import bellman, lifetimes, linear
+from robustreg.solvers.solution import Status
+
+# z = _ROOM x w: x for the residual, the rest for the policy that changes on the way to V + z, and for rounding.
+_ROOM = 4
+# What the loop is asked for: this share of the tolerance, for the room and for rounding that counts several times.
+_SHARE = 1 / 32
+
+
+def pending(problem: bellman.BoundProblem) -> Array | None:
+    """Tell in which lanes some policy need not end, `[*B]`; None where no discount is 1."""
+    if problem.proved is None:
+        return None
+    return jnp.broadcast_to(problem.valid & ~problem.proved, problem.batch)
+
+
+def own_horizon(problem: bellman.BoundProblem, policy: Array) -> tuple[bellman.BoundProblem, Array | None]:
+    """Put the steps of one policy in the place of those of all, in the lanes where these have no bound.
+
+    Args:
+        problem: the lanes.
+        policy: `[A, S, *B]`.
+
+    Returns:
+        The problem, `proved` where that policy is proper; and `w >= 1 + P_pi w`, `[S, *B]`, 1 in all other lanes (None
+        where no discount is 1).
+    """
+    wanted = pending(problem)
+    if wanted is None:
+        return problem, None
+    fixed, policy = lax.stop_gradient((problem, jnp.broadcast_to(policy, policy.shape[:2] + problem.batch)))
+
+    def find() -> tuple[Array, Array]:
+        terms = fixed.transitions.fan_out + fixed.reward.shape[0]
+        return lifetimes.of_chain(bellman.chain(fixed, policy), wanted, terms)
+
+    def none() -> tuple[Array, Array]:
+        return jnp.ones(policy.shape[1:], policy.dtype), jnp.zeros(problem.batch, bool)
+
+    w, found = loops.cond(jnp.any(wanted), find, none, (fixed, policy))
+    steps = jnp.where(found, jnp.max(w, axis=0), problem.horizon)
+    valid, proved = jnp.broadcast_to(problem.valid, problem.batch), ~wanted | found
+    # Rows that miss their sum by more than this horizon forgives; see `ranges.validity`.
+    off = jnp.where(problem.deviation > 0, problem.deviation * steps, 0)
+    valid = valid & ~(wanted & (off > 0.5))
+    return dataclasses.replace(problem, horizon=steps, proved=proved, valid=valid), w
+
+
+def begin(problem: bellman.BoundProblem, h: Array | None) -> tuple[bellman.BoundProblem, Array, Array | None]:
+    """Prepare lanes in which some policy need not end for the loop.
+
+    Args:
+        problem: the lanes.
+        h: where to start, `[S, *B]`; None: at 0, and in those lanes at the value of the reference policy.
+
+    Returns:
+        The problem with the steps of the reference policy for a horizon, a start, and those lanes, `[*B]`.
+    """
+    zeros = jnp.zeros((problem.n_states, *problem.batch), problem.dtype)
+    wanted = pending(problem)
+    if wanted is None:
+        return problem, zeros if h is None else h, None
+    fixed = lax.stop_gradient(problem)
+    prior = jax.nn.softmax(
+        jnp.broadcast_to(fixed.regulariser.log_prior, fixed.reward.shape[:2] + problem.batch), axis=0
+    )
+    ready, _ = own_horizon(fixed, prior)
+    if h is None:
+
+        def value() -> Array:
+            # Rewards of masked actions may be anything.
+            earned = jnp.sum(jnp.where(prior > 0, prior * fixed.reward, 0), axis=0)
+            accuracy = jnp.full(problem.batch, 1e-3, problem.dtype)
+            found = linear.solve(bellman.chain(ready, prior), earned, accuracy, None, linear.Method())
+            return jnp.where((wanted & jnp.all(jnp.isfinite(found), axis=0))[None], found, 0)
+
+        h = loops.cond(jnp.any(wanted), value, lambda: zeros, (ready, prior))
+    return dataclasses.replace(problem, horizon=ready.horizon, proved=ready.proved, valid=ready.valid), h, wanted
+
+
+def above(problem: bellman.BoundProblem, h: Array, c: Array, z: Array) -> Array:
+    """Test whether `U = h + c + z` has `T U <= U`, rounding included, `[*B]`: then U is above V*.
+
+    Args:
+        problem: the lanes, with the operator T.
+        h, z: `[S, *B]`.
+        c: `[*B]`.
+    """
+    up = h + z
+    th, _, q = bellman.backup(problem, up, c)
+    short = dataclasses.replace(problem, horizon=jnp.ones_like(problem.horizon))
+    noise = bellman.rounding(short, jnp.max(jnp.abs(up), axis=0), c, bellman.cost(problem, th, q))
+    noise = noise + problem.discount * problem.deviation * (jnp.max(jnp.abs(up), axis=0) + jnp.abs(c))
+    unit = float(jnp.finfo(problem.dtype).eps)
+    return jnp.all(th + noise[None] <= up - unit * jnp.abs(up), axis=0)
+
+
+def asked(wanted: Array | None, tol: Array) -> Array:
+    """Return the tolerances to ask the loop for, `[*B]`: smaller ones in the lanes that are yet to be proved."""
+    return tol if wanted is None else jnp.where(wanted & (tol > 0), _SHARE * tol, tol)
+
+
+def settle(
+    problem: bellman.BoundProblem, wanted: Array | None, h: Array, c: Array, half_width: Array
+) -> tuple[bellman.BoundProblem, Array, Array]:
+    """Prove, after the loop, what the values of the lanes are worth in which some policy need not end.
+
+    Args:
+        problem: the lanes.
+        wanted: which of them, `[*B]`; None: no discount is 1.
+        h, c, half_width: what the loop found, `[S, *B]` and `[*B]`.
+
+    Returns:
+        The problem with the steps of the policy at that value for a horizon; the half-width, `[*B]`: infinite where
+        nothing is proved; and the lanes whose policy need not end, `[*B]`.
+    """
+    if wanted is None:
+        return problem, half_width, jnp.zeros(problem.batch, bool)
+    fixed = lax.stop_gradient(problem)
+    assert fixed.proved is not None
+    open_again = dataclasses.replace(fixed, proved=jnp.broadcast_to(fixed.proved, problem.batch) & ~wanted)
+    safe_h, safe_c = (jnp.where(wanted & jnp.isfinite(half_width), x, 0) for x in (h, c))
+
+    def prove() -> tuple[Array, Array, Array]:
+        th, policy, q = bellman.backup(fixed, safe_h, safe_c)
+        own, w = own_horizon(open_again, policy)
+        assert w is not None and own.proved is not None
+        z = allowance(fixed, safe_h, safe_c, th, q)[None] * w
+        width = jnp.max(z, axis=0) * (1 + 8 * float(jnp.finfo(problem.dtype).eps))
+        proved = own.proved & above(fixed, safe_h, safe_c, z) & jnp.isfinite(half_width)
+        width = jnp.where(proved, width, jnp.inf)
+        horizon = jnp.where(wanted, own.horizon, fixed.horizon)
+        return horizon, jnp.where(wanted, width, half_width), wanted & ~own.proved
+
+    def nothing() -> tuple[Array, Array, Array]:
+        return jnp.broadcast_to(fixed.horizon, problem.batch), half_width, jnp.zeros(problem.batch, bool)
+
+    horizon, half_width, lost = loops.cond(jnp.any(wanted), prove, nothing, (fixed, h, c, half_width, wanted))
+    return dataclasses.replace(problem, horizon=horizon), half_width, lost
+
+
+def allowance(problem: bellman.BoundProblem, h: Array, c: Array, th: Array, q: Array) -> Array:
+    """Bound the residual at `V = h + c`, rounding included, and allow `_ROOM` times as much, `[*B]`."""
+    low, high = bellman.extremes(th - h, True)
+    short = dataclasses.replace(problem, horizon=jnp.ones_like(problem.horizon))
+    size = jnp.max(jnp.abs(h), axis=0)
+    noise = bellman.rounding(short, size, c, bellman.cost(problem, th, q))
+    # What rows that miss their sum by x are off by in a step.
+    noise = noise + problem.discount * problem.deviation * (size + jnp.abs(c))
+    return _ROOM * (jnp.maximum(-low, high) + noise)
+
+
+def verdict(status: Array, wanted: Array | None, lost: Array, half_width: Array, tol: Array) -> Array:
+    """Give the lanes in which some policy need not end the status that their proof allows, `[*B]`."""
+    if wanted is None:
+        return status
+    fine = jnp.isfinite(half_width) & ((tol < 0) | (half_width <= tol))
+    ran = status < int(Status.NONFINITE_INPUT)
+    kept = jnp.where(fine & (tol >= 0), int(Status.CONVERGED), status)
+    kept = jnp.where(~fine & (status == int(Status.CONVERGED)), int(Status.STAGNATED), kept)
+    return jnp.where(wanted & ran, jnp.where(lost, int(Status.NONFINITE_INPUT), kept), status).astype(status.dtype)
