@@ -36,6 +36,7 @@ from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.horizon import Horizon, solve_horizon
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
@@ -58,6 +59,7 @@ __all__ = [
     "Game",
     "Guarantee",
     "HalfSpace",
+    "Horizon",
     "MatrixFree",
     "ModifiedPolicyIteration",
     "Names",
@@ -103,6 +105,7 @@ __all__ = [
     "slack",
     "solve",
     "solve_game",
+    "solve_horizon",
     "stack",
     "sweep",
     "trainable",

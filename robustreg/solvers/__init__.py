@@ -8,12 +8,14 @@ for its rounding bound; `resident` and `resident_kernel` are the same solve as o
 """
 
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.horizon import Horizon, solve_horizon
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, Solver, Step, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
 
 __all__ = [
     "Anderson",
+    "Horizon",
     "ModifiedPolicyIteration",
     "Newton",
     "Solution",
@@ -26,4 +28,5 @@ __all__ = [
     "nominal_optimum",
     "occupancy",
     "solve",
+    "solve_horizon",
 ]

@@ -81,8 +81,12 @@ def validity(
     discount: Array,
     complement: Array,
     ends: bool,
+    contracts: bool = True,
 ) -> tuple[Array, Array]:
-    """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`."""
+    """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`.
+
+    Where the operator need not contract, a discount of 1 is in range.
+    """
     masked = jnp.isneginf(regulariser._prior)
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
     # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.
@@ -99,8 +103,12 @@ def validity(
     unit = 0.5 * float(jnp.finfo(reward.dtype).eps)
     allowed = (4 + min(transitions.fan_out, 4 * transitions.fan_out**0.5)) * unit + (4 * unit / safe if ends else 0)
     deviation = jnp.where(deviation <= allowed, 0, deviation)
-    valid = (discount >= 0) & (discount < 1) & (complement > 0) & jnp.all(regulariser.beta > 0, axis=0)
-    valid = valid & (deviation <= _MISSING) & (discount * deviation <= 0.5 * complement)
+    if contracts:
+        valid = (discount >= 0) & (discount < 1) & (complement > 0) & jnp.all(regulariser.beta > 0, axis=0)
+        valid = valid & (deviation <= _MISSING) & (discount * deviation <= 0.5 * complement)
+    else:
+        valid = (discount >= 0) & (discount <= 1) & (complement >= 0) & jnp.all(regulariser.beta > 0, axis=0)
+        valid = valid & (deviation <= _MISSING)
     if ends:
         close = (exit_rate >= (1 - 1e-5) * complement[None, None]) & (exit_rate <= 1 + 1e-5)
         valid = valid & jnp.all(close | masked, axis=(0, 1))
