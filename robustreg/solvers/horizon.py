@@ -179,8 +179,11 @@ def _solve_horizon(
 
     bad = _broken(lax.stop_gradient(problem))
     bad = (jnp.any(bad, axis=-1) if varying else bad) | ~jnp.all(jnp.isfinite(lax.stop_gradient(last)), axis=0)
-    problem = implicit.harmless(problem, jnp.broadcast_to(bad[..., None], problem.batch) if varying else bad)
-    last = jnp.where(bad[None], 0, last)
+    harmless = implicit.harmless(
+        lax.stop_gradient(problem), jnp.broadcast_to(bad[..., None], problem.batch) if varying else bad
+    )
+    problem = jax.tree.map(_in_place, problem, harmless)
+    last = _in_place(last, jnp.where(bad[None], 0, last))
 
     moving, at_step = _by_step(problem, batch) if varying else ([], lambda rows: problem)
     start = _start(last)
@@ -218,6 +221,15 @@ def _broken(problem: bellman.BoundProblem) -> Array:
         core = leaf.ndim - len(problem.batch)
         bad = bad | jnp.any(jnp.isnan(leaf), axis=tuple(range(core)))
     return bad
+
+
+@jax.custom_jvp
+def _in_place(x: Array, y: Array) -> Array:
+    """y, with the derivatives of x: what is asked of a lane that is lost must find the NaN on its way back."""
+    return y
+
+
+_in_place.defjvps(lambda dx, out, x, y: dx, None)
 
 
 def _by_step(
@@ -313,8 +325,8 @@ def _backwards(
     problem = at_step(rows)
     th, policy, q = implicit.step(problem, state.h, state.c)
     h, c, moving = _moved(th, state.c)
-    lost = ~jnp.all(jnp.isfinite(h), axis=0) | ~jnp.isfinite(c)
-    h, c = jnp.where(lost[None], 0, h), jnp.where(lost, 0, c)
+    lost = ~jnp.all(jnp.isfinite(h + c[None]), axis=0)
+    h, c = _in_place(h, jnp.where(lost[None], 0, h)), jnp.where(lost, 0, c)
     masked = jnp.isneginf(problem.regulariser._prior)
     error = lax.stop_gradient(_error(problem, state, th, q)) + moving
     new = State(h, c, error, jnp.maximum(state.reach, jnp.abs(lax.stop_gradient(c))), state.lost | lost)
