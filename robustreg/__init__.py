@@ -35,6 +35,7 @@ from robustreg.regularisers.entropies import Entropy, entropy
 from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
 from robustreg.regularisers.regulariser import Regulariser
+from robustreg.solvers.average import Average, solve_average
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
 from robustreg.solvers.horizon import Horizon, solve_horizon
 from robustreg.solvers.loop import solve
@@ -51,6 +52,7 @@ __all__ = [
     "MDP",
     "Alpha",
     "Anderson",
+    "Average",
     "Box",
     "Certificate",
     "Dense",
@@ -104,6 +106,7 @@ __all__ = [
     "shard",
     "slack",
     "solve",
+    "solve_average",
     "solve_game",
     "solve_horizon",
     "stack",

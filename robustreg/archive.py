@@ -27,10 +27,11 @@ from robustreg.problems.successors import Successors
 from robustreg.problems.transitions import Dense, MatrixFree
 from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha
+from robustreg.solvers.average import Average
 from robustreg.solvers.horizon import Horizon
 from robustreg.solvers.solution import Solution
 
-_KINDS = (MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game, Horizon)
+_KINDS = (MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game, Horizon, Average)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 

@@ -75,7 +75,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     q = jnp.where(lost[None, None], 0, q)
     chain = bellman.chain(problem, policy)
     dprobe = None if dprobe is None else pytrees.given(dprobe)
-    dq = _explicit(problem, change, h + c[None])
+    dq = explicit(problem, change, h + c[None])
     dth = problem.regulariser._conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
     dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact)
     ahead = problem.discount[None, None] * problem.transitions._expect(dh)
@@ -85,7 +85,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     return found, (dh, dh, dpolicy, jnp.broadcast_to(dq, q.shape))
 
 
-def _explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Array) -> Array | None:
+def explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Array) -> Array | None:
     """Change of `r + g P v` at fixed v, `[A, S, *B]`; None if nothing in it changes."""
     terms = []
     if (dr := pytrees.given(change.reward)) is not None:
@@ -104,7 +104,7 @@ attach.defjvp(_attach_jvp, symbolic_zeros=True)
 def step(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
     """One backup of any value, `bellman.backup`, with derivatives in that value and in every leaf of the problem.
 
-    They are those of `Omega*(r + g P V)` as it is written, like those of `attach`, and 0 where the backup is not finite.
+    They are those of `Omega*(r + g P V)` as it is written, like those of `attach`.
     """
     return bellman.backup(problem, h, c)
 
@@ -116,7 +116,7 @@ def _step_jvp(primals: tuple, tangents: tuple) -> tuple[tuple[Array, ...], tuple
     broken = ~jnp.all(jnp.isfinite(th), axis=0)
     policy = jnp.where(broken[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(broken[None, None], 0, q)
-    dq = _explicit(problem, change, h + c[None])
+    dq = explicit(problem, change, h + c[None])
     dv = [x for x in (pytrees.given(dh), None if pytrees.given(dc) is None else dc[None]) if x is not None]
     if dv:
         moved = jnp.broadcast_to(functools.reduce(jnp.add, dv), h.shape)

@@ -78,7 +78,7 @@ def solve(
             and `raise_if_failed`.
     """
     check_arguments(mdp, reg, solver, tol)
-    dtype, max_steps = mdp.dtype, _check_steps(max_steps)
+    dtype, max_steps = mdp.dtype, read_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.
     tol = checks.operand("tol", -1 if tol is None else tol, dtype)
     start = None if init is None else checks.operand("init", init, dtype)
@@ -104,7 +104,8 @@ def check_arguments(mdp: MDP, reg: Regulariser, solver: Solver | None, tol: Arra
     checks.check_tol(tol, "None asks for what the precision supports")
 
 
-def _check_steps(max_steps: int | Array | None) -> int | Array:
+def read_steps(max_steps: int | Array | None) -> int | Array:
+    """Read a cap on steps; None is none."""
     largest = np.iinfo(np.int32).max
     if max_steps is None:
         return largest
@@ -305,7 +306,7 @@ def _centre(problem: bellman.BoundProblem, d: Array) -> tuple[Array, Array, Arra
 
 
 def _recentre(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """Return `bellman.recentre(h, c)`. A gain has nothing to do with the midrange of a bias, which is without meaning."""
+    """Return `bellman.recentre(h, c)`; what h has as a constant means nothing where c is the gain."""
     h, moved, size = bellman.recentre(h, c)
     return h, c if problem.averaged else moved, size
 
