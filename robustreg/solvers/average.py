@@ -33,10 +33,9 @@ side by delta, the horizon of `bellman.rounding` is 1.
 
 **Derivatives.** With mu the stationary distribution of the policy, `dg = <mu, d_theta T h>`, and dh solves
 `(I - P_pi) dh = d_theta T h - dg` [Schweitzer 1968]. Both come from the chain that ends when it comes `home`, to a state
-that it always comes back to: with H its expected sums until then, `dg = (H b)(home) / (H 1)(home)` (renewal), and
-`dh = H (b - dg)`. That is a chain as in every other solve, with `linear`'s checks and ways out; if the state is not
-reached from everywhere, its system is singular, is not solved, and derivatives are NaN. Backwards, the occupancy of a
-tour from home is mu, up to scale.
+that it always comes back to: its occupancy of a tour from home is mu up to scale, and its sums of `d_theta T h - dg`
+until it comes home are dh. That is a chain as in every other solve, with `linear`'s checks and ways out; if home is not
+reached from everywhere, its system is singular, is not solved, and derivatives are NaN.
 """
 
 import dataclasses
@@ -143,7 +142,9 @@ class Howard(methods.Newton):
         below = 1 - float(jnp.finfo(step.h.dtype).eps) ** (1 / 3)
         stuck = step.half_width > 0.5 * memory[1]
         discount = jnp.where(stuck, below, jnp.ones_like(step.half_width))
-        return super().propose(dataclasses.replace(step, chain=dataclasses.replace(step.chain, discount=discount)), memory)
+        return super().propose(
+            dataclasses.replace(step, chain=dataclasses.replace(step.chain, discount=discount)), memory
+        )
 
 
 @jax.jit
@@ -152,7 +153,10 @@ def _solve_average(mdp: MDP, reg: Regulariser, tol: Array, limit: Array) -> Aver
     batch = problem.batch
     start = jnp.zeros((mdp.n_states, *batch), mdp.dtype)
     fixed = lax.stop_gradient(problem)
-    found = lax.stop_gradient(loop.iterate(fixed, Howard(), jnp.broadcast_to(tol, batch), limit, start))
+    # A cycle of n states shows no progress before the n-th step.
+    patience = int(np.clip(problem.n_states + 32, 200, linear.KRYLOV_STEPS))
+    solver = Howard(inner_steps=linear.KRYLOV_STEPS, patience=patience)
+    found = lax.stop_gradient(loop.iterate(fixed, solver, jnp.broadcast_to(tol, batch), limit, start))
     lost = found.status >= int(Status.NONFINITE_INPUT)
     h, c, half_width = (jnp.where(lost, 0, x) for x in (found.h, found.c, found.half_width))
     h, c, th, policy, q = attach(*loops.alike((problem, h, c, lost)))
@@ -214,16 +218,11 @@ def _poisson(problem: bellman.BoundProblem, policy: Array, b: Array, lost: Array
     chain, home = _homewards(problem, policy, lost)
     zero = jnp.zeros(problem.batch, b.dtype)
 
-    def until_home(b: Array) -> Array:
-        return linear.solve(chain, b, zero, None, linear.Method())
-
-    def at_home(x: Array) -> Array:
-        return jnp.sum(home * x, axis=0)
-
-    tour = at_home(until_home(jnp.ones_like(b)))
-    unknown = ~jnp.isfinite(lax.stop_gradient(tour))
-    g = pytrees.gate(at_home(until_home(b)) / jnp.where(unknown, 1, tour), unknown)
-    return g, until_home(b - g[None])
+    visits = linear.occupy(chain, home, zero, linear.Method())
+    unknown = ~jnp.all(jnp.isfinite(lax.stop_gradient(visits)), axis=0)
+    visits = jnp.where(unknown[None], home, visits)
+    g = pytrees.gate(jnp.sum(visits * b, axis=0) / jnp.sum(visits, axis=0), unknown)
+    return g, linear.solve(chain, b - g[None], zero, None, linear.Method())
 
 
 def _homewards(problem: bellman.BoundProblem, policy: Array, lost: Array) -> tuple[bellman.Chain, Array]:

@@ -238,6 +238,10 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
     stalled = jnp.where(improved, 0, state.stalled + 1)
     # The bound of a start far away says nothing about the next step's.
     steady = noise >= 0.5 * state.noise
+    if problem.averaged:
+        # Where a policy's chain falls apart, its bias is without bound, and the next policy is another one.
+        scale = jnp.maximum(jnp.abs(c), problem.magnitudes.charged)
+        steady = steady & (noise <= float(jnp.finfo(problem.dtype).eps) ** 0.5 * scale)
     status = _verdict(width, noise, tol, stalled, steady, state.steps, limit)
 
     step = methods.Step(
