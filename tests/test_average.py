@@ -118,7 +118,7 @@ def test_without_a_regulariser_it_is_the_stationary_linear_program():
 
 def test_cycles_do_not_matter():
     """Chains with a period, by themselves and where a policy chooses between them."""
-    for n in (2, 3, 7, 40, 300):
+    for n in (2, 7, 300):
         P = np.zeros((n, 1, n))
         P[np.arange(n), 0, (np.arange(n) + 1) % n] = 1
         reward = np.random.default_rng(n).normal(size=(n, 1))
@@ -174,7 +174,7 @@ def test_where_the_gain_depends_on_the_start_bounds_hold_all_of_them():
     assert sol.status == rr.Status.STAGNATED
     assert abs(sol.lower - gains.min()) < 1e-9 and abs(sol.upper - gains.max()) < 1e-9
     assert sol.lower <= gains.min() + 1e-15 and gains.max() <= sol.upper + 1e-15
-    with pytest.raises(rr.SolveError, match=r"gain in \[.*the best gain may depend|gain in \[.*depends on the state"):
+    with pytest.raises(rr.SolveError, match=r"gain in \[.*stopped shrinking.*depends on the start"):
         sol.raise_if_failed()
     # Who asks for no more gets it.
     loose = rr.solve_average(m, rr.kl(3.0), tol=0.51 * np.ptp(gains))
@@ -211,25 +211,25 @@ def test_gradients():
         "P": jnp.zeros((STATES, ACTIONS, STATES)), "reward": jnp.asarray(case.reward), "initial": jnp.zeros(STATES),
         "beta": jnp.asarray(3.0), "alpha": jnp.asarray(0.5), "prior": jnp.zeros((STATES, ACTIONS)),
     }  # fmt: skip
-    plain, slope = jax.jit(outcome), jax.jit(jax.grad(outcome))
-    along = jax.jit(lambda x, t: jax.jvp(outcome, (x,), (t,))[1])
-    slopes, d = slope(x), 1e-5
+    # Value and derivative of one program, which has to be compiled.
+    along, nothing = jax.jit(lambda x, t: jax.jvp(outcome, (x,), (t,))), jax.tree.map(jnp.zeros_like, x)
+    slopes, d = jax.jit(jax.grad(outcome))(x), 1e-5
     steps = [{k: jnp.asarray(rng.normal(size=v.shape) * (k == name)) for k, v in x.items()} for name in x]
     for name, step in zip(x, steps):
-        high, low = (plain({k: v + sign * step[k] for k, v in x.items()}) for sign in (d, -d))
+        high, low = (along({k: v + sign * step[k] for k, v in x.items()}, nothing)[0] for sign in (d, -d))
         found = jnp.sum(slopes[name] * step[name])
         np.testing.assert_allclose(found, (high - low) / (2 * d), rtol=1e-7, atol=1e-8, err_msg=name)
-        np.testing.assert_allclose(found, along(x, step), rtol=1e-9, atol=1e-10, err_msg=name)
+        np.testing.assert_allclose(found, along(x, step)[1], rtol=1e-9, atol=1e-10, err_msg=name)
     step = {k: v + steps[1][k] for k, v in steps[3].items()}  # reward and beta
-    second = jax.jit(lambda x, t: jax.jvp(lambda x: jax.grad(outcome)(x, True), (x,), (t,))[1])(x, step)
-    once = jax.jit(jax.grad(functools.partial(outcome, gain_alone=True)))
-    high, low = (once({k: v + sign * step[k] for k, v in x.items()}) for sign in (d, -d))
+    once = jax.jit(lambda x, t: jax.jvp(lambda x: jax.grad(outcome)(x, True), (x,), (t,)))
+    slopes, second = once(x, step)
+    high, low = (once({k: v + sign * step[k] for k, v in x.items()}, nothing)[0] for sign in (d, -d))
     for name in x:
         np.testing.assert_allclose(second[name], (high[name] - low[name]) / (2 * d), rtol=1e-6, atol=1e-8, err_msg=name)
     # In the reward it is the stationary distribution.
     _, _, policy = reference(case.P, case.reward, np.array(0.5), np.array(3.0), case.prior)
     mu = np.linalg.matrix_power(oracle.chain_of(case.P, policy), 4096)[0]
-    np.testing.assert_allclose(once(x)["reward"], mu[:, None] * policy, atol=1e-10)
+    np.testing.assert_allclose(slopes["reward"], mu[:, None] * policy, atol=1e-10)
 
 
 def test_a_lane_of_nan_leaves_the_others_alone_and_discounts_do_not_matter():
@@ -265,6 +265,20 @@ def test_one_program_for_all_numbers_and_a_function_for_transitions():
         assert abs(sol.gain - gain) <= tol and 0 < sol.upper - sol.lower <= 2 * tol
     few = rr.solve_average(m, rr.kl(2.0, case.prior), max_steps=2)
     assert few.status == rr.Status.MAX_STEPS and few.lower <= gain <= few.upper and few.steps == 2
+    # What is promised of the policy holds of it, however early it is.
+    mu = np.linalg.matrix_power(oracle.chain_of(case.P, few.policy), 4096)[0]
+    cost = oracle.divergence(np.full(STATES, 1.0), case.prior, few.policy) / 2.0
+    earned = mu @ ((few.policy * case.reward).sum(-1) - cost)
+    assert few.lower <= earned <= gain + 1e-12 and earned < gain - 1e-9
+
+
+def test_available_is_a_mask_of_the_prior():
+    case = cases.masked()
+    there = case.prior > 0
+    m = rr.mdp(case.P, np.where(there, case.reward, np.nan), 0.9, available=there)
+    sol = rr.solve_average(m, rr.kl(3.0)).raise_if_failed()
+    gain, _, policy = reference(case.P, case.reward, np.array(1.0), np.array(3.0), there / there.sum(-1, keepdims=True))
+    assert abs(sol.gain - gain) < 1e-12 and np.abs(sol.policy - policy).max() < 1e-10
 
 
 def test_what_is_refused():

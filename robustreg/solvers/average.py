@@ -15,31 +15,35 @@ tend to. If every policy's chain has one recurrent class (unichain), such a pair
 
 so that a `BoundProblem` with discount, exit rate and complement 1 *is* this equation, and residual, rounding bound,
 certificate, Newton's method and stopping rule are those of `solve`. The only difference is that the midrange of h is
-dropped, not moved to c (`BoundProblem.averaged`). Its linear systems, `(I - P_pi) x = d` up to a constant, are solved on
-vectors of mean 0, as ever where no episode ends: no iteration depends on periods. Where a policy's chain falls apart,
-that has no solution: a lane that a step did not take on is solved with a discount just below 1 for it (`Howard`).
+dropped, not moved to c (`BoundProblem.averaged`). The linear systems, `(I - P_pi) x = d` up to a constant, are solved
+on vectors of mean 0, as ever where no episode ends, and no step depends on the period of a chain. Where a policy's
+chain falls apart there is no solution: a lane that the last step has not improved takes a discount just below 1 for it
+(`Howard`). Without a `tol`, a lane stops where the half-width is below the rounding bound, if that is below the cube
+root of the precision.
 
 **Certificate.** For *any* V, and every start state s, the best gain g(s) lies in
 
     min (T V - V)  <=  g(s)  <=  max (T V - V).
 
-From `T V <= V + b` and `T(V + x) = T V + x`, by monotonicity, `T^n V <= V + n b`, and T^n V is the most that n steps can
-earn with V after them: no policy, with whatever memory, earns more than b per step in the long run. From
-`T V >= V + a`, with pi greedy for V, `T_pi V = T V >= V + a`, hence `T_pi^n V >= V + n a`: pi itself earns a per step at
-least, wherever it starts. Neither needs the chain to be of any kind. Where the best gain depends on the start (several
-classes that cannot reach each other), the interval holds all of them, never becomes smaller than their spread, and the
-lane does not converge to less: STAGNATED or MAX_STEPS, with bounds that are true. An error of `delta` in T V widens each
-side by delta, the horizon of `bellman.rounding` is 1.
+From `T V <= V + b` and `T(V + x) = T V + x`, by monotonicity, `T^n V <= V + n b`, and T^n V is the most that n steps
+can earn with V after them: no policy, with whatever memory, earns more than b per step in the long run. From
+`T V >= V + a`, with pi greedy for V, `T_pi V = T V >= V + a`, hence `T_pi^n V >= V + n a`: pi itself earns a per step
+at least, wherever it starts. Neither needs the chain to be of any kind. Where the best gain depends on the start
+(several classes that cannot reach each other), the interval holds all of them, is never smaller than their spread, and
+the lane does not converge to less: STAGNATED or MAX_STEPS, with bounds that are true. An error of `delta` in T V widens
+each side by delta: the horizon of `bellman.rounding` is 1.
 
 **Derivatives.** With mu the stationary distribution of the policy, `dg = <mu, d_theta T h>`, and dh solves
-`(I - P_pi) dh = d_theta T h - dg` [Schweitzer 1968]. Both come from the chain that ends when it comes `home`, to a state
-that it always comes back to: its occupancy of a tour from home is mu up to scale, and its sums of `d_theta T h - dg`
-until it comes home are dh. That is a chain as in every other solve, with `linear`'s checks and ways out; if home is not
-reached from everywhere, its system is singular, is not solved, and derivatives are NaN.
+`(I - P_pi) dh = d_theta T h - dg` [Schweitzer 1968]. Both come from the chain that ends when it comes `home`, to a
+state that it always comes back to: its occupancy of a tour from home is mu up to scale, and its sums of
+`d_theta T h - dg` until it comes home are dh. That is a chain as in every other solve, with `linear`'s checks and ways
+out; if home is not reached from everywhere, its system is singular, is not solved, and derivatives are NaN.
+
+**Cost** of a solve: that of `solve` at a discount near 1 (some ten backups, as many linear systems), whatever the
+mixing of the chain; of a gradient of the gain, two or three linear systems, and one more for the bias.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -87,7 +91,10 @@ class Average(Answer):
         lower, upper = (float(np.asarray(x)[lane]) for x in (self.lower, self.upper))
         said = code.advise(self.gain.dtype)
         if code in (Status.STAGNATED, Status.MAX_STEPS):
-            said += "; if the best gain depends on the state one starts in, the interval cannot be smaller"
+            stopped = "the step limit came first" if code is Status.MAX_STEPS else "the interval stopped shrinking"
+            said = (
+                f"{stopped}. If the best gain depends on the start, it holds all of them; else raise max_steps or tol"
+            )
         return f"(gain in [{lower:.6g}, {upper:.6g}]): {said}"
 
 
@@ -132,9 +139,9 @@ def solve_average(
 class Howard(methods.Newton):
     """Newton's method, hence policy iteration [Howard 1960], with a way on where a policy's chain falls apart.
 
-    There `(I - P_pi) x = d` has no solution. With a discount g just below 1 in the place of 1 there is one: close to the
+    There `(I - P_pi) x = d` has no solution. With a discount just below 1 in the place of 1 there is one: close to the
     other where that exists, and where it does not a large multiple of what the classes of the chain earn, by which the
-    next policy is chosen, as it should be. Lanes that the last step has not improved take it.
+    next policy is chosen, as it should be. Lanes whose certificate the last step has not halved take it.
     """
 
     def propose(self, step: methods.Step, memory: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:

@@ -173,7 +173,8 @@ def bind(
         horizon=horizon,
         deviation=deviation,
         valid=valid,
-        magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon),
+        # A bias is as large as some steps between any two states are worth.
+        magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon * mdp.n_states if averaged else horizon),
         batch=batch,
         ends=ends,
         strict=strict,
@@ -278,13 +279,6 @@ def chain(problem: BoundProblem, policy: Array) -> Chain:
     if problem.averaged:  # `I - P_pi` has no inverse
         exit_rate, longest = jnp.zeros_like(exit_rate), jnp.full_like(longest, jnp.inf)
     return Chain(transitions, policy, problem.discount, exit_rate, longest, backwards, problem.ends)
-
-
-def recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """Return the same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it."""
-    low, high = jnp.min(h, axis=0), jnp.max(h, axis=0)
-    middle = 0.5 * (low + high)
-    return h - middle[None], c + middle, 0.5 * (high - low)
 
 
 def extremes(d: Array, ends: bool) -> tuple[Array, Array]:

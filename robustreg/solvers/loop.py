@@ -241,7 +241,7 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
     if problem.averaged:
         # Where a policy's chain falls apart, its bias is without bound, and the next policy is another one.
         scale = jnp.maximum(jnp.abs(c), problem.magnitudes.charged)
-        steady = steady & (noise <= float(jnp.finfo(problem.dtype).eps) ** 0.5 * scale)
+        steady = steady & (noise <= float(jnp.finfo(problem.dtype).eps) ** (1 / 3) * scale)
     status = _verdict(width, noise, tol, stalled, steady, state.steps, limit)
 
     step = methods.Step(
@@ -310,9 +310,13 @@ def _centre(problem: bellman.BoundProblem, d: Array) -> tuple[Array, Array, Arra
 
 
 def _recentre(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """Return `bellman.recentre(h, c)`; what h has as a constant means nothing where c is the gain."""
-    h, moved, size = bellman.recentre(h, c)
-    return h, c if problem.averaged else moved, size
+    """Return the same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it.
+
+    Where c is the gain, a constant in h means nothing, and is dropped.
+    """
+    low, high = jnp.min(h, axis=0), jnp.max(h, axis=0)
+    middle = 0.5 * (low + high)
+    return h - middle[None], c if problem.averaged else c + middle, 0.5 * (high - low)
 
 
 def freeze(frozen: Array, old: Any, new: Any) -> Any:
