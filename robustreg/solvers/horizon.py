@@ -194,7 +194,7 @@ def _solve_horizon(
     status = jnp.where(bad, int(Status.NONFINITE_INPUT), jnp.where(lost, int(Status.NONFINITE), 0)).astype(jnp.int32)
 
     def public(x: Array) -> Array:
-        """`[time, S, *B]` or `[time, A, S, *B]` in the public layout, NaN where it is lost."""
+        """Put `[time, S, *B]` or `[time, A, S, *B]` into the public layout, NaN where it is lost."""
         core = x.ndim - len(batch)
         places = (-2, -1) if core == 2 else (-3, -1, -2)
         return jnp.moveaxis(implicit.mark(x, lost), range(core), places)

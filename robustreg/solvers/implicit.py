@@ -109,7 +109,7 @@ def step(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Arra
     return bellman.backup(problem, h, c)
 
 
-def _step_jvp(primals: tuple, tangents: tuple) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def _step_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     problem, h, c = primals
     change, dh, dc = tangents
     th, policy, q = found = step(problem, h, c)
