@@ -167,6 +167,18 @@ def test_policies_whose_chains_fall_apart_are_passed_on_the_way():
         assert np.abs(value - h - np.asarray(sol.gain)[:, None]).max() < 1e-8
 
 
+def test_deterministic_moves_with_states_that_keep_to_themselves():
+    """One way around all states, a way to stay, and two at random, from hardly regularised to strongly."""
+    rng = np.random.default_rng(0)
+    P, reward = np.zeros((24, STATES, ACTIONS, STATES)), rng.normal(size=(24, STATES, ACTIONS))
+    for b, s in np.ndindex(24, STATES):
+        for a, t in enumerate(((s + 1) % STATES, s, *rng.integers(STATES, size=2))):
+            P[b, s, a, t] = 1
+    order, beta = rng.choice(ORDERS, 24), 10 ** rng.uniform(-1, 5, 24)
+    sol = rr.solve_average(rr.mdp(P, reward, 0.9), rr.alpha(order, beta)).raise_if_failed()
+    assert (sol.upper - sol.lower).max() < 1e-10 and (sol.steps < 60).all()
+
+
 def test_where_the_gain_depends_on_the_start_bounds_hold_all_of_them():
     """Twelve bandits: the smallest interval that is true of all, no claim to have converged, and no derivative."""
     case = cases.bandits()

@@ -14,12 +14,12 @@ tend to. If every policy's chain has one recurrent class (unichain), such a pair
     Omega*(r - c e + P h),        e = 1,
 
 so that a `BoundProblem` with discount, exit rate and complement 1 *is* this equation, and residual, rounding bound,
-certificate, Newton's method and stopping rule are those of `solve`. The only difference is that the midrange of h is
-dropped, not moved to c (`BoundProblem.averaged`). The linear systems, `(I - P_pi) x = d` up to a constant, are solved
-on vectors of mean 0, as ever where no episode ends, and no step depends on the period of a chain. Where a policy's
-chain falls apart there is no solution: a lane that the last step has not improved takes a discount just below 1 for it
-(`Howard`). Without a `tol`, a lane stops where the half-width is below the rounding bound, if that is below the cube
-root of the precision.
+certificate, Newton's method and stopping rule are those of `solve`. (What `loop` moves from h to c between two steps
+means nothing here: the next residual takes it off again, as it would any other guess of the gain.) The linear systems,
+`(I - P_pi) x = d` up to a constant, are solved on vectors of mean 0, as ever where no episode ends, and no step depends
+on the period of a chain. Where a policy's chain falls apart there is no solution: a lane that the last step has not
+improved takes a discount just below 1 for it (`Howard`). Without a `tol`, a lane stops where the half-width is below
+the rounding bound, if that is below the cube root of the precision.
 
 **Certificate.** For *any* V, and every start state s, the best gain g(s) lies in
 

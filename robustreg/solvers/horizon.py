@@ -297,6 +297,7 @@ def _unit(x: Array) -> float:
 
 def _moved(h: Array, c: Array) -> tuple[Array, Array, Array]:
     """The same value with the midrange of h moved to c, and a bound on what that rounds, `[*B]`."""
+    # (A constant for derivatives: those of V are all in h.)
     middle = lax.stop_gradient(0.5 * (jnp.min(h, axis=0) + jnp.max(h, axis=0)))
     total = c + middle
     # What c took up: exact if it is the larger of the two, else to rounding of `middle`.

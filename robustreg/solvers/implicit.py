@@ -102,7 +102,7 @@ attach.defjvp(_attach_jvp, symbolic_zeros=True)
 
 @jax.custom_jvp
 def step(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """One backup of any value, `bellman.backup`, with derivatives in that value and in every leaf of the problem.
+    """One backup of any value, `bellman.backup`, with derivatives in h and in every leaf of the problem, c a constant.
 
     They are those of `Omega*(r + g P V)` as it is written, like those of `attach`.
     """
@@ -111,23 +111,19 @@ def step(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Arra
 
 def _step_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     problem, h, c = primals
-    change, dh, dc = tangents
+    change, dh, _ = tangents
     th, policy, q = found = step(problem, h, c)
+    # Lanes that overflow have no derivative, and must not spoil that of what they share.
     broken = ~jnp.all(jnp.isfinite(th), axis=0)
     policy = jnp.where(broken[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(broken[None, None], 0, q)
     dq = explicit(problem, change, h + c[None])
-    dv = [x for x in (pytrees.given(dh), None if pytrees.given(dc) is None else dc[None]) if x is not None]
-    if dv:
-        moved = jnp.broadcast_to(functools.reduce(jnp.add, dv), h.shape)
-        ahead = problem.discount[None, None] * problem.transitions._expect(moved)
+    if pytrees.given(dh) is not None:
+        ahead = problem.discount[None, None] * problem.transitions._expect(dh)
         dq = ahead if dq is None else dq + ahead
     dth = problem.regulariser._conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
     dpolicy = problem.regulariser._policy_tangent(policy, dq, change.regulariser)
-    # th and q are relative to c.
-    lower = jnp.zeros_like(c) if pytrees.given(dc) is None else dc
-    dq = jnp.zeros_like(q) if dq is None else dq
-    tangent = (dth - lower[None], dpolicy, dq - lower[None, None])
+    tangent = (dth, dpolicy, jnp.zeros_like(q) if dq is None else dq)
     return found, tuple(jnp.broadcast_to(t, x.shape) for t, x in zip(tangent, found))
 
 

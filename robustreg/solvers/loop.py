@@ -208,7 +208,7 @@ def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: A
     zero, infinite = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
     count = jnp.zeros(batch, jnp.int32)
     status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
-    h, c, size = _recentre(problem, h, zero)
+    h, c, size = _recentre(h, zero)
     start = Loop(h, c, size, infinite, h, c, infinite, count, count, status, solver.init(h))
 
     def running(state: Loop) -> Array:
@@ -256,7 +256,7 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
     )
     # The solver corrects V by M d, where M is its approximation of (I - K)^{-1} (see `bellman`).
     correction, memory = solver.propose(step, state.memory)
-    next_h, next_c, size = _recentre(problem, state.h + correction, c)
+    next_h, next_c, size = _recentre(state.h + correction, c)
 
     # Solvers may propose worse values than they had (Newton's far from V*): what is returned is the best one met.
     best_h = jnp.where(improved[None], state.h + d, state.best_h)
@@ -309,14 +309,11 @@ def _centre(problem: bellman.BoundProblem, d: Array) -> tuple[Array, Array, Arra
     return d - middle[None], middle / problem.complement, largest, ratio * largest
 
 
-def _recentre(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """Return the same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it.
-
-    Where c is the gain, a constant in h means nothing, and is dropped.
-    """
+def _recentre(h: Array, c: Array) -> tuple[Array, Array, Array]:
+    """Return the same value with the midrange of h moved to c, and `max |h|` then: rounding grows with it."""
     low, high = jnp.min(h, axis=0), jnp.max(h, axis=0)
     middle = 0.5 * (low + high)
-    return h - middle[None], c if problem.averaged else c + middle, 0.5 * (high - low)
+    return h - middle[None], c + middle, 0.5 * (high - low)
 
 
 def freeze(frozen: Array, old: Any, new: Any) -> Any:
