@@ -100,6 +100,21 @@ def test_float32_intervals_hold_the_truth():
         assert (width < 1e3 * STEPS * np.finfo(np.float32).eps * size).all()
 
 
+def test_bounds_grow_with_what_is_summed_and_not_with_the_sum():
+    """Rewards of 10,000 that cancel under a policy which hardly leaves the prior: the value is small, its error not."""
+    rng = np.random.default_rng(4)
+    half = rng.uniform(5e3, 1e4, (64, STATES, ACTIONS // 2)).astype(np.float32)
+    reward, P = np.concatenate([half, -half], -1), one().P
+    value = np.zeros((64, STATES))
+    for _ in range(3):
+        x = 1e-6 * (reward.astype(float) + np.einsum("sat,bt->bsa", P, value))
+        value = 1e6 * np.log1p(np.expm1(x).mean(-1))
+    sol = rr.solve_horizon(rr.mdp(cases.dense(P, np.float32), reward, 0.9), rr.kl(1e-6), 3, discount=1.0)
+    lower, upper = (np.asarray(x, float)[:, 0] for x in (sol.lower, sol.upper))
+    assert (lower <= value).all() and (value <= upper).all() and (value < 300).all()
+    assert np.abs(np.asarray(sol.value, float)[:, 0] - value).max() > 300 * 10 * np.finfo(np.float32).eps
+
+
 def test_the_perturbation_is_the_worst_case_and_prices_the_policy():
     """It is `worst_case(policy)` where the policy plays, and in the perturbed rewards the policy is worth the value."""
     group, reward, terminal, truth = stacked()
