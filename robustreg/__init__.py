@@ -37,7 +37,9 @@ from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
 from robustreg.regularisers.regulariser import Regulariser, Sum
 from robustreg.regularisers.separable import Separable
+from robustreg.solvers.average import Average, solve_average
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.horizon import Horizon, solve_horizon
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
@@ -52,6 +54,7 @@ __all__ = [
     "MDP",
     "Alpha",
     "Anderson",
+    "Average",
     "Box",
     "Certificate",
     "Dense",
@@ -60,6 +63,7 @@ __all__ = [
     "Game",
     "Guarantee",
     "HalfSpace",
+    "Horizon",
     "MatrixFree",
     "ModifiedPolicyIteration",
     "Names",
@@ -104,7 +108,9 @@ __all__ = [
     "shard",
     "slack",
     "solve",
+    "solve_average",
     "solve_game",
+    "solve_horizon",
     "stack",
     "sweep",
     "trainable",

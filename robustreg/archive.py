@@ -30,9 +30,12 @@ from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha
 from robustreg.regularisers.regulariser import Sum
 from robustreg.regularisers.separable import FAMILIES
+from robustreg.solvers.average import Average
+from robustreg.solvers.horizon import Horizon
 from robustreg.solvers.solution import Solution
 
-_KINDS = (Sum, NormBall, MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
+_PROBLEMS = (MDP, Dense, Successors, Sum, NormBall, KL, Alpha, Entropy)
+_KINDS = (*_PROBLEMS, Solution, Certificate, Guarantee, Game, Horizon, Average)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 

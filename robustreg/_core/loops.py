@@ -44,9 +44,17 @@ def fori_loop(low: int, high: Any, body: Callable[[Any, Any], Any], start: _T, l
     return lax.fori_loop(low, high, body, alike(start, like))
 
 
-def scan(body: Callable[[Any, Any], Any], start: _T, xs: Any, like: Any = (), unroll: int = 1) -> tuple[_T, Any]:
+def scan(
+    body: Callable[[Any, Any], Any],
+    start: _T,
+    xs: Any,
+    like: Any = (),
+    unroll: int = 1,
+    length: int | None = None,
+    reverse: bool = False,
+) -> tuple[_T, Any]:
     """Run `lax.scan`; `like` is what the body reads besides its state and `xs`."""
-    return lax.scan(body, alike(start, xs, like), xs, unroll=unroll)
+    return lax.scan(body, alike(start, xs, like), xs, unroll=unroll, length=length, reverse=reverse)
 
 
 def cond(condition: Array, then: Callable[[], _T], otherwise: Callable[[], _T], like: Any = ()) -> _T:

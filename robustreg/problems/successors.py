@@ -7,6 +7,7 @@ indices have a pattern (see `robustreg.problems.sparsity`), it is a kernel of it
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -198,6 +199,10 @@ class BoundSuccessors(Transitions):
 
     def _take_lanes(self, index: tuple[Array, ...]) -> "BoundSuccessors":
         return BoundSuccessors(self.indices, pytrees.pick_lanes(self.probabilities, index), self.pattern)
+
+    def _by_lane(self, change: Callable[[Array, int], Array]) -> "BoundSuccessors":
+        p = self.probabilities
+        return BoundSuccessors(self.indices, change(p, p.ndim - 1), self.pattern)
 
     def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
         return pytrees.total(self.probabilities), pytrees.total(jnp.abs(self.probabilities))

@@ -65,6 +65,10 @@ class Transitions:
         """Some lanes of a bound kernel, as one batch axis; `index` holds an array `[n]` per batch axis."""
         raise TypeError(f"{type(self).__name__} does not define _take_lanes")
 
+    def _by_lane(self, change: Callable[[Array, int], Array]) -> "Transitions":
+        """A bound kernel whose arrays with lanes' axes are put through `change(array, where the last of them is)`."""
+        raise TypeError(f"{type(self).__name__} does not define _by_lane")
+
     def _expect_tangent(self, change: "Transitions", v: Array) -> Array | None:
         """Change of `_expect(v)` with the kernel's own, `[A, S, *B]`; None if it does not change. Only when bound."""
         raise TypeError(f"{type(self).__name__} does not define _expect_tangent")
@@ -192,6 +196,9 @@ class Dense(Transitions):
     def _take_lanes(self, index: tuple[Array, ...]) -> "Dense":
         lanes_last = jnp.moveaxis(self.probabilities, (-3, -2, -1), (0, 1, 2))
         return Dense(jnp.moveaxis(pytrees.pick_lanes(lanes_last, index), -1, 0))
+
+    def _by_lane(self, change: Callable[[Array, int], Array]) -> "Dense":
+        return Dense(change(self.probabilities, self.probabilities.ndim - 4))
 
     def _row_sums(self, ndim: int, dtype: Any) -> tuple[Array, Array]:
         p = jnp.moveaxis(self.probabilities, (-2, -3), (0, 1))
@@ -322,6 +329,9 @@ class MatrixFree(Transitions):
         return self.tree_unflatten(static, (jax.tree.map(put, self.parameters),))
 
     def _take_lanes(self, index: tuple[Array, ...]) -> "MatrixFree":
+        return self
+
+    def _by_lane(self, change: Callable[[Array, int], Array]) -> "MatrixFree":
         return self
 
     def _add_lane_axis(self) -> "MatrixFree":

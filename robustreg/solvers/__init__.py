@@ -7,13 +7,17 @@ derivatives to the fixed point. `evaluation` is the same loop for one policy. `r
 for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
 """
 
+from robustreg.solvers.average import Average, solve_average
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.horizon import Horizon, solve_horizon
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, Solver, Step, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
 
 __all__ = [
     "Anderson",
+    "Average",
+    "Horizon",
     "ModifiedPolicyIteration",
     "Newton",
     "Solution",
@@ -26,4 +30,6 @@ __all__ = [
     "nominal_optimum",
     "occupancy",
     "solve",
+    "solve_average",
+    "solve_horizon",
 ]

@@ -95,6 +95,7 @@ class BoundProblem:
         proved: whether the horizon is one of every policy, `[*b]`; None where every discount is less than 1.
         ends: whether termination is part of the problem (else T commutes with constants up to g).
         strict: whether rounding is bounded for the worst case (else long sums count by the root of their length).
+        averaged: whether c is the gain of an average-reward problem, of which h is the bias; see `average`.
     """
 
     transitions: Transitions
@@ -111,6 +112,7 @@ class BoundProblem:
     batch: tuple[int, ...] = pytrees.static()
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
+    averaged: bool = pytrees.static(default=False)
 
     @property
     def n_states(self) -> int:
@@ -123,7 +125,14 @@ class BoundProblem:
         return self.reward.dtype
 
 
-def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: bool = False) -> BoundProblem:
+def bind(
+    mdp: MDP,
+    regulariser: Regulariser,
+    *others: tuple[int, ...],
+    strict: bool = False,
+    steps: int | None = None,
+    averaged: bool = False,
+) -> BoundProblem:
     """Lay an MDP and a regulariser out for the kernels.
 
     Args:
@@ -131,6 +140,8 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
         regulariser: any batch axes.
         *others: batch shapes of further arrays (a policy, an initial value) that broadcast with them.
         strict: see `BoundProblem`.
+        steps: after which every episode is over; None: only when it ends by itself. The discount may then be 1.
+        averaged: see `BoundProblem`. The MDP's discount is ignored, and no episode ends.
 
     Raises:
         ValueError: batch axes that do not broadcast.
@@ -146,6 +157,8 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
     if bound.beta.shape[0] not in (1, mdp.n_states) or bound.log_prior.shape[1] not in (1, mdp.n_states):
         raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
     discount, complement = (pytrees.lanes_last(x, n, 0) for x in (mdp.discount, _complement(mdp)))
+    if averaged:  # c, the gain, is then taken off in full at every step
+        discount, complement = jnp.ones_like(discount), jnp.ones_like(discount)
     exit_rate = complement[None, None]
     if mdp.termination is not None:
         exit_rate = exit_rate + discount[None, None] * pytrees.lanes_last(mdp.termination.astype(dtype), n, 2)
@@ -154,11 +167,14 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
         reward = jnp.where(pytrees.lanes_last(mdp.available, n, 2), reward, 0)
     transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
     fixed = lax.stop_gradient((transitions, bound, reward, exit_rate, discount, complement))
-    horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
-    proved = None
-    if mdp._may_not_discount():
+    if steps is not None:
+        horizon = jnp.where(fixed[5] * steps > 1, 1 / jnp.where(fixed[5] > 0, fixed[5], 1), steps)
+    else:
+        horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
+    contracts, proved = steps is None and not averaged, None
+    if contracts and mdp._may_not_discount():
         horizon, proved = _undiscounted_horizon(*fixed, horizon)
-    deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon)
+    deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon, contracts)
     return BoundProblem(
         transitions=transitions,
         regulariser=bound,
@@ -169,11 +185,13 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
         horizon=horizon,
         deviation=deviation,
         valid=valid,
-        magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon),
+        # A bias is as large as some steps between any two states are worth.
+        magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon * mdp.n_states if averaged else horizon),
         proved=proved,
         batch=batch,
         ends=ends,
         strict=strict,
+        averaged=averaged,
     )
 
 
@@ -297,6 +315,8 @@ def chain(problem: BoundProblem, policy: Array) -> Chain:
     exit_rate = jnp.broadcast_to(exit_rate, policy.shape[1:])
     transitions, policy, backwards = problem.transitions._induced(policy)
     longest = jnp.broadcast_to(problem.horizon, problem.discount.shape) if not problem.ends else problem.horizon
+    if problem.averaged:  # `I - P_pi` has no inverse
+        exit_rate, longest = jnp.zeros_like(exit_rate), jnp.full_like(longest, jnp.inf)
     return Chain(transitions, policy, problem.discount, exit_rate, longest, backwards, problem.ends)
 
 
@@ -362,6 +382,13 @@ def rounding(problem: BoundProblem, size: Array, c: Array, cost: Array) -> Array
         cost: `max_a q - T V`, `[*B]`, largest over states: the size of what the regulariser takes off.
     """
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
+    per_step = rounding_of_step(problem, size, c, cost)
+    return unit * (per_step * problem.horizon + 4 * jnp.abs(c) + 2 * size)
+
+
+def rounding_of_step(problem: BoundProblem, size: Array, c: Array, cost: Array) -> Array:
+    """Bound the error of one backup but for that of `c e`, in units of u, `[*B]`; see `rounding`."""
+    unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
     length = problem.transitions.fan_out
     terms = 4 + (length if problem.strict else min(length, 4 * length**0.5))
     n_actions = problem.reward.shape[0]
@@ -377,11 +404,10 @@ def rounding(problem: BoundProblem, size: Array, c: Array, cost: Array) -> Array
         cost=jnp.abs(cost) + 4 * unit * (reward + size + jnp.abs(c)),
         reach=2 * (known.reward + size) + jnp.abs(c),
     )
-    per_step = (
+    return (
         (terms + 2 + n_actions**0.5) * size
         + (2 + n_actions**0.5) * jnp.abs(cost)
         + (2 + log_actions + known.log_prior) * jnp.minimum(jnp.abs(cost), known.temperature)
         + problem.regulariser.noise(scales)
         + 3 * reward
     )
-    return unit * (per_step * problem.horizon + 4 * jnp.abs(c) + 2 * size)

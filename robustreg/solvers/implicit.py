@@ -75,7 +75,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     q = jnp.where(lost[None, None], 0, q)
     chain = bellman.chain(problem, policy)
     dprobe = None if dprobe is None else pytrees.given(dprobe)
-    dq = _explicit(problem, change, h + c[None])
+    dq = explicit(problem, change, h + c[None])
     dth = problem.regulariser.conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
     dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact)
     ahead = problem.discount[None, None] * problem.transitions._expect(dh)
@@ -85,7 +85,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     return found, (dh, dh, dpolicy, jnp.broadcast_to(dq, q.shape))
 
 
-def _explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Array) -> Array | None:
+def explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Array) -> Array | None:
     """Change of `r + g P v` at fixed v, `[A, S, *B]`; None if nothing in it changes."""
     terms = []
     if (dr := pytrees.given(change.reward)) is not None:
@@ -98,6 +98,36 @@ def _explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Ar
 
 
 attach.defjvp(_attach_jvp, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def step(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
+    """One backup of any value, `bellman.backup`, with derivatives in h and in every leaf of the problem, c a constant.
+
+    They are those of `Omega*(r + g P V)` as it is written, like those of `attach`.
+    """
+    return bellman.backup(problem, h, c)
+
+
+def _step_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    problem, h, c = primals
+    change, dh, _ = tangents
+    th, policy, q = found = step(problem, h, c)
+    # Lanes that overflow have no derivative, and must not spoil that of what they share.
+    broken = ~jnp.all(jnp.isfinite(th), axis=0)
+    policy = jnp.where(broken[None, None], 1 / policy.shape[0], policy)
+    q = jnp.where(broken[None, None], 0, q)
+    dq = explicit(problem, change, h + c[None])
+    if pytrees.given(dh) is not None:
+        ahead = problem.discount[None, None] * problem.transitions._expect(dh)
+        dq = ahead if dq is None else dq + ahead
+    dth = problem.regulariser.conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
+    dpolicy = problem.regulariser.policy_tangent(policy, dq, change.regulariser)
+    tangent = (dth, dpolicy, jnp.zeros_like(q) if dq is None else dq)
+    return found, tuple(jnp.broadcast_to(t, x.shape) for t, x in zip(tangent, found))
+
+
+step.defjvp(_step_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp

@@ -52,8 +52,8 @@ from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import divergences
-from robustreg.regularisers.families import KL, Alpha
 from robustreg.regularisers.bound import maximise
+from robustreg.regularisers.families import KL, Alpha
 from robustreg.solvers import bellman, elimination, implicit, linear
 from robustreg.solvers.loop import freeze
 from robustreg.solvers.solution import SolveError, Status, concrete

@@ -124,6 +124,21 @@ def _nothing_of(x: Array) -> Array:
     )
 
 
+def longest(chain: bellman.Chain) -> Array:
+    """Bound the steps until a chain has ended, `[*B]`, by the largest entry of some `w >= 1 + K w`, `w >= 0`.
+
+    Infinite where no such w was found: where the chain need not end, or is not one for Krylov solves.
+    """
+    ones = jnp.ones_like(chain.exit_rate)
+    accuracy = jnp.full(ones.shape[1:], 1e-2, ones.dtype)
+    w = _refined(chain, chain.apply, ones, accuracy, ones, chain.exit_rate, jnp.sum(chain.exit_rate, axis=0))
+    size = jnp.max(jnp.abs(w), axis=0)
+    # `w - K w` is known to some units of w; where it is at least 1 - x, `w/(1 - x)` will do.
+    x = jnp.max(1 - (w - chain.apply(w)), axis=0) + 64 * float(jnp.finfo(w.dtype).eps) * size
+    found = (x <= 0.5) & (jnp.min(w, axis=0) >= 0)
+    return jnp.where(found, size / jnp.where(found, 1 - x, 1), jnp.inf)
+
+
 def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Array:
     """Solve `(I - K^T) y = b`: discounted visits if b is where episodes start.
 

@@ -80,7 +80,7 @@ def solve(
     """
     reg = plain.regulariser_or_none(mdp, reg)
     check_arguments(mdp, reg, solver, tol)
-    dtype, max_steps = mdp.dtype, _check_steps(max_steps)
+    dtype, max_steps = mdp.dtype, read_steps(max_steps)
     # A negative tol stands for None: whether there is one is data as well.
     tol = checks.operand("tol", -1 if tol is None else tol, dtype)
     start = None if init is None else checks.operand("init", init, dtype)
@@ -106,7 +106,8 @@ def check_arguments(mdp: MDP, reg: Regulariser | None, solver: Solver | None, to
     checks.check_tol(tol, "None asks for what the precision supports")
 
 
-def _check_steps(max_steps: int | Array | None) -> int | Array:
+def read_steps(max_steps: int | Array | None) -> int | Array:
+    """Read a cap on steps; None is none."""
     largest = np.iinfo(np.int32).max
     if max_steps is None:
         return largest
@@ -243,6 +244,10 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
     stalled = jnp.where(improved, 0, state.stalled + 1)
     # The bound of a start far away says nothing about the next step's.
     steady = noise >= 0.5 * state.noise
+    if problem.averaged:
+        # Where a policy's chain falls apart, its bias is without bound, and the next policy is another one.
+        scale = jnp.maximum(jnp.abs(c), problem.magnitudes.charged)
+        steady = steady & (noise <= float(jnp.finfo(problem.dtype).eps) ** (1 / 3) * scale)
     status = _verdict(width, noise, tol, stalled, steady, state.steps, limit)
 
     step = methods.Step(

@@ -82,10 +82,12 @@ def validity(
     complement: Array,
     ends: bool,
     horizon: Array | None = None,
+    contracts: bool = True,
 ) -> tuple[Array, Array]:
     """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`.
 
-    A discount of 1 is in range where a `horizon` is given, a bound on the steps of an episode.
+    A discount of 1 is in range where a `horizon` is given, a bound on the steps of an episode, and where the operator
+    need not contract.
     """
     masked = jnp.isneginf(regulariser.log_prior)
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
@@ -103,7 +105,10 @@ def validity(
     unit = 0.5 * float(jnp.finfo(reward.dtype).eps)
     allowed = (4 + min(transitions.fan_out, 4 * transitions.fan_out**0.5)) * unit + (4 * unit / safe if ends else 0)
     deviation = jnp.where(deviation <= allowed, 0, deviation)
-    discounted, close_enough = (discount < 1) & (complement > 0), discount * deviation <= 0.5 * complement
+    if contracts:
+        discounted, close_enough = (discount < 1) & (complement > 0), discount * deviation <= 0.5 * complement
+    else:
+        discounted, close_enough = (discount <= 1) & (complement >= 0), jnp.ones_like(discount, bool)
     if horizon is not None:
         undiscounted = (discount == 1) & (complement == 0)
         discounted = discounted | undiscounted

@@ -86,7 +86,13 @@ def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
         return None
     if type(reg) not in (BoundKL, BoundAlpha) or type(solver) is not methods.Newton or solver.linear != "krylov":
         return None
-    if problem.dtype != np.float32 or math.prod(problem.batch) == 0 or n_actions > _ACTIONS or n_states > _STATES:
+    if (
+        problem.averaged
+        or problem.dtype != np.float32
+        or math.prod(problem.batch) == 0
+        or n_actions > _ACTIONS
+        or n_states > _STATES
+    ):
         return None
     dense = isinstance(rows, Dense) and n_states <= _DENSE_STATES
     if not dense and not (isinstance(rows, BoundSuccessors) and rows.fan_out <= _SLOTS):

@@ -1,7 +1,7 @@
 """What a solve returns: arrays with a status and a certified interval per lane, and the words for each status."""
 
 import enum
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +61,57 @@ _REMEDIES = {
 }
 
 
+class Answer:
+    """What every answer with a status per lane can do."""
+
+    status: Array
+
+    @property
+    def converged(self) -> Array:
+        """`[*B]` bool: the lane is certified as it was asked to be."""
+        return self.status == int(Status.CONVERGED)
+
+    def where_converged(self, x: ArrayLike, fallback: ArrayLike = 0.0) -> Array:
+        """Replace what belongs to lanes that did not converge.
+
+        Gradients of the result are those of the lanes that did: a failed lane gets and gives none, also where it
+        shares parameters with them. Apply it to fields of the solution before anything else is computed of them.
+
+        Args:
+            x: `[*B, ...]`, for example `objective`.
+            fallback: what stands in their place, broadcastable to x.
+        """
+        x = jnp.asarray(x)
+        kept = self.converged.reshape(self.status.shape + (1,) * (x.ndim - self.status.ndim))
+        fallback = jnp.asarray(fallback, x.dtype)
+        return jnp.where(kept, x, jnp.broadcast_to(fallback, x.shape))
+
+    def raise_if_failed(self) -> Self:
+        """Return the answer if every lane converged.
+
+        Raises:
+            SolveError: naming the lanes that did not, their status, and the remedy. Outside jit only.
+        """
+        status = concrete(self.status, "raise_if_failed")
+        if (status == Status.CONVERGED).all():
+            return self
+        lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} lanes failed"]
+        for code in (s for s in Status if s is not Status.CONVERGED):
+            lanes = np.argwhere(status == code)
+            if len(lanes):
+                first = tuple(int(i) for i in lanes[0])
+                where = f"lane {list(first)}" + (f" and {len(lanes) - 1} more" if len(lanes) > 1 else "")
+                where = where if status.ndim else "the only lane"
+                lines.append(f"  {code.name}: {where} {self._failure(code, first)}")
+        raise SolveError("\n".join(lines))
+
+    def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
+        """How far a lane came, in brackets, and what to do about it."""
+        raise TypeError(f"{type(self).__name__} does not define _failure")
+
+
 @pytrees.dataclass
-class Solution:
+class Solution(Answer):
     """Solution of a regularised MDP, batch axes leading.
 
     Attributes:
@@ -94,58 +143,17 @@ class Solution:
     tol: Array
 
     @property
-    def converged(self) -> Array:
-        """`[*B]` bool: the certified error is within `tol`."""
-        return self.status == int(Status.CONVERGED)
-
-    @property
     def gap(self) -> Array:
         """Certified uncertainty `max_s upper - lower`, `[*B]`."""
         return jnp.max(checks.canonical(self.upper - self.lower), axis=-1)
 
-    def where_converged(self, x: ArrayLike, fallback: ArrayLike = 0.0) -> Array:
-        """Replace what belongs to lanes that did not converge.
-
-        Gradients of the result are those of the lanes that did: a failed lane gets and gives none, also where it
-        shares parameters with them. Apply it to fields of the solution before anything else is computed of them.
-
-        Args:
-            x: `[*B, ...]`, for example `objective`.
-            fallback: what stands in their place, broadcastable to x.
-        """
-        x = jnp.asarray(x)
-        kept = self.converged.reshape(self.status.shape + (1,) * (x.ndim - self.status.ndim))
-        fallback = jnp.asarray(fallback, x.dtype)
-        return jnp.where(kept, x, jnp.broadcast_to(fallback, x.shape))
-
-    def raise_if_failed(self) -> "Solution":
-        """Return the solution if every lane converged.
-
-        Raises:
-            SolveError: naming the lanes that did not, their status, and the remedy. Outside jit only.
-        """
-        status = concrete(self.status, "raise_if_failed")
-        if (status != Status.CONVERGED).any():
-            raise SolveError(self._failures(status))
-        return self
-
-    def _failures(self, status: np.ndarray) -> str:
-        gaps, tols = np.asarray(self.gap), np.broadcast_to(np.asarray(self.tol), status.shape)
-        scale = np.abs(np.asarray(self.value)).max(-1) * np.finfo(self.value.dtype).eps
-        lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} lanes failed"]
-        for code in (s for s in Status if s is not Status.CONVERGED):
-            lanes = np.argwhere(status == code)
-            if len(lanes):
-                first = tuple(int(i) for i in lanes[0])
-                where = f"lane {list(first)}" + (f" and {len(lanes) - 1} more" if len(lanes) > 1 else "")
-                where = where if status.ndim else "the only lane"
-                width, tol = gaps[first] / 2, tols[first]
-                # Without a tol, `tol` is the half-width reached, and `width` is that again, from two rounded bounds.
-                asked = not abs(tol - width) <= 0.01 * width + min(4 * scale[first], 0.5 * width)
-                detail = f"half-width {width:.3g}, tol {tol:.3g}" if asked else f"half-width {width:.3g}"
-                advice = code.advise(self.value.dtype, asked)
-                lines.append(f"  {code.name}: {where} ({detail}): {advice}")
-        return "\n".join(lines)
+    def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
+        width, tol = np.asarray(self.gap)[lane] / 2, np.broadcast_to(np.asarray(self.tol), self.status.shape)[lane]
+        scale = np.abs(np.asarray(self.value)[lane]).max() * np.finfo(self.value.dtype).eps
+        # Without a tol, `tol` is the half-width reached, and `width` is that again, from two rounded bounds.
+        asked = not abs(tol - width) <= 0.01 * width + min(4 * scale, 0.5 * width)
+        detail = f"half-width {width:.3g}, tol {tol:.3g}" if asked else f"half-width {width:.3g}"
+        return f"({detail}): {code.advise(self.value.dtype, asked)}"
 
     def __repr__(self) -> str:
         shape = list(self.value.shape)
