@@ -17,6 +17,7 @@ from robustreg.adversary.certificates import Certificate, certify
 from robustreg.adversary.guarantees import Guarantee, aggregated_slack, guarantee
 from robustreg.adversary.perturbations import slack, worst_case
 from robustreg.adversary.robust_sets import HalfSpace, Orthant, RobustSet, UnnormalisedSet
+from robustreg.adversary.worst_models import worst_model
 from robustreg.archive import load, save
 from robustreg.game.coupled_sets import Features, SharedBudget
 from robustreg.game.minimax import Game, solve_game
@@ -37,6 +38,7 @@ from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
 from robustreg.regularisers.regulariser import Regulariser, Sum
 from robustreg.regularisers.separable import Separable
+from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.average import Average, solve_average
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
 from robustreg.solvers.horizon import Horizon, solve_horizon
@@ -50,6 +52,8 @@ from robustreg.sweeps.table import Table
 __version__ = "0.1.0"
 
 __all__ = [
+    "worst_model",
+    "TransitionBall",
     "KL",
     "MDP",
     "Alpha",

@@ -151,7 +151,7 @@ def test_docstrings_say_what_a_function_does(path):
 
 
 PUBLIC = """
-NormBall Separable Sum Tsallis norm_ball tsallis
+NormBall Separable Sum TransitionBall Tsallis norm_ball tsallis worst_model
 KL MDP Alpha Anderson Average Box Certificate Dense Entropy Features Game Guarantee HalfSpace Horizon MatrixFree
 ModifiedPolicyIteration Names Newton Orthant Regulariser RobustSet SharedBudget Solution SolveError StatesOnly Status
 Successors SweepError Table Transitions UnnormalisedSet ValueIteration adversary aggregated_slack alpha baselines

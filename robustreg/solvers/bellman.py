@@ -63,7 +63,6 @@ lane is refused.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +76,8 @@ from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import Scales
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import lifetimes, ranges
+from robustreg.solvers.ambiguity import BoundBall, TransitionBall
+from robustreg.solvers.chains import Chain
 
 
 @pytrees.dataclass
@@ -96,6 +97,7 @@ class BoundProblem:
         ends: whether termination is part of the problem (else T commutes with constants up to g).
         strict: whether rounding is bounded for the worst case (else long sums count by the root of their length).
         averaged: whether c is the gain of an average-reward problem, of which h is the bias; see `average`.
+        ball: noise in the transitions, or None; see `ambiguity`.
     """
 
     transitions: Transitions
@@ -113,6 +115,7 @@ class BoundProblem:
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
     averaged: bool = pytrees.static(default=False)
+    ball: BoundBall | None = None
 
     @property
     def n_states(self) -> int:
@@ -132,6 +135,7 @@ def bind(
     strict: bool = False,
     steps: int | None = None,
     averaged: bool = False,
+    ambiguity: TransitionBall | None = None,
 ) -> BoundProblem:
     """Lay an MDP and a regulariser out for the kernels.
 
@@ -142,10 +146,12 @@ def bind(
         strict: see `BoundProblem`.
         steps: after which every episode is over; None: only when it ends by itself. The discount may then be 1.
         averaged: see `BoundProblem`. The MDP's discount is ignored, and no episode ends.
+        ambiguity: noise in the transitions; None is none.
 
     Raises:
         ValueError: batch axes that do not broadcast.
     """
+    others = others if ambiguity is None else (*others, ambiguity.batch_shape)
     try:
         batch = jnp.broadcast_shapes(mdp.batch_shape, regulariser.batch_shape, *others)
     except ValueError:
@@ -175,6 +181,11 @@ def bind(
     if contracts and mdp._may_not_discount():
         horizon, proved = _undiscounted_horizon(*fixed, horizon)
     deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon, contracts)
+    ball = None if ambiguity is None else ambiguity.bind(n, dtype)
+    if ball is not None:
+        modulus = lax.stop_gradient(ball.contraction(discount, mdp.n_states))
+        horizon, valid = 1 / jnp.where(modulus < 1, 1 - modulus, 1), valid & (modulus < 1)
+        ends = ends or ball.form == "r2"  # constants are no null direction of the residual then
     return BoundProblem(
         transitions=transitions,
         regulariser=bound,
@@ -192,6 +203,7 @@ def bind(
         ends=ends,
         strict=strict,
         averaged=averaged,
+        ball=ball,
     )
 
 
@@ -244,8 +256,10 @@ def q_values(problem: BoundProblem, h: Array, c: Array) -> Array:
 def backup(problem: BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
     """Compute `T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
     q = q_values(problem, h, c)
-    th, policy = maximise(problem.regulariser, q)
-    return th, policy, q
+    if problem.ball is None:
+        return *maximise(problem.regulariser, q), q
+    regulariser, left = problem.ball.step(problem.regulariser, q, problem.discount, h, c)
+    return *maximise(regulariser, left), q
 
 
 def cost(problem: BoundProblem, th: Array, q: Array) -> Array:
@@ -258,66 +272,21 @@ def sound(problem: BoundProblem) -> Array:
     return jnp.broadcast_to(problem.valid if problem.proved is None else problem.valid & problem.proved, problem.batch)
 
 
-@pytrees.dataclass
-class Chain:
-    """`K = g P_pi`, the derivative of T: the policy's discounted Markov chain as an operator.
-
-    Attributes:
-        transitions, policy: in the kernels' layout, `[A, S, *B]`: a pair that induces `P_pi`, perhaps a cheaper one.
-        discount: `[*b]`.
-        exit_rate: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
-        longest: the problem's own bound on discounted steps, `[*b]`.
-        backwards: `P_pi` from the other end, or None; see `Transitions`.
-    """
-
-    transitions: Transitions
-    policy: Array
-    discount: Array
-    exit_rate: Array
-    longest: Array
-    backwards: Transitions | None
-    ends: bool = pytrees.static()
-
-    @property
-    def horizon(self) -> Array:
-        """Bound on discounted steps, `[*B]`: on `(I - K)^{-1} 1`, hence on how much the inverse enlarges anything."""
-        return jnp.minimum(1 / jnp.min(self.exit_rate, axis=0), self.longest)
-
-    def pick(self, index: tuple[Array, ...]) -> "Chain":
-        """Return the lanes at `index`, one array `[n]` per batch axis."""
-        own = (self.policy, self.discount, self.exit_rate, self.longest)
-        policy, discount, exit_rate, longest = (pytrees.pick_lanes(x, index) for x in own)
-        return Chain(self.transitions._take_lanes(index), policy, discount, exit_rate, longest, None, self.ends)
-
-    def apply(self, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
-        """Compute `K x`, `[S, *B]`. `add` sums over actions; to be transposed, give one that has a transpose."""
-        return self.discount[None] * add(self.policy * self.transitions._expect(x))
-
-    def transpose(self, y: Array) -> Array:
-        """Compute `K^T y`, `[S, *B]`."""
-        if self.backwards is not None:
-            return self.discount[None] * self.backwards._push(y[None])
-        return self.discount[None] * self.transitions._push(self.policy * y[None])
-
-    def matrix(self) -> Array:
-        """Compute `K` written out, `[*B, S, S]` (row: state, column: successor)."""
-        n, batch = self.exit_rate.shape[0], self.exit_rate.shape[1:]
-        unit = jnp.eye(n, dtype=self.policy.dtype).reshape((n,) + (1,) * len(batch) + (n,))
-        # A further lane for each unit vector: P is then one matrix-matrix product for all of them.
-        expected = self.transitions._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *batch, n)))
-        rows = self.discount[None, ..., None] * jnp.sum(self.policy[..., None] * expected, axis=0)
-        return jnp.moveaxis(rows, 0, -2)
-
-
-def chain(problem: BoundProblem, policy: Array) -> Chain:
-    """Return the chain of a policy `[A, S, *B]`."""
+def chain(problem: BoundProblem, policy: Array, value: tuple[Array, Array] | None = None) -> Chain:
+    """Return the chain of a policy `[A, S, *B]`; with uncertain transitions that of the worst at `value`, h and c."""
     exit_rate = pytrees.total(policy * problem.exit_rate) if problem.ends else problem.exit_rate[0]
     exit_rate = jnp.broadcast_to(exit_rate, policy.shape[1:])
+    given = policy
     transitions, policy, backwards = problem.transitions._induced(policy)
     longest = jnp.broadcast_to(problem.horizon, problem.discount.shape) if not problem.ends else problem.horizon
     if problem.averaged:  # `I - P_pi` has no inverse
         exit_rate, longest = jnp.zeros_like(exit_rate), jnp.full_like(longest, jnp.inf)
-    return Chain(transitions, policy, problem.discount, exit_rate, longest, backwards, problem.ends)
+    pull = None
+    if problem.ball is not None:
+        assert value is not None, "the worst transitions depend on the value"
+        left, right = pull = problem.ball.pull(given, problem.discount, *value)
+        exit_rate = exit_rate + left * jnp.sum(right, axis=0)[None]
+    return Chain(transitions, policy, problem.discount, exit_rate, longest, backwards, problem.ends, pull)
 
 
 def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
@@ -335,6 +304,8 @@ def extremes(d: Array, ends: bool) -> tuple[Array, Array]:
 
 def ratio(problem: BoundProblem) -> Array:
     """Compute `g/(1-g)`, or less where episodes end sooner, `[*b]`: what a residual still costs after the backup."""
+    if problem.ball is not None:
+        return problem.horizon - 1  # L/(1-L)
     plain = problem.discount / problem.complement  # infinite at a discount of 1
     return jnp.minimum(plain, problem.horizon - 1) if problem.ends else plain
 
@@ -396,6 +367,7 @@ def rounding_of_step(problem: BoundProblem, size: Array, c: Array, cost: Array) 
     known = problem.magnitudes
     near = size + jnp.abs(c) if problem.ends else size
     reward = jnp.where(near <= known.limit, known.charged, known.reward)
+    noisy = 0 if problem.ball is None else _rounding_of_norm(problem, problem.ball, size + jnp.abs(c))
     scales = Scales(
         unit=unit,
         logs=2 + log_actions,
@@ -410,4 +382,11 @@ def rounding_of_step(problem: BoundProblem, size: Array, c: Array, cost: Array) 
         + (2 + log_actions + known.log_prior) * jnp.minimum(jnp.abs(cost), known.temperature)
         + problem.regulariser.noise(scales)
         + 3 * reward
+        + noisy
     )
+
+
+def _rounding_of_norm(problem: BoundProblem, ball: BoundBall, size: Array) -> Array:
+    """What the norm of a value of that size errs by, in units of u: a sum of S powers, and its root."""
+    n = problem.n_states
+    return 4 * (4 + min(n, 4 * n**0.5)) * (ball.contraction(problem.discount, n) - problem.discount) * size

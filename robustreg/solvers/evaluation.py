@@ -17,7 +17,9 @@ from robustreg.problems.mdps import MDP
 from robustreg.regularisers import masks
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
+from robustreg.solvers import ambiguity as balls
 from robustreg.solvers import bellman, implicit, linear, methods, readings, undiscounted
+from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.loop import Loop, iterate
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.plain import FixedPolicy, no_regulariser
@@ -29,7 +31,13 @@ def unlimited(problem: bellman.BoundProblem) -> Array:
     return jnp.full_like(problem.regulariser.beta, jnp.finfo(problem.dtype).max)
 
 
-def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward: ArrayLike | None = None) -> Array:
+def evaluate(
+    mdp: MDP,
+    policy: ArrayLike,
+    reg: Regulariser | None = None,
+    reward: ArrayLike | None = None,
+    ambiguity: TransitionBall | None = None,
+) -> Array:
     """Compute the value of a fixed policy.
 
     Args:
@@ -38,6 +46,8 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
         reg: with a regulariser, the regularised value `E sum g^t (r - Omega(p))`, which is the policy's guaranteed
             value against every perturbation in the robust set; None: the plain value.
         reward: another reward, `[*B, S, A]`, for example the deployed or the perturbed one.
+        ambiguity: noise in the transitions, a `TransitionBall`: the value is then that against the worst of them. None
+            is none.
 
     Returns:
         `[*B, S]`, in reward units, to the working precision; NaN in lanes where that failed (input that is not
@@ -56,7 +66,8 @@ def evaluate(mdp: MDP, policy: ArrayLike, reg: Regulariser | None = None, reward
         reward = checks.array("reward", reward, mdp.dtype)
         checks.expect_shape("reward", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     readings.refuse_states_as_lanes(mdp, reg, *(readings.shape_of(x, 2) for x in (policy, reward)))
-    return _evaluate(mdp._with_sparsity(), policy, reg, reward)
+    ball = None if ambiguity is None else balls.checked(ambiguity, mdp)
+    return _evaluate(mdp._with_sparsity(), policy, reg, reward, ball=ball)
 
 
 def evaluate_from(mdp: MDP, policy: Array, start: Array, tol: Array | None) -> Array:
@@ -75,9 +86,10 @@ def _evaluate(
     reward: Array | None,
     start: Array | None = None,
     tol: Array | None = None,
+    ball: TransitionBall | None = None,
 ) -> Array:
     others = (policy.shape[:-2],) + (() if reward is None else (reward.shape[:-2],))
-    problem = bellman.bind(mdp, no_regulariser(mdp) if reg is None else reg, *others)
+    problem = bellman.bind(mdp, no_regulariser(mdp) if reg is None else reg, *others, ambiguity=ball)
     n = len(problem.batch)
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     cost, ruined = _cost(problem, p, reg is None)
@@ -206,7 +218,7 @@ def _settled(problem: bellman.BoundProblem, loop: Loop) -> tuple[Array, Array, A
     lost = loop.status >= int(Status.NONFINITE_INPUT)
     half = float(jnp.finfo(problem.dtype).eps) ** 0.5
     poor = (loop.status != int(Status.CONVERGED)) & (loop.half_width > half * size)
-    if isinstance(problem.regulariser, FixedPolicy):
+    if isinstance(problem.regulariser, FixedPolicy) and problem.ball is None:
         reward, policy = problem.regulariser.maximiser(problem.reward)
         certain = lost | (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size)
         value = h + c[None]

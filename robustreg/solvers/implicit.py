@@ -73,8 +73,15 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     problem = harmless(problem, lost)
     policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(lost[None, None], 0, q)
-    chain = bellman.chain(problem, policy)
+    chain = bellman.chain(problem, policy, (h, c))
     dprobe = None if dprobe is None else pytrees.given(dprobe)
+    if problem.ball is not None:
+        # The operator as a whole: what the worst transitions take off depends on V too.
+        v, moving = h + c[None], pytrees.given_or_zero(change, problem)
+        dth = jax.jvp(lambda x: bellman.backup(x, v, jnp.zeros_like(c)), (problem,), (moving,))[1][0]
+        dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact)
+        whole = jax.jvp(lambda x, y: bellman.backup(x, y, jnp.zeros_like(c)), (problem, v), (moving, dh))[1]
+        return found, (dh, dh, *whole[1:])
     dq = explicit(problem, change, h + c[None])
     dth = problem.regulariser.conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
     dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact)
@@ -169,6 +176,7 @@ def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem
         discount=put(problem.discount, 0.0),
         complement=put(problem.complement, 1.0),
         horizon=put(problem.horizon, 1.0),
+        ball=jax.tree.map(lambda x: put(x, 0.0), problem.ball),
     )
 
 

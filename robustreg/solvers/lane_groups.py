@@ -98,6 +98,7 @@ def _take_lanes(problem: bellman.BoundProblem, index: tuple[Array, ...]) -> bell
         "valid",
         "magnitudes",
         "proved",
+        "ball",
     )
     leaves: Any = {name: pick(getattr(problem, name)) for name in names}
     kernel = problem.transitions._take_lanes(index)

@@ -27,8 +27,11 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
+from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
+from robustreg.solvers import ambiguity as balls
 from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, plain, readings, resident, undiscounted
+from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Solution, Status
 
@@ -46,6 +49,7 @@ def solve(
     init: ArrayLike | None = None,
     adjoint_error: ArrayLike | None = None,
     strict: bool = False,
+    ambiguity: TransitionBall | None = None,
 ) -> Solution:
     """Solve a regularised MDP, which is the minimax game against its adversary, with a certificate.
 
@@ -67,6 +71,8 @@ def solve(
         strict: whether rounding is bounded for the worst case. By default the roundings of a sum of more than 16
             successors count by four times the square root of their number, a bound that random errors meet with a
             probability close to 1; strictly, by their number, which makes dense problems' bounds wider.
+        ambiguity: noise in the transitions against which the policy is to be best as well, a `TransitionBall`; None is
+            none. The value is then the robust one, `perturbation` what reward and transitions take off together.
 
     Returns:
         A `Solution`. Where `status` is CONVERGED, `lower <= V* <= upper` with `upper - lower <= 2 tol`.
@@ -90,9 +96,10 @@ def solve(
     limit = checks.operand("max_steps", max_steps, np.int32)
     probe = None if adjoint_error is None else checks.operand("adjoint_error", adjoint_error, dtype)
     strict = checks.flag("strict", strict)
+    ball = None if ambiguity is None else balls.checked(ambiguity, mdp)
     # The logarithm of an action never played is minus infinity: no fault, for whoever looks for infinities.
     with jax.debug_infs(False):
-        return _solve(mdp._with_sparsity(), reg, solver, tol, limit, start, probe, strict=strict)
+        return _solve(mdp._with_sparsity(), reg, solver, tol, limit, start, probe, ball, strict=strict)
 
 
 def check_arguments(mdp: MDP, reg: Regulariser | None, solver: Solver | None, tol: ArrayLike | None) -> None:
@@ -125,10 +132,11 @@ def _solve(
     limit: Array,
     init: Array | None,
     probe: Array | None = None,
+    ball: TransitionBall | None = None,
     strict: bool = False,
 ) -> Solution:
     shapes = [x.shape[: x.ndim - core] for x, core in ((tol, 0), (init, 1), (probe, 0)) if x is not None]
-    problem = bellman.bind(mdp, reg, *shapes, strict=strict)
+    problem = bellman.bind(mdp, reg, *shapes, strict=strict, ambiguity=ball)
     batch = problem.batch
     tol = jnp.broadcast_to(tol, batch)
     if init is not None:
@@ -255,7 +263,7 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
         c=c,
         residual=d,
         size=largest,
-        chain=bellman.chain(problem, policy),
+        chain=bellman.chain(problem, policy, (state.h, state.c)),
         half_width=width,
         goal=goal,
         count=state.steps,
@@ -371,7 +379,9 @@ def _log_policy(problem: bellman.BoundProblem, policy: Array, q: Array, lost: Ar
     """Logarithm of the policy, `[A, S, *B]`, of a harmless one in lanes that are lost: see `implicit`."""
     policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(lost[None, None], 0, q)
-    return implicit.harmless(problem, lost).regulariser.log_policy(policy, q)
+    regulariser = implicit.harmless(problem, lost).regulariser
+    # (Uncertain transitions change q, and so what a regulariser could tell of small probabilities from it.)
+    return regulariser.log_policy(policy, q) if problem.ball is None else Bound.log_policy(regulariser, policy, q)
 
 
 def _honest(problem: bellman.BoundProblem, loop: Loop, tol: Array) -> Array:

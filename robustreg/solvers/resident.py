@@ -82,7 +82,7 @@ def find(problem: bellman.BoundProblem, solver: Any) -> tuple[str, Engine] | Non
 
 def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
     reg, rows, (n_actions, n_states) = problem.regulariser, problem.transitions, problem.reward.shape[:2]
-    if problem.proved is not None:  # a discount may be 1, which the kernel knows nothing of
+    if problem.proved is not None or problem.ball is not None:  # of which the kernel knows nothing
         return None
     if type(reg) not in (BoundKL, BoundAlpha) or type(solver) is not methods.Newton or solver.linear != "krylov":
         return None

@@ -1,0 +1,250 @@
+r"""Transitions that are uncertain within a ball: what the worst of them takes off, and which they are.
+
+An adversary adds to the rows of P, state by state, a noise dP of p-norm at most b [Derman, Geist and Mannor 2021;
+Kumar, Levy, Wang and Mannor 2022]. What that costs is a norm of the value,
+
+    r2:     any noise                 b ||V||_q,                  1/p + 1/q = 1
+    kappa:  noise that sums to 0      b min_w ||V - w||_q         (q = 2: the deviation from the mean; 1: from the
+                                                                   median; infinity: half of the range)
+
+times the discount. If every pair has its own budget (`sa`), it is taken off q(s,a). If the actions of a state share one
+(`s`), it is weighted by `||pi||_q`: the ball is then a *regulariser* of that radius, added to the one there is, and the
+step is that of `norms`. "kappa" leaves rows that sum to what they did, though not positive ones: both are cautious
+closed forms of the exact set, r2 by far the more (THEORY's grid: 4 times).
+
+**The operator.** T is still a maximum of one-step returns, but no longer monotone. Moving V by x moves the norm by at
+most `S^(1/q) x`, so that T contracts by
+
+    L = g (1 + max_s b(s) S^(1/q))
+
+where that is less than 1 [Derman, Geist and Mannor 2021, prop. 5.1]; radii for which it is not are refused. The
+certificate is that of `bellman` with L for g (the horizon is 1/(1-L)); with kappa T still commutes with constants up to
+g, so that the residual may be centred first.
+
+**The worst model.** At V the noise is `dP(s,a,.) = -b (pi_a/||pi||_q)^(q-1) k` (for `sa`: `-b k`), with k the slope of
+the norm at V: one vector for all pairs, so that K = dT/dV is that of P less a product of two vectors. Newton's method
+and gradients solve with it as with any other.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from robustreg._core import checks, loops, pytrees
+from robustreg.problems.mdps import MDP
+from robustreg.regularisers import parameters
+from robustreg.regularisers.bound import Bound
+from robustreg.regularisers.norms import BoundNorm
+from robustreg.regularisers.sums import BoundSum
+from robustreg.solvers.plain import FixedPolicy, HardMax
+
+_FORMS, _KINDS = ("r2", "kappa"), ("s", "sa")
+
+
+@pytrees.dataclass
+class TransitionBall:
+    """Describe noise in every row of the transitions, for `solve(..., ambiguity=)` and `evaluate(..., ambiguity=)`.
+
+    Attributes:
+        radius: of the noise on a row of P (on all rows of a state together, if rectangular is "s"), `[*B]`, finite and
+            not negative.
+        p: norm of the ball, from 1 to infinity.
+        rectangular: "s" where the actions of a state share the radius, "sa" where every pair has its own.
+        form: "kappa", for noise that sums to 0 (the value's deviation from a constant is penalised), or "r2", for any
+            noise (the value itself is, so that adding a constant to the reward is no longer harmless).
+        per_state: `[*B, S]`, not negative; multiplies the radius. None is 1.
+        per_pair: `[*B, S, A]`, not negative; multiplies the radius ("sa" alone). None is 1.
+    """
+
+    radius: Any
+    p: float = pytrees.static(default=2.0)
+    rectangular: str = pytrees.static(default="s")
+    form: str = pytrees.static(default="kappa")
+    per_state: Any = None
+    per_pair: Any = None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading batch axes of all leaves together."""
+        shapes = [jnp.shape(self.radius)]
+        shapes += [] if self.per_state is None else [self.per_state.shape[:-1]]
+        shapes += [] if self.per_pair is None else [self.per_pair.shape[:-2]]
+        batch: Any = jnp.broadcast_shapes(*shapes)
+        return batch
+
+    def bind(self, batch_ndim: int, dtype: Any) -> "BoundBall":
+        """Lay it out for the kernels: radius `[A or 1, S or 1, *b]`."""
+        radius = pytrees.lanes_last(self.radius.astype(dtype)[..., None, None], batch_ndim, 2)
+        for scale, core in ((self.per_state, 1), (self.per_pair, 2)):
+            if scale is not None:
+                laid = pytrees.lanes_last(scale.astype(dtype), batch_ndim, core)
+                radius = radius * (laid[None] if core == 1 else laid)
+        return BoundBall(radius, self.p, self.rectangular, self.form)
+
+
+@pytrees.dataclass
+class BoundBall:
+    """A ball of transitions in the kernels' layout; `radius [A or 1, S or 1, *b]`."""
+
+    radius: Array
+    p: float = pytrees.static()
+    rectangular: str = pytrees.static()
+    form: str = pytrees.static()
+
+    @property
+    def q(self) -> float:
+        """The dual exponent."""
+        return math.inf if self.p == 1 else 1.0 if math.isinf(self.p) else self.p / (self.p - 1)
+
+    def norm(self, h: Array, c: Array) -> tuple[Array, Array]:
+        """Measure `V = h + c`, `[*B]`, with the slope of that, `[S, *B]`."""
+        x = h + c[None] if self.form == "r2" else h - lax.stop_gradient(_centre(h, self.q))[None]
+        return _norm(x, self.q)
+
+    def contraction(self, discount: Array, n_states: int) -> Array:
+        """Bound the modulus of the operator, `[*b]`; 1 or more where none is known."""
+        widest = jnp.max(self.radius, axis=(0, 1))
+        return discount * (1 + widest * float(n_states) ** (1 / self.q))
+
+    def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
+        """Return the regulariser and the action values that the worst transitions leave."""
+        cost = discount[None, None] * self.radius * self.norm(h, c)[0][None, None]
+        return (reg, q - cost) if self.rectangular == "sa" else (_with_radius(reg, cost[0], self.p), q)
+
+    def noise(self, policy: Array, h: Array, c: Array) -> tuple[Array, Array]:
+        """Find the noise that costs most, two factors of it: of pairs `[A, S, *B]`, and of successors `[S, *B]`."""
+        share = jnp.ones_like(policy) if self.rectangular == "sa" else _norm(policy, self.q)[1]
+        return -self.radius * share, self.norm(h, c)[1]
+
+    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> tuple[Array, Array]:
+        """Find what K loses against that of P, as two vectors `[S, *B]`: `K x = g P_pi x - left <right, x>`."""
+        if self.rectangular == "sa":
+            weight = pytrees.total(policy * jnp.broadcast_to(self.radius, policy.shape))
+        else:
+            weight = _norm(policy, self.q)[0] * self.radius[0]
+        return discount[None] * weight, self.norm(h, c)[1]
+
+
+def _norm(x: Array, q: float) -> tuple[Array, Array]:
+    """`||x||_q` over the leading axis, `[...]`, and its slope in x."""
+    size = jnp.abs(x)
+    sign = jnp.sign(x)
+    if q == 1:
+        return jnp.sum(size, axis=0), lax.stop_gradient(sign)
+    if math.isinf(q):
+        top = jnp.max(size, axis=0)
+        at = lax.stop_gradient((size == top[None]).astype(x.dtype) * sign)
+        return top, at / jnp.maximum(jnp.sum(jnp.abs(at), axis=0), 1)[None]
+    top = lax.stop_gradient(jnp.max(size, axis=0))
+    scale = jnp.where(top > 0, top, 1)
+    # (The root of a sum of 0 has no derivative, and none is wanted.)
+    share = jnp.where(size > 0, size, 0) / scale[None]
+    total = jnp.sum(share**q, axis=0)
+    norm = jnp.where(total > 0, total, 1) ** (1 / q)
+    slope = sign * (share / norm[None]) ** (q - 1)
+    return jnp.where(total > 0, scale * norm, 0), jnp.where((total > 0)[None], slope, 0)
+
+
+def _centre(h: Array, q: float) -> Array:
+    """The w that makes `||h - w||_q` smallest, `[...]`."""
+    low, high = jnp.min(h, axis=0), jnp.max(h, axis=0)
+    if math.isinf(q):
+        return 0.5 * (low + high)
+    if q == 2:
+        return jnp.mean(h, axis=0)
+    if q == 1:
+        return jnp.median(h, axis=0)
+    unit = float(jnp.finfo(h.dtype).eps)
+
+    def halve(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, count = state
+        middle = 0.5 * (low + high)
+        x = h - middle[None]
+        width = jnp.max(jnp.abs(x), axis=0)
+        x = x / jnp.where(width > 0, width, 1)[None]
+        above = jnp.sum(jnp.sign(x) * jnp.abs(x) ** (q - 1), axis=0) > 0
+        return jnp.where(above, middle, low), jnp.where(above, high, middle), count + 1
+
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        low, high, count = state
+        wide = high - low > unit * jnp.maximum(jnp.abs(low), jnp.abs(high))
+        return jnp.any(wide) & (count < 100)
+
+    low, high, _ = loops.while_loop(unfinished, halve, (low, high, jnp.zeros((), jnp.int32)))
+    return 0.5 * (low + high)
+
+
+def _with_radius(reg: Bound, radius: Array, p: float) -> Bound:
+    """A bound regulariser with a ball of a radius `[S, *B]` added to it."""
+    tiny = float(jnp.finfo(radius.dtype).tiny)
+    if isinstance(reg, FixedPolicy):
+        norm = BoundNorm(jnp.ones_like(radius), reg.log_prior, p).dual(reg.policy)
+        return FixedPolicy(reg.policy, reg.cost + radius * norm, reg.beta, reg.log_prior)
+    if isinstance(reg, BoundNorm) and reg.p == p:
+        return BoundNorm(1 / jnp.maximum(1 / reg.beta + radius, tiny), reg.log_prior, p)
+    ball = BoundNorm(1 / jnp.maximum(radius, tiny), reg.log_prior, p)
+    if isinstance(reg, HardMax):
+        return ball
+    refuse_sum(reg, p)
+    parts = reg.parts if isinstance(reg, BoundSum) else (reg,)
+    return BoundSum((*parts, ball), False)
+
+
+def refuse_sum(reg: Bound, p: float) -> None:
+    """Refuse a regulariser to which a ball of transitions cannot be added."""
+    parts = reg.parts if isinstance(reg, BoundSum) else (reg,)
+    if p == 1 or any(isinstance(part, BoundNorm) for part in parts):
+        raise TypeError(
+            'a ball of transitions with rectangular="s" is added to the regulariser, as a norm of the policy: with '
+            'p = 1, or beside a norm ball of another p, that sum is not there; take another p, or "sa"'
+        )
+
+
+def checked(ball: Any, mdp: MDP) -> TransitionBall:
+    """Read the ambiguity set of an MDP: with arrays for numbers, all in range.
+
+    Raises:
+        TypeError, ValueError: what is none, or of other sizes; numbers or names out of range; radii for which no
+            contraction is known.
+    """
+    if not isinstance(ball, TransitionBall):
+        raise TypeError(f"ambiguity must be a robustreg.TransitionBall, got {type(ball).__name__}")
+    if not isinstance(ball.p, (int, float)) or not ball.p >= 1:
+        raise ValueError(f"the p of a TransitionBall must be a number from 1 to infinity, got {ball.p!r}")
+    for name, value, allowed in (("rectangular", ball.rectangular, _KINDS), ("form", ball.form, _FORMS)):
+        if value not in allowed:
+            raise ValueError(f"{name} of a TransitionBall must be one of {allowed}, got {value!r}")
+    if ball.per_pair is not None and ball.rectangular == "s":
+        raise ValueError('a radius per pair asks for rectangular="sa": in "s" the actions of a state share one')
+    sizes: dict[str, Any] = {}
+    pairs = (mdp.n_states, mdp.n_actions)
+    for name, core in (("radius", ()), ("per_state", pairs[:1]), ("per_pair", pairs)):
+        x = getattr(ball, name)
+        if x is None:
+            continue
+        x = sizes[name] = parameters.number(name, x)
+        parameters.refuse(name, x, lambda v: ~((v >= 0) & (v < jnp.inf)), "must be finite and not negative")
+        if x.shape[x.ndim - len(core) :] != core:
+            raise ValueError(f"{name} of the ball has shape {x.shape}; expected [*B, {', '.join(map(str, core))}]")
+    ball = dataclasses.replace(ball, p=float(ball.p), **sizes)
+    _refuse_radius(ball, mdp.discount, mdp.n_states)
+    return ball
+
+
+def _refuse_radius(ball: TransitionBall, discount: Array, n_states: int) -> None:
+    """Refuse concrete radii for which no contraction is known, naming the bound and the largest one that passes."""
+    if checks.is_traced(ball, discount):
+        return
+    bound = ball.bind(len(jnp.broadcast_shapes(ball.batch_shape, jnp.shape(discount))), discount.dtype)
+    width = float(n_states) ** (1 / bound.q)
+    widest = jnp.max(bound.radius, axis=(0, 1))
+    most = (1 / discount - 1) / width
+    if bool(jnp.any(~(widest < most))):
+        raise ValueError(
+            f"ambiguity: a radius of {float(jnp.max(widest)):.3g} is too large for a contraction: "
+            f"g (1 + radius S^(1/q)) must be below 1, here with q = {bound.q:g}, S = {n_states} and a discount up to "
+            f"{float(jnp.max(discount)):.6g}; the largest radius that passes is {float(jnp.min(most)):.6g}"
+        )

@@ -1,0 +1,74 @@
+"""The Markov chain of a policy as a linear operator: `K = g P_pi`, applied, transposed, written out."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from robustreg._core import pytrees
+from robustreg.problems.transitions import Transitions
+
+
+@pytrees.dataclass
+class Chain:
+    """`K = g P_pi`, the derivative of T: the policy's discounted Markov chain as an operator.
+
+    Attributes:
+        transitions, policy: in the kernels' layout, `[A, S, *B]`: a pair that induces `P_pi`, perhaps a cheaper one.
+        discount: `[*b]`.
+        exit_rate: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
+        longest: the problem's own bound on discounted steps, `[*b]`.
+        backwards: `P_pi` from the other end, or None; see `Transitions`.
+        pull: two vectors `[S, *B]` whose product is taken off, or None: what uncertain transitions change (see
+            `ambiguity`). K may then have negative entries.
+    """
+
+    transitions: Transitions
+    policy: Array
+    discount: Array
+    exit_rate: Array
+    longest: Array
+    backwards: Transitions | None
+    ends: bool = pytrees.static()
+    pull: tuple[Array, Array] | None = None
+
+    @property
+    def horizon(self) -> Array:
+        """Bound on discounted steps, `[*B]`: on `(I - K)^{-1} 1`, hence on how much the inverse enlarges anything."""
+        if self.pull is not None:
+            return jnp.broadcast_to(self.longest, self.exit_rate.shape[1:])
+        return jnp.minimum(1 / jnp.min(self.exit_rate, axis=0), self.longest)
+
+    def pick(self, index: tuple[Array, ...]) -> "Chain":
+        """Return the lanes at `index`, one array `[n]` per batch axis."""
+        own = (self.policy, self.discount, self.exit_rate, self.longest)
+        policy, discount, exit_rate, longest = (pytrees.pick_lanes(x, index) for x in own)
+        pull = jax.tree.map(lambda x: pytrees.pick_lanes(x, index), self.pull)
+        return Chain(self.transitions._take_lanes(index), policy, discount, exit_rate, longest, None, self.ends, pull)
+
+    def apply(self, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
+        """Compute `K x`, `[S, *B]`. `add` sums over actions; to be transposed, give one that has a transpose."""
+        ahead = self.discount[None] * add(self.policy * self.transitions._expect(x))
+        return ahead if self.pull is None else ahead - self.pull[0] * jnp.sum(self.pull[1] * x, axis=0)[None]
+
+    def transpose(self, y: Array) -> Array:
+        """Compute `K^T y`, `[S, *B]`."""
+        if self.backwards is not None:
+            back = self.discount[None] * self.backwards._push(y[None])
+        else:
+            back = self.discount[None] * self.transitions._push(self.policy * y[None])
+        return back if self.pull is None else back - self.pull[1] * jnp.sum(self.pull[0] * y, axis=0)[None]
+
+    def matrix(self) -> Array:
+        """Compute `K` written out, `[*B, S, S]` (row: state, column: successor)."""
+        n, batch = self.exit_rate.shape[0], self.exit_rate.shape[1:]
+        unit = jnp.eye(n, dtype=self.policy.dtype).reshape((n,) + (1,) * len(batch) + (n,))
+        # A further lane for each unit vector: P is then one matrix-matrix product for all of them.
+        expected = self.transitions._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *batch, n)))
+        rows = self.discount[None, ..., None] * jnp.sum(self.policy[..., None] * expected, axis=0)
+        matrix = jnp.moveaxis(rows, 0, -2)
+        if self.pull is None:
+            return matrix
+        left, right = (jnp.moveaxis(jnp.broadcast_to(x, self.exit_rate.shape), 0, -1) for x in self.pull)
+        return matrix - left[..., :, None] * right[..., None, :]
