@@ -4,8 +4,8 @@
 next value, `loop` runs a method and stops it (`solve`), `solution` is what comes out. `linear` solves the systems
 `(I - K) x = b` of Newton's method and of gradients, with `elimination` where Krylov methods fail; `implicit` attaches
 derivatives to the fixed point. `evaluation` is the same loop for one policy, `average` the same loop for the reward per
-step in the long run; `horizon` takes the same backup a fixed number of times. `ranges` measures the numbers of a problem
-for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
+step in the long run; `horizon` takes the same backup a fixed number of times. `ranges` measures the numbers of a
+problem for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
 """
 
 from robustreg.solvers.average import Average, solve_average
