@@ -46,7 +46,8 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
 
     Args:
         path: of the file; `.npz` is appended where it is missing.
-        obj: an `MDP` or its transitions, a regulariser, or an answer of `solve`, `certify`, `guarantee`, `solve_game`.
+        obj: an `MDP` or its transitions, a regulariser, or an answer of `solve`, `solve_horizon`,
+            `solve_average`, `certify`, `guarantee`, `solve_game`.
         header: more to keep in the JSON header (`read_header` gives it back), JSON values only.
 
     Returns:

@@ -3,8 +3,9 @@
 `bellman` is the page to read first: the operator, its derivative, and what one residual proves. `methods` chooses the
 next value, `loop` runs a method and stops it (`solve`), `solution` is what comes out. `linear` solves the systems
 `(I - K) x = b` of Newton's method and of gradients, with `elimination` where Krylov methods fail; `implicit` attaches
-derivatives to the fixed point. `evaluation` is the same loop for one policy. `ranges` measures the numbers of a problem
-for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
+derivatives to the fixed point. `evaluation` is the same loop for one policy, `average` the same loop for the reward per
+step in the long run; `horizon` takes the same backup a fixed number of times. `ranges` measures the numbers of a
+problem for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
 """
 
 from robustreg.solvers.average import Average, solve_average
