@@ -96,7 +96,7 @@ class BoundSum(Bound):
         left = 1 - c * reduce.plain_sum(b * b * w)
 
         def solved(v: Array) -> Array:
-            """`(1/w - c b b^T)^-1 v` [Sherman and Morrison 1950]."""
+            """Solve `(1/w - c b b^T) x = v` [Sherman and Morrison 1950]."""
             return w * (v + b * reduce.over(c * reduce.plain_sum(b * w * v) / left))
 
         t, ones = solved(z), solved(jnp.ones_like(policy))

@@ -77,10 +77,10 @@ class TransitionBall:
 
     def bind(self, batch_ndim: int, dtype: Any) -> "BoundBall":
         """Lay it out for the kernels: radius `[A or 1, S or 1, *b]`."""
-        radius = pytrees.lanes_last(self.radius.astype(dtype)[..., None, None], batch_ndim, 2)
+        radius = pytrees.lanes_last(jnp.asarray(self.radius, dtype)[..., None, None], batch_ndim, 2)
         for scale, core in ((self.per_state, 1), (self.per_pair, 2)):
             if scale is not None:
-                laid = pytrees.lanes_last(scale.astype(dtype), batch_ndim, core)
+                laid = pytrees.lanes_last(jnp.asarray(scale, dtype), batch_ndim, core)
                 radius = radius * (laid[None] if core == 1 else laid)
         return BoundBall(radius, self.p, self.rectangular, self.form)
 

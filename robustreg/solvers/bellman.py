@@ -278,7 +278,8 @@ def chain(problem: BoundProblem, policy: Array, value: tuple[Array, Array] | Non
     exit_rate = jnp.broadcast_to(exit_rate, policy.shape[1:])
     given = policy
     transitions, policy, backwards = problem.transitions._induced(policy)
-    longest = jnp.broadcast_to(problem.horizon, problem.discount.shape) if not problem.ends else problem.horizon
+    own = problem.ends or problem.ball is not None
+    longest = problem.horizon if own else jnp.broadcast_to(problem.horizon, problem.discount.shape)
     if problem.averaged:  # `I - P_pi` has no inverse
         exit_rate, longest = jnp.zeros_like(exit_rate), jnp.full_like(longest, jnp.inf)
     pull = None

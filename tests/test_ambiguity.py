@@ -1,0 +1,166 @@
+"""Uncertain transitions: the norms, the operator, the worst model, published distances, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+import robustreg as rr
+from robustreg.solvers import ambiguity
+
+G = 0.9
+
+
+@pytest.fixture(scope="module")
+def grid():
+    """The 5 x 5 grid of [Derman, Geist and Mannor 2021]: rewards at two corners, the first of which ends the walk."""
+    P, r = np.zeros((25, 4, 25)), np.zeros((25, 4))
+    for s in range(25):
+        for a in range(4):
+            for b, (di, dj) in enumerate([(-1, 0), (0, 1), (1, 0), (0, -1)]):
+                i, j = min(max(s // 5 + di, 0), 4), min(max(s % 5 + dj, 0), 4)
+                P[s, a, 5 * i + j] += 0.925 if a == b else 0.025
+    P[0], P[0, :, 0], r[0], r[4] = 0, 1, 1, 10
+    return rr.mdp(P, r, discount=G, layout="sas")
+
+
+def test_published_distances(grid):
+    """How far each set moves the value of the uniform policy, to two digits; evaluation is swept in NumPy beside it."""
+    uniform = np.full((25, 4), 0.25)
+    plain = np.asarray(rr.evaluate(grid, uniform))
+    assert np.allclose(plain[:5], [9.9914, 6.0223, 6.6772, 12.2271, 28.0361], rtol=2e-3)  # (theirs stops at 1e-3)
+
+    def moved(value):
+        return np.linalg.norm(np.asarray(value) - plain)
+
+    assert np.allclose(moved(rr.evaluate(grid, uniform, rr.norm_ball(0.01))), 0.2498, rtol=2e-3)
+    for radius, r2, kappa in ((1e-2, 7.573, 6.335), (1e-3, 0.850, 0.6335), (1e-5, 0.0086, 0.006335)):
+        for form, wanted in (("r2", r2), ("kappa", kappa)):
+            ball = rr.TransitionBall(radius, form=form)
+            value = np.asarray(rr.evaluate(grid, uniform, ambiguity=ball))
+            assert abs(moved(value) - wanted) < 5e-3 * wanted + 5e-5
+            # By sweeps: each action takes off half of the norm, for ||pi||_2 = 1/2.
+            P, v = np.asarray(grid.transitions.probabilities), np.zeros(25)
+            for _ in range(600):
+                x = v if form == "r2" else v - v.mean()
+                v = 0.25 * (grid.reward + G * P @ v).sum(1) - G * radius * np.linalg.norm(x) / 2
+            assert np.abs(v - value).max() < 1e-9
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, np.inf])
+def test_norms_and_their_centres(p):
+    """Value and slope against a minimiser that knows nothing of either; kappa is blind to constants."""
+    rng = np.random.default_rng(0)
+    h, c = rng.standard_normal((9, 5)), rng.standard_normal(5)
+    for form in ("r2", "kappa"):
+        ball = rr.TransitionBall(0.1, p, "s", form).bind(1, np.float64)
+        value, slope = map(np.asarray, ball.norm(jnp.asarray(h), jnp.asarray(c)))
+        for i in range(5):
+            v, q = h[:, i] + c[i], ball.q
+            if form == "kappa":
+                found = optimize.minimize_scalar(
+                    lambda w, v=v, q=q: np.linalg.norm(v - w, q), bounds=(v.min(), v.max()), options={"xatol": 1e-12}
+                )
+                assert found.fun - 1e-6 < value[i] < found.fun + 1e-9  # (it finds kinks but roughly)
+                assert abs(slope[:, i].sum()) < 1e-9
+            else:
+                assert abs(value[i] - np.linalg.norm(v, q)) < 1e-12
+            # A subgradient of length at most 1 in the dual norm, that attains the value.
+            assert np.linalg.norm(slope[:, i], p) <= 1 + 1e-9 and abs(slope[:, i] @ v - value[i]) < 1e-9
+
+
+CASES = [
+    (None, "s", "kappa", 2.0),
+    (None, "sa", "r2", 1.0),
+    (rr.norm_ball(0.1), "s", "r2", 2.0),
+    (rr.norm_ball(0.1, 1.5), "s", "kappa", 1.5),
+    (rr.kl(5.0), "sa", "kappa", np.inf),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_the_worst_model_attains_the_robust_value(grid, case):
+    """In it the policy is worth the value; the certified interval holds that of plain sweeps; other noise does less."""
+    reg, rectangular, form, p = CASES[case]
+    ball = rr.TransitionBall(0.004, p, rectangular, form)
+    sol = rr.solve(grid, reg, ambiguity=ball).raise_if_failed()
+    policy, value = np.asarray(sol.policy), np.asarray(sol.value)
+    reward, transitions = (np.asarray(x) for x in rr.worst_model(grid, reg, sol, ball))
+    paid = (policy * np.where(policy > 0, reward, 0)).sum(-1)
+    worst = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, transitions), paid)
+    assert np.abs(worst - value).max() < 1e-8
+    assert np.abs(rr.evaluate(grid, policy, reg, ambiguity=ball) - value).max() < 1e-8
+    swept = rr.solve(grid, reg, rr.ValueIteration(), ambiguity=ball, tol=1e-9).raise_if_failed()
+    assert (swept.lower <= sol.upper).all() and (sol.lower <= swept.upper).all()
+    # Noise of the same size in other directions hurts no more.
+    noise = transitions - np.asarray(grid.transitions.probabilities)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        other = rng.standard_normal(noise.shape)
+        other -= other.mean(-1, keepdims=True) if form == "kappa" else 0
+        axes = (1, 2) if rectangular == "s" else (2,)
+        size = (
+            (np.abs(other) ** p).sum(axes, keepdims=True) ** (1 / p)
+            if p < np.inf
+            else np.abs(other).max(axes, None, True)
+        )
+        P = np.asarray(grid.transitions.probabilities) + 0.004 * other / size
+        model = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, P), paid)
+        assert (model >= value - 1e-9).all()
+
+
+def test_gradients_lanes_and_float32(grid):
+    """Backwards in reward, discount and radius; lanes of radii; a float32 interval holds the float64 value."""
+    direction = jnp.arange(100.0).reshape(25, 4) / 100
+    reg = rr.norm_ball(0.1)
+
+    def objective(t):
+        ball = rr.TransitionBall(0.004 + 0.01 * t, 2, "s", "kappa")
+        m = grid.replace(reward=grid.reward + t * direction, discount=G + 0.01 * t)
+        return rr.solve(m, reg, ambiguity=ball).objective
+
+    step = 1e-5
+    assert abs(jax.grad(objective)(0.0) - (objective(step) - objective(-step)) / (2 * step)) < 1e-6
+    radii = np.array([0.0, 0.002, 0.004])
+    lanes = rr.solve(grid, reg, ambiguity=rr.TransitionBall(radii))
+    assert (np.diff(lanes.objective) < 0).all()
+    assert np.abs(lanes.value[0] - rr.solve(grid, reg).value).max() < 1e-9
+    low = jax.tree.map(lambda x: x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, grid)
+    single = rr.solve(low, rr.norm_ball(np.float32(0.1)), ambiguity=rr.TransitionBall(np.float32(0.004)))
+    truth = np.asarray(lanes.value[2])
+    assert (np.asarray(single.lower) <= truth).all() and (truth <= np.asarray(single.upper)).all()
+
+
+def test_per_state_and_per_pair_radii(grid):
+    """A radius of 0 where it matters is no radius; scales multiply."""
+    half = rr.solve(grid, None, ambiguity=rr.TransitionBall(0.004)).value
+    scaled = rr.solve(grid, None, ambiguity=rr.TransitionBall(0.008, per_state=np.full(25, 0.5))).value
+    assert np.abs(half - scaled).max() < 1e-10
+    none = rr.TransitionBall(0.008, rectangular="sa", per_pair=np.zeros((25, 4)))
+    assert np.abs(rr.solve(grid, None, ambiguity=none).value - rr.nominal_optimum(grid)).max() < 1e-9
+
+
+def test_what_is_refused(grid):
+    """Radii without a contraction, with the largest that passes; names and numbers out of range."""
+    most = (1 / G - 1) / 5
+    with pytest.raises(ValueError, match=f"largest radius that passes is {most:.6g}"):
+        rr.solve(grid, None, ambiguity=rr.TransitionBall(0.1))
+    assert rr.solve(grid, None, ambiguity=rr.TransitionBall(0.999 * most)).converged
+    traced = jax.jit(lambda r: rr.solve(grid, None, ambiguity=rr.TransitionBall(r)).status)
+    assert int(traced(0.1)) == rr.Status.NONFINITE_INPUT
+    for ball, told in (
+        (rr.TransitionBall(-1.0), "not negative"),
+        (rr.TransitionBall(0.1, 0.5), "p of a TransitionBall"),
+        (rr.TransitionBall(0.1, 2, "state"), "rectangular"),
+        (rr.TransitionBall(0.1, 2, "s", "ball"), "form"),
+        (rr.TransitionBall(0.1, per_state=np.ones(3)), "per_state"),
+        (rr.TransitionBall(0.1, per_pair=np.ones((25, 4))), "sa"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            rr.solve(grid, None, ambiguity=ball)
+    with pytest.raises(TypeError, match="TransitionBall"):
+        rr.solve(grid, None, ambiguity=0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="another p"):
+        rr.solve(grid, rr.kl(1.0), ambiguity=rr.TransitionBall(0.001, 1))
+    assert isinstance(ambiguity.checked(rr.TransitionBall(0.1 / 25), grid), rr.TransitionBall)
