@@ -30,11 +30,12 @@ from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha
 from robustreg.regularisers.regulariser import Sum
 from robustreg.regularisers.separable import FAMILIES
+from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.average import Average
 from robustreg.solvers.horizon import Horizon
 from robustreg.solvers.solution import Solution
 
-_PROBLEMS = (MDP, Dense, Successors, Sum, NormBall, KL, Alpha, Entropy)
+_PROBLEMS = (MDP, TransitionBall, Dense, Successors, Sum, NormBall, KL, Alpha, Entropy)
 _KINDS = (*_PROBLEMS, Solution, Certificate, Guarantee, Game, Horizon, Average)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 

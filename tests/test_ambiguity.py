@@ -132,11 +132,14 @@ def test_gradients_lanes_and_float32(grid):
     assert (np.asarray(single.lower) <= truth).all() and (truth <= np.asarray(single.upper)).all()
 
 
-def test_per_state_and_per_pair_radii(grid):
-    """A radius of 0 where it matters is no radius; scales multiply."""
+def test_per_state_and_per_pair_radii(grid, tmp_path):
+    """A radius of 0 where it matters is no radius; scales multiply; a set is saved and read back."""
     half = rr.solve(grid, None, ambiguity=rr.TransitionBall(0.004)).value
     scaled = rr.solve(grid, None, ambiguity=rr.TransitionBall(0.008, per_state=np.full(25, 0.5))).value
     assert np.abs(half - scaled).max() < 1e-10
+    kept = ambiguity.checked(rr.TransitionBall(0.008, 1.5, "sa", "r2", per_state=np.full(25, 0.5)), grid)
+    back = rr.load(rr.save(tmp_path / "ball", kept))
+    assert (back.p, back.rectangular, back.form) == (1.5, "sa", "r2") and float(back.radius) == 0.008
     none = rr.TransitionBall(0.008, rectangular="sa", per_pair=np.zeros((25, 4)))
     assert np.abs(rr.solve(grid, None, ambiguity=none).value - rr.nominal_optimum(grid)).max() < 1e-9
 
