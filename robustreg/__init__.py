@@ -36,6 +36,7 @@ from robustreg.regularisers.families import KL, Alpha, alpha, kl
 from robustreg.regularisers.masks import restricted
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.joint import OccupancySolution, solve_occupancy
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
@@ -62,6 +63,7 @@ __all__ = [
     "ModifiedPolicyIteration",
     "Names",
     "Newton",
+    "OccupancySolution",
     "Orthant",
     "Regulariser",
     "RobustSet",
@@ -103,6 +105,7 @@ __all__ = [
     "slack",
     "solve",
     "solve_game",
+    "solve_occupancy",
     "stack",
     "sweep",
     "trainable",

@@ -27,9 +27,10 @@ from robustreg.problems.successors import Successors
 from robustreg.problems.transitions import Dense, MatrixFree
 from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha
+from robustreg.solvers.joint import OccupancySolution
 from robustreg.solvers.solution import Solution
 
-_KINDS = (MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
+_KINDS = (MDP, Solution, OccupancySolution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 
@@ -40,7 +41,8 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
 
     Args:
         path: of the file; `.npz` is appended where it is missing.
-        obj: an `MDP` or its transitions, a regulariser, or an answer of `solve`, `certify`, `guarantee`, `solve_game`.
+        obj: an `MDP` or its transitions, a regulariser, or an answer of `solve`, `solve_occupancy`, `certify`,
+            `guarantee`, `solve_game`.
         header: more to keep in the JSON header (`read_header` gives it back), JSON values only.
 
     Returns:

@@ -152,11 +152,11 @@ def test_docstrings_say_what_a_function_does(path):
 
 PUBLIC = """
 KL MDP Alpha Anderson Box Certificate Dense Entropy Features Game Guarantee HalfSpace MatrixFree
-ModifiedPolicyIteration Names Newton Orthant Regulariser RobustSet SharedBudget Solution SolveError StatesOnly Status
-Successors SweepError Table Transitions UnnormalisedSet ValueIteration adversary aggregated_slack alpha baselines
-calibrate certify critical_beta entropy evaluate from_cassandra from_gymnasium from_prism from_table guarantee kl load
-losses mdp nominal_optimum occupancy problems restricted save shard slack solve solve_game stack sweep trainable
-worst_case
+ModifiedPolicyIteration Names Newton OccupancySolution Orthant Regulariser RobustSet SharedBudget Solution
+SolveError StatesOnly Status Successors SweepError Table Transitions UnnormalisedSet ValueIteration adversary
+aggregated_slack alpha baselines calibrate certify critical_beta entropy evaluate from_cassandra from_gymnasium
+from_prism from_table guarantee kl load losses mdp nominal_optimum occupancy problems restricted save shard slack
+solve solve_game solve_occupancy stack sweep trainable worst_case
 """
 
 

@@ -4,10 +4,13 @@
 next value, `loop` runs a method and stops it (`solve`), `solution` is what comes out. `linear` solves the systems
 `(I - K) x = b` of Newton's method and of gradients, with `elimination` where Krylov methods fail; `implicit` attaches
 derivatives to the fixed point. `evaluation` is the same loop for one policy. `ranges` measures the numbers of a problem
-for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
+for its rounding bound, `lifetimes` the steps of episodes without a discount; `undiscounted` says what is proved where
+they need not end. `joint` regularises the joint occupancy of states and actions instead (`joint_dual`).
+`resident` and `resident_kernel` are `solve` as one kernel on a CUDA device.
 """
 
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
+from robustreg.solvers.joint import OccupancySolution, solve_occupancy
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, Solver, Step, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
@@ -16,6 +19,7 @@ __all__ = [
     "Anderson",
     "ModifiedPolicyIteration",
     "Newton",
+    "OccupancySolution",
     "Solution",
     "SolveError",
     "Solver",
@@ -26,4 +30,5 @@ __all__ = [
     "nominal_optimum",
     "occupancy",
     "solve",
+    "solve_occupancy",
 ]

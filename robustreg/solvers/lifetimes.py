@@ -159,7 +159,5 @@ def of_all(
 
     none, infinite = jnp.zeros(active.shape, bool), jnp.full(active.shape, jnp.inf, dtype)
     start = (jnp.ones(shape, dtype), infinite, active, none, jnp.asarray(0, jnp.int32))
-    state = loops.while_loop(
-        lambda s: jnp.any(s[2]) & (s[4] < _ROUNDS), turn, start, (transitions, masked, ends)
-    )
+    state = loops.while_loop(lambda s: jnp.any(s[2]) & (s[4] < _ROUNDS), turn, start, (transitions, masked, ends))
     return state[1], state[3]

@@ -24,7 +24,6 @@ from jax import Array
 from robustreg._core import pytrees
 from robustreg.solvers import bellman, linear
 
-
 # Forcing of Newton's method at a discount of 1.
 _EXACT = 1e-8
 
