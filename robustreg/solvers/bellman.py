@@ -92,6 +92,8 @@ class BoundProblem:
         valid: whether discount, strength, rows and prior are in range, `[*b]`.
         magnitudes: what rounding grows with.
         proved: whether the horizon is one of every policy, `[*b]`; None where every discount is less than 1.
+        steps: elsewhere the expected steps of the reference policy, or more, `[S, *b]`, infinite where it need not end
+            either; None likewise.
         ends: whether termination is part of the problem (else T commutes with constants up to g).
         strict: whether rounding is bounded for the worst case (else long sums count by the root of their length).
     """
@@ -107,6 +109,7 @@ class BoundProblem:
     valid: Array
     magnitudes: ranges.Magnitudes
     proved: Array | None
+    steps: Array | None
     batch: tuple[int, ...] = pytrees.static()
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
@@ -154,9 +157,9 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
     transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
     fixed = lax.stop_gradient((transitions, bound, reward, exit_rate, discount, complement))
     horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
-    proved = None
+    proved = steps = None
     if mdp._may_not_discount():
-        horizon, proved = _undiscounted_horizon(*fixed, horizon)
+        horizon, proved, steps = _undiscounted_horizon(*fixed, horizon)
     deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon)
     return BoundProblem(
         transitions=transitions,
@@ -170,6 +173,7 @@ def bind(mdp: MDP, regulariser: Regulariser, *others: tuple[int, ...], strict: b
         valid=valid,
         magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon),
         proved=proved,
+        steps=steps,
         batch=batch,
         ends=ends,
         strict=strict,
@@ -184,10 +188,9 @@ def _undiscounted_horizon(
     discount: Array,
     complement: Array,
     horizon: Array,
-) -> tuple[Array, Array]:
-    """The horizon with that of the lanes whose discount is 1, and which lanes have one, `[*b]`."""
-    masked = jnp.isneginf(regulariser._prior)
-    shapes = exit_rate.shape[2:], masked.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
+) -> tuple[Array, Array, Array]:
+    """The horizon with that of the lanes whose discount is 1, which lanes have one, `[*b]`, and what others have."""
+    shapes = exit_rate.shape[2:], regulariser._prior.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
     own = jnp.broadcast_shapes(*shapes)
     discount, complement, horizon = (jnp.broadcast_to(x, own) for x in (discount, complement, horizon))
 
@@ -198,8 +201,9 @@ def _undiscounted_horizon(
 
     active, terms = (discount == 1) & (complement == 0), transitions.fan_out + reward.shape[0]
     ends = jnp.broadcast_to(exit_rate > 0, (*reward.shape[:2], *own))
-    found, proved = lifetimes.of_all(transitions, masked, ends, active, chain_of, terms, discount.dtype)
-    return jnp.where(active, found, horizon), proved | ~active
+    prior, dtype = regulariser._prior, discount.dtype
+    found, proved, steps = lifetimes.of_all(transitions, prior, ends, active, chain_of, terms, dtype)
+    return jnp.where(active, found, horizon), proved | ~active, steps
 
 
 def with_operator(problem: BoundProblem, operator: Regulariser, reward: Array) -> BoundProblem:

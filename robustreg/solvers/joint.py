@@ -173,7 +173,7 @@ def _harmless(problem: Dual, lost: Array) -> Dual:
         put(problem.discount, 0.0),
         put(problem.complement, 1.0),
         put(problem.initial, 1.0 / problem.initial.shape[0]),
-        problem.kept | lost,
+        problem.kept | lost[None, None],
         put(problem.offset, 0.0),
     )
 

@@ -89,7 +89,7 @@ class Dual:
 
     def perturbed(self, v: Array) -> Array:
         """Compute `x = r + g P V - V`, `[A, S, *B]`; 0 at pairs that are out."""
-        x = self.reward + self.discount * self.transitions._expect(v) - v[None]
+        x = self.reward + self.discount[None, None] * self.transitions._expect(v) - v[None]
         return jnp.where(self.kept, x, 0)
 
     def conjugate(self, v: Array) -> tuple[Array, Array]:
@@ -105,17 +105,17 @@ class Dual:
     def violation(self, mu: Array) -> Array:
         """Compute the gradient of F, `[S, *B]`, of mu: what flows into a state less what leaves it."""
         mu = jnp.where(self.kept, mu, 0)
-        ahead = self.discount * self.transitions._push(mu)
-        return self.complement * self.initial + ahead - jnp.sum(mu, axis=0)
+        ahead = self.discount[None] * self.transitions._push(mu)
+        return self.complement[None] * self.initial + ahead - jnp.sum(mu, axis=0)
 
     def product(self, mu: Array, y: Array) -> Array:
         """Compute `H y`, `[S, *B]`, where C has the maximiser mu."""
-        dx = jnp.where(self.kept, self.discount * self.transitions._expect(y) - y[None], 0)
+        dx = jnp.where(self.kept, self.discount[None, None] * self.transitions._expect(y) - y[None], 0)
         same = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), self.regulariser)
         flat = (x.reshape(-1, 1, *x.shape[2:]) for x in (mu, dx))
         dmu = self.regulariser._policy_tangent(*flat, same).reshape(mu.shape)
         dmu = jnp.where(self.kept, dmu, 0)
-        return self.discount * self.transitions._push(dmu) - jnp.sum(dmu, axis=0)
+        return self.discount[None] * self.transitions._push(dmu) - jnp.sum(dmu, axis=0)
 
 
 def bind(mdp: MDP, reg: Any, reference: Array, batch: tuple[int, ...]) -> tuple[Dual, Array]:
@@ -123,7 +123,7 @@ def bind(mdp: MDP, reg: Any, reference: Array, batch: tuple[int, ...]) -> tuple[
     whole: Any = bellman.bind(mdp, reg, reference.shape[:-2], batch)
     n, core = len(batch), (mdp.n_actions, mdp.n_states)
     mu0 = jnp.broadcast_to(pytrees.lanes_last(reference, n, 2), (*core, *batch))
-    mu0 = mu0 / jnp.sum(mu0, axis=(0, 1))
+    mu0 = mu0 / jnp.sum(mu0, axis=(0, 1))[None, None]
     initial = jnp.broadcast_to(pytrees.lanes_last(mdp.initial, n, 1), (core[1], *batch))
     allowed = mu0 > 0
     if mdp.available is not None:
@@ -139,7 +139,7 @@ def bind(mdp: MDP, reg: Any, reference: Array, batch: tuple[int, ...]) -> tuple[
     safe = jnp.where(complete, 1, mass)
     positive = jnp.where(alpha > 0, alpha, 1)
     offset = divergences.deformed_exp(-jnp.log(safe), alpha - 1) / (positive * beta[0])
-    logs = jnp.where(kept, jnp.log(jnp.where(kept, mu0, 1) / mass), -jnp.inf).reshape(-1, 1, *batch)
+    logs = jnp.where(kept, jnp.log(jnp.where(kept, mu0, 1) / mass[None, None]), -jnp.inf).reshape(-1, 1, *batch)
     joint = dataclasses.replace(whole.regulariser, beta=beta * safe[None] ** (alpha - 1)[None], log_prior=logs)
     sound = bellman.sound(whole) & feasible & ~none & (complete | (alpha > 0))
     sound = sound & jnp.all(jnp.isfinite(mu0) & (mu0 >= 0), axis=(0, 1)) & jnp.all(jnp.isfinite(initial), axis=0)
@@ -259,13 +259,14 @@ def _dense(problem: Dual, mu: Array, b: Array, damping: Array) -> Array:
     # States that are hardly visited have rows of their own size.
     diagonal = jnp.where(out, top, jnp.maximum(diagonal + damping[..., None], 1e-30 * top))
     scale = lax.rsqrt(diagonal)
-    h = h + jnp.where(out, top, damping[..., None])[..., None] * jnp.eye(n, dtype=dtype)
+    eye = jnp.eye(n, dtype=dtype).reshape((1,) * len(batch) + (n, n))
+    h = h + jnp.where(out, top, damping[..., None])[..., None] * eye
     h = scale[..., None] * h * scale[..., None, :]
     # Constants, which H loses, in this metric.
     constant = jnp.where(out, 0, 1 / scale)
     constant = constant / jnp.sqrt(jnp.sum(constant**2, axis=-1, keepdims=True))
     h = h + constant[..., None] * constant[..., None, :]
-    h = h + 4 * float(jnp.finfo(dtype).eps) * jnp.eye(n, dtype=dtype)
+    h = h + 4 * float(jnp.finfo(dtype).eps) * eye
     right = scale * jnp.where(out, 0, jnp.moveaxis(b, 0, -1))
     right = right - constant * jnp.sum(constant * right, axis=-1, keepdims=True)
     x = jnp.linalg.solve(h, right[..., None])[..., 0]
@@ -369,8 +370,8 @@ def bounds(problem: Dual, v: Array) -> tuple[Array, Array, Array]:
     order = problem.regulariser._order
     order = jnp.broadcast_to(order, (1, *own.shape[2:]))[0]
     ratio = jnp.where(own > 0, jnp.log(jnp.where(own > 0, own, 1)) - jnp.where(problem.kept, logs, 0), 0)
-    tilt = jnp.abs(divergences.deformed_exp(ratio, jnp.broadcast_to(order - 1, ratio.shape))) + 2
-    paid = jnp.sum(own * (jnp.abs(reward) + tilt / beta), axis=(0, 1))
+    tilt = jnp.abs(divergences.deformed_exp(ratio, jnp.broadcast_to(order[None, None] - 1, ratio.shape))) + 2
+    paid = jnp.sum(own * (jnp.abs(reward) + tilt / beta[None, None]), axis=(0, 1))
     below = 2 * relative * paid + problem.regulariser._value_error(flat)[0] + unit * (2 + n_pairs**0.5) * paid
     lower = jnp.sum(own * reward, axis=(0, 1)) - cost
     return lower - below, upper + above, above + below
@@ -379,11 +380,11 @@ def bounds(problem: Dual, v: Array) -> tuple[Array, Array, Array]:
 def _own_occupancy(problem: Dual, policy: Array) -> tuple[Array, Array]:
     """A policy's own normalised occupancy, `[A, S, *B]`, and its relative error entry by entry, `[*B]`."""
     unit, n, batch = 0.5 * float(jnp.finfo(policy.dtype).eps), policy.shape[1], policy.shape[2:]
-    rate = jnp.broadcast_to(problem.complement, policy.shape[1:])
+    rate = jnp.broadcast_to(problem.complement[None], policy.shape[1:])
     transitions, p, backwards = problem.transitions._induced(policy)
     longest = 1 / jnp.broadcast_to(problem.complement, problem.discount.shape)
     chain = bellman.Chain(transitions, p, problem.discount, rate, longest, backwards, False)
-    start = problem.complement * problem.initial
+    start = problem.complement[None] * problem.initial
     if n <= linear.DENSE:
         matrix = chain.matrix().reshape(-1, n, n)
         right = jnp.moveaxis(start, 0, -1).reshape(-1, n)

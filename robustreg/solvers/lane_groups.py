@@ -97,6 +97,7 @@ def _take_lanes(problem: bellman.BoundProblem, index: tuple[Array, ...]) -> bell
         "valid",
         "magnitudes",
         "proved",
+        "steps",
     )
     leaves: Any = {name: pick(getattr(problem, name)) for name in names}
     kernel = problem.transitions._take_lanes(index)
