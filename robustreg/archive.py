@@ -30,7 +30,7 @@ from robustreg.regularisers.families import KL, Alpha
 from robustreg.solvers.joint import OccupancySolution
 from robustreg.solvers.solution import Solution
 
-_KINDS = (MDP, Solution, OccupancySolution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
+_KINDS = (MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game, OccupancySolution)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 

@@ -156,36 +156,29 @@ def test_gradients(solved):
     P, _, initial, mu0, m, reg, sol = solved
     rng = np.random.default_rng(2)
     weight = {name: rng.normal(size=np.shape(getattr(sol, name)[0])) for name in ("value", "policy", "perturbation")}
-    keep = jnp.asarray([1, 1, 1, 0, 1, 0, 1, 0], float)  # where no pair comes or goes on the way
+    keep = jnp.asarray([1, 1, 1, 0, 1, 0, 1, 0], float)  # lanes in which no pair comes or goes on the way
 
     def outputs(reward, beta, P, mu0, discount):
         mdp = rr.mdp(rr.Dense(P), reward, discount, initial=jnp.asarray(initial))
         x = rr.solve_occupancy(mdp, dataclasses.replace(reg, beta=beta), mu0)
         mixed = sum(jnp.sum(getattr(x, name) * w[None], axis=tuple(range(1, w.ndim + 1))) for name, w in weight.items())
-        return jnp.sum(x.objective), jnp.sum(keep * mixed)
+        return jnp.sum(keep * (mixed + x.objective))
 
     leaves = (m.reward, reg.beta, jnp.asarray(P), jnp.asarray(mu0), jnp.asarray(G))
-    ways = [jnp.asarray(rng.normal(size=x.shape)) for x in leaves]
-    ways[2], ways[3] = ways[2] - ways[2].mean(-1, keepdims=True), ways[3] - ways[3].mean()
-    ways[2], ways[3], ways[4] = 1e-2 * ways[2] * P, 1e-2 * ways[3] * mu0, 1e-2 * ways[4]
-    ways[2] = ways[2] - P * ways[2].sum(-1, keepdims=True)
-    ways[3] = ways[3] - mu0 * ways[3].sum()
-    both = jax.jit(jax.jacrev(outputs, (0, 1, 2, 3, 4)))(*leaves)
-    along = jax.jit(lambda way: jax.jvp(outputs, leaves, way)[1])
-    plain = jax.jit(outputs)
-    assert np.abs(np.asarray(both[0][0]) - np.asarray(sol.occupancy).sum(0)).max() <= 1e-11
+    ways = [rng.normal(size=x.shape) for x in leaves]
+    ways[2] = P * (ways[2] - (P * ways[2]).sum(-1, keepdims=True))
+    ways[3] = mu0 * (ways[3] - (mu0 * ways[3]).sum())
+    program = jax.jit(jax.value_and_grad(outputs, (0, 1, 2, 3, 4)))
+    gradients = program(*leaves)[1]
     for i, way in enumerate(ways):
-        alone = tuple(way if i == j else jnp.zeros_like(x) for j, x in enumerate(leaves))
-        step = 1e-5
-        up, down = (plain(*(x + t * y for x, y in zip(leaves, alone))) for t in (step, -step))
-        for row, slope, forwards in zip(both, zip(up, down), along(alone)):
-            difference = (float(slope[0]) - float(slope[1])) / (2 * step)
-            assert float(jnp.vdot(row[i], way)) == pytest.approx(difference, rel=1e-4, abs=1e-7), i
-            assert float(forwards) == pytest.approx(float(jnp.vdot(row[i], way)), rel=1e-7, abs=1e-9), i
+        step = 1e-5 if i < 4 else 1e-6
+        up, down = (program(*(x + t * way if i == j else x for j, x in enumerate(leaves)))[0] for t in (step, -step))
+        slope = float(up - down) / (2 * step)
+        assert float(jnp.vdot(gradients[i], way)) == pytest.approx(slope, rel=1e-4, abs=1e-6), i
 
 
-def test_second_derivatives(solved):
-    """The Hessian of the optimum in the reward is that of the occupancy: symmetric and positive semidefinite."""
+def test_first_and_second_derivatives_of_the_optimum(solved):
+    """The gradient in the reward is the occupancy, and the Hessian symmetric and positive semidefinite."""
     _, reward, initial, mu0, m, _, _ = solved
 
     def optimum(reward):
@@ -194,6 +187,8 @@ def test_second_derivatives(solved):
     hessian = np.asarray(jax.jit(jax.hessian(optimum))(m.reward)).reshape(S * A, S * A)
     assert np.abs(hessian - hessian.T).max() <= 1e-10 and np.linalg.eigvalsh(hessian).min() >= -1e-10
     slope = jax.jit(jax.grad(optimum))
+    visits = rr.solve_occupancy(m, rr.kl(2.0), mu0).occupancy
+    assert np.abs(np.asarray(slope(m.reward) - visits)).max() <= 1e-12
     step = 1e-5 * np.eye(S * A)[4].reshape(S, A)
     change = (slope(m.reward + step) - slope(m.reward - step)) / 2e-5
     assert np.abs(np.asarray(change).ravel() - hessian[4]).max() <= 1e-7

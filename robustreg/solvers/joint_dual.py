@@ -66,11 +66,12 @@ _ARMIJO = 1e-4
 
 @pytrees.dataclass
 class Dual:
-    """The dual in the kernels' layout: `regulariser` is that of one state with all `S A` pairs for actions.
+    """The dual in the kernels' layout.
 
     Attributes:
         transitions: bound.
-        regulariser: bound; its prior is the reference restricted to what can be visited, `[A S, 1, *B]`.
+        regulariser: of one state that has all pairs for actions, `[A S, 1, *B]`; its prior is what can be visited of
+            the reference.
         reward: `[A, S, *b]`, 0 at pairs that are out.
         discount, complement: `[*b]`.
         initial: `[S, *b]`.
@@ -119,7 +120,7 @@ class Dual:
 
 
 def bind(mdp: MDP, reg: Any, reference: Array, batch: tuple[int, ...]) -> tuple[Dual, Array]:
-    """The dual, and the lanes in which it has a solution, `[*B]`."""
+    """Lay the dual out for the kernels, and tell in which lanes it has a solution, `[*B]`."""
     whole: Any = bellman.bind(mdp, reg, reference.shape[:-2], batch)
     n, core = len(batch), (mdp.n_actions, mdp.n_states)
     mu0 = jnp.broadcast_to(pytrees.lanes_last(reference, n, 2), (*core, *batch))
@@ -181,13 +182,13 @@ def _visitable(problem: bellman.BoundProblem, allowed: Array, initial: Array) ->
 
 
 def minimise(problem: Dual, sound: Array, limit: Array) -> tuple[Array, Array, Array]:
-    """V of least dual value, `[S, *B]`; steps taken and status, `[*B]`."""
+    """Find the V of least dual value, `[S, *B]`; steps taken and status, `[*B]`."""
     beta, batch, dtype = problem.regulariser.beta, sound.shape, problem.reward.dtype
     reward = jnp.broadcast_to(problem.reward, problem.kept.shape)
     spread = jnp.max(jnp.where(problem.kept, reward, -jnp.inf), axis=(0, 1))
     spread = spread - jnp.min(jnp.where(problem.kept, reward, jnp.inf), axis=(0, 1))
     first = jnp.minimum(beta, (1 / jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1))[None])
-    unit, zero = float(jnp.finfo(dtype).eps), jnp.zeros(batch, dtype)
+    unit = float(jnp.finfo(dtype).eps)
     count, start = jnp.zeros(batch, jnp.int32), jnp.zeros((problem.kept.shape[1], *batch), dtype)
     status = jnp.where(sound, RUNNING, int(Status.NONFINITE_INPUT))
 
@@ -231,7 +232,7 @@ def minimise(problem: Dual, sound: Array, limit: Array) -> tuple[Array, Array, A
         fresh = (new, now, idle, steps + 1, jnp.where(jnp.isfinite(before), end, int(Status.NONFINITE)))
         return freeze(status != RUNNING, state, fresh)
 
-    state = (start, first, count, count, status.astype(jnp.int32) + 0 * zero.astype(jnp.int32))
+    state = (start, first, count, count, status.astype(jnp.int32))
     state = loops.while_loop(lambda s: jnp.any(s[4] == RUNNING), turn, state, (problem, limit))
     # Ended for want of progress: what it is worth the bounds say.
     return state[0], state[3], jnp.where(state[4] == int(Status.STAGNATED), RUNNING, state[4])
@@ -309,7 +310,7 @@ def _iterated(problem: Dual, mu: Array, b: Array, damping: Array) -> Array:
 
 @jax.custom_jvp
 def attach(problem: Dual, v: Array) -> Array:
-    """V, `[S, *B]`, with the derivatives of the least dual value's, whatever the search for it was."""
+    """Attach to V, `[S, *B]`, its derivatives as the one of least dual value, whatever the search for it was."""
     return v
 
 
@@ -339,14 +340,14 @@ def _attach_jvp(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tuple[
 
 
 def conditional(mu: Array, otherwise: Array) -> Array:
-    """The policy of an occupancy `[A, S, *B]`, another one where a state is not visited."""
+    """Take the policy of an occupancy `[A, S, *B]`, another one where a state is not visited."""
     visits = jnp.sum(mu, axis=0)
     seen = visits > float(jnp.finfo(mu.dtype).tiny) / float(jnp.finfo(mu.dtype).eps)
     return jnp.where(seen[None], mu / jnp.where(seen, visits, 1)[None], otherwise)
 
 
 def bounds(problem: Dual, v: Array) -> tuple[Array, Array, Array]:
-    """Certified bounds on the optimum, and what rounding adds to them, `[*B]` each."""
+    """Bound the optimum from below and above, and what rounding adds to that, `[*B]` each."""
     unit, n_pairs = 0.5 * float(jnp.finfo(v.dtype).eps), math.prod(problem.kept.shape[:2])
     level, mu = problem.conjugate(v)
     logs = problem.regulariser._prior.reshape(mu.shape)
@@ -360,8 +361,7 @@ def bounds(problem: Dual, v: Array) -> tuple[Array, Array, Array]:
     above = unit * (terms * size + 4 * largest + (4 + n_pairs**0.5) * jnp.minimum(span + jnp.abs(level), 4 * span))
     above = above + unit * ((8 + float(np.log(n_pairs)) + jnp.minimum(deepest, 40)) / beta + jnp.abs(problem.offset))
 
-    inside = jnp.exp(logs)
-    inside = jnp.where(problem.kept, inside, 0)
+    inside = jnp.where(problem.kept, jnp.exp(logs), 0)
     policy = conditional(jnp.where(problem.kept, mu, 0), conditional(inside, jnp.full_like(mu, 1 / mu.shape[0])))
     own, relative = _own_occupancy(problem, policy)
     flat = own.reshape(-1, 1, *own.shape[2:])
