@@ -7,6 +7,7 @@ certificate is another one. All have 12 states and 4 actions, so that one progra
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import cases
 import gymnasium
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from numpy.typing import DTypeLike
 
 import robustreg as rr
 from robustreg.problems import endless_states
@@ -73,13 +75,13 @@ def stack():
     return np.stack(Ps), np.stack(ends), reward
 
 
-def problem(P, end, reward, discount=(1.0,) * 8, dtype=np.float64):
+def problem(P, end, reward, discount=(1.0,) * 8, dtype: DTypeLike = np.float64):
     """Problems `[4, 1]` with discounts `[8]`."""
     P, end, reward = (x[:, None].astype(dtype) for x in (P, end, reward))
     return rr.mdp(rr.Dense(jnp.asarray(P)), jnp.asarray(reward), list(discount), termination=end)
 
 
-def regulariser(dtype=np.float64, prior=None):
+def regulariser(dtype: DTypeLike = np.float64, prior=None):
     """Eight of them; with a prior always, so that one program serves all."""
     prior = np.full((S, A), 1 / A) if prior is None else prior
     return rr.alpha(alpha=ALPHA.astype(dtype), beta=BETA.astype(dtype), prior=prior.astype(dtype))
@@ -289,7 +291,9 @@ def test_traced_lanes_that_never_end():
     status, value = inside(P, end, jnp.array([1.0, 0.99, 1.0]))
     assert status.tolist() == [0, 0, 0]
     # No termination at all.
-    never = jax.jit(lambda g: rr.solve(rr.mdp(rr.Dense(cases.garnet(1)), jnp.asarray(reward[0]), g), rr.kl(1.0)))
+    never = jax.jit(
+        lambda g: rr.solve(rr.mdp(rr.Dense(jnp.asarray(cases.garnet(1))), jnp.asarray(reward[0]), g), rr.kl(1.0))
+    )
     assert int(never(1.0).status) == rr.Status.NONFINITE_INPUT
 
 
@@ -312,7 +316,8 @@ def test_gymnasium(name):
     sol = rr.solve(m, reg, tol=1e-7).raise_if_failed()
     rr.certify(m, reg, sol).raise_if_loose(2e-7)
     assert np.asarray(sol.gap).max() <= 2e-7
-    index, chance = np.asarray(m.transitions.indices), np.asarray(m.transitions.probabilities)
+    kernel: Any = m.transitions
+    index, chance = np.asarray(kernel.indices), np.asarray(kernel.probabilities)
     value = np.asarray(sol.value)
     for k, (alpha, beta) in enumerate(zip(*(np.asarray(x) for x in (reg.alpha, reg.beta)))):
         ahead = (chance * value[k][index]).sum(-1)

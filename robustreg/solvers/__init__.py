@@ -5,7 +5,8 @@ next value, `loop` runs a method and stops it (`solve`), `solution` is what come
 `(I - K) x = b` of Newton's method and of gradients, with `elimination` where Krylov methods fail; `implicit` attaches
 derivatives to the fixed point. `evaluation` is the same loop for one policy. `ranges` measures the numbers of a problem
 for its rounding bound, `lifetimes` the steps of episodes without a discount; `undiscounted` says what is proved where
-they need not end. `joint` regularises the joint occupancy of states and actions instead (`joint_dual`).
+they need not end. `joint` regularises the joint occupancy of states and actions instead (`joint_dual`,
+`joint_bounds`).
 `resident` and `resident_kernel` are `solve` as one kernel on a CUDA device.
 """
 

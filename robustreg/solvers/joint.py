@@ -13,8 +13,9 @@ from jax.typing import ArrayLike
 from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.families import KL, Alpha
-from robustreg.solvers import implicit, joint_dual
-from robustreg.solvers.joint_dual import RUNNING, Dual, conditional
+from robustreg.solvers import implicit, joint_bounds, joint_dual
+from robustreg.solvers.joint_bounds import conditional
+from robustreg.solvers.joint_dual import RUNNING, Dual
 from robustreg.solvers.solution import SolveError, Status, concrete
 
 # Default cap on Newton's steps.
@@ -144,7 +145,7 @@ def _solve(mdp: MDP, reg: Any, reference: Array, tol: Array, limit: Array) -> Oc
     tol = jnp.broadcast_to(tol, batch)
     fixed = lax.stop_gradient(problem)
     v, steps, status = joint_dual.minimise(fixed, sound, limit)
-    lower, upper, noise = joint_dual.bounds(fixed, v)
+    lower, upper, noise = joint_bounds.bounds(fixed, v)
     lost = ~sound | ~jnp.isfinite(upper) | jnp.isnan(lower)
     reached = jnp.where(tol < 0, upper - lower <= 16 * noise, upper - lower <= 2 * tol)
     status = jnp.where(reached, int(Status.CONVERGED), jnp.where(status == RUNNING, int(Status.STAGNATED), status))
