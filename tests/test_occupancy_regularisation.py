@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from numpy.typing import DTypeLike
 from scipy import optimize
 
 import robustreg as rr
@@ -29,11 +28,11 @@ def drawn(seed=0):
     return P, rng.normal(size=(S, A)), rng.dirichlet(np.ones(S)), rng.dirichlet(np.ones(S * A)).reshape(S, A)
 
 
-def problem(P, reward, initial, dtype: DTypeLike = np.float64):
+def problem(P, reward, initial, dtype: type = np.float64):
     return rr.mdp(rr.Dense(jnp.asarray(P, dtype)), reward.astype(dtype), G, initial=initial.astype(dtype))
 
 
-def regulariser(dtype: DTypeLike = np.float64):
+def regulariser(dtype: type = np.float64):
     return rr.alpha(alpha=ALPHA.astype(dtype), beta=BETA.astype(dtype))
 
 

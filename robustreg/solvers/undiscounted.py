@@ -99,7 +99,7 @@ def begin(problem: bellman.BoundProblem, h: Array | None) -> tuple[bellman.Bound
     if wanted is None or problem.steps is None or problem.proved is None:
         return problem, zeros if h is None else h, None
     fixed = lax.stop_gradient(problem)
-    w = jnp.broadcast_to(fixed.steps, zeros.shape)
+    w = lax.stop_gradient(jnp.broadcast_to(problem.steps, zeros.shape))
     most = jnp.max(w, axis=0)
     ends = wanted & jnp.isfinite(most)
     if h is None:
