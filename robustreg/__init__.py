@@ -42,6 +42,7 @@ from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.average import Average, solve_average
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
 from robustreg.solvers.horizon import Horizon, solve_horizon
+from robustreg.solvers.joint import OccupancySolution, solve_occupancy
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
@@ -72,6 +73,7 @@ __all__ = [
     "ModifiedPolicyIteration",
     "Names",
     "Newton",
+    "OccupancySolution",
     "Orthant",
     "Regulariser",
     "RobustSet",
@@ -115,6 +117,7 @@ __all__ = [
     "solve_average",
     "solve_game",
     "solve_horizon",
+    "solve_occupancy",
     "stack",
     "sweep",
     "trainable",

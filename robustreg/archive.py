@@ -33,10 +33,11 @@ from robustreg.regularisers.separable import FAMILIES
 from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.average import Average
 from robustreg.solvers.horizon import Horizon
+from robustreg.solvers.joint import OccupancySolution
 from robustreg.solvers.solution import Solution
 
 _PROBLEMS = (MDP, TransitionBall, Dense, Successors, Sum, NormBall, KL, Alpha, Entropy)
-_KINDS = (*_PROBLEMS, Solution, Certificate, Guarantee, Game, Horizon, Average)
+_KINDS = (*_PROBLEMS, Solution, Certificate, Guarantee, Game, Horizon, Average, OccupancySolution)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 
@@ -47,8 +48,8 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
 
     Args:
         path: of the file; `.npz` is appended where it is missing.
-        obj: an `MDP` or its transitions, a regulariser, or an answer of `solve`, `solve_horizon`,
-            `solve_average`, `certify`, `guarantee`, `solve_game`.
+        obj: an `MDP` or its transitions, a regulariser, or an answer of `solve`, `solve_horizon`, `solve_average`,
+            `solve_occupancy`, `certify`, `guarantee`, `solve_game`.
         header: more to keep in the JSON header (`read_header` gives it back), JSON values only.
 
     Returns:

@@ -1,5 +1,7 @@
 """Uncertain transitions: the norms, the operator, the worst model, published distances, what is refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def test_norms_and_their_centres(p):
         for i in range(5):
             v, q = h[:, i] + c[i], ball.q
             if form == "kappa":
-                found = optimize.minimize_scalar(
+                found: Any = optimize.minimize_scalar(
                     lambda w, v=v, q=q: np.linalg.norm(v - w, q), bounds=(v.min(), v.max()), options={"xatol": 1e-12}
                 )
                 assert found.fun - 1e-6 < value[i] < found.fun + 1e-9  # (it finds kinks but roughly)
@@ -99,12 +101,8 @@ def test_the_worst_model_attains_the_robust_value(grid, case):
     for _ in range(20):
         other = rng.standard_normal(noise.shape)
         other -= other.mean(-1, keepdims=True) if form == "kappa" else 0
-        axes = (1, 2) if rectangular == "s" else (2,)
-        size = (
-            (np.abs(other) ** p).sum(axes, keepdims=True) ** (1 / p)
-            if p < np.inf
-            else np.abs(other).max(axes, None, True)
-        )
+        size = np.linalg.norm(other.reshape(25, *(-1,) if rectangular == "s" else (4, -1)), p, axis=-1)
+        size = size.reshape(25, *(1, 1) if rectangular == "s" else (4, 1))
         P = np.asarray(grid.transitions.probabilities) + 0.004 * other / size
         model = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, P), paid)
         assert (model >= value - 1e-9).all()

@@ -157,7 +157,7 @@ ModifiedPolicyIteration Names Newton Orthant Regulariser RobustSet SharedBudget 
 Successors SweepError Table Transitions UnnormalisedSet ValueIteration adversary aggregated_slack alpha baselines
 calibrate certify critical_beta entropy evaluate from_cassandra from_gymnasium from_prism from_table guarantee kl load
 losses mdp nominal_optimum occupancy problems restricted save shard slack solve solve_average solve_game solve_horizon
-stack sweep trainable worst_case
+solve_occupancy OccupancySolution stack sweep trainable worst_case
 """
 
 

@@ -16,6 +16,7 @@ A certificate trusts no solver, and no root finder. From `value` and `policy` it
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,13 +196,13 @@ def _plain_bounds(
     masked = jnp.where(
         jnp.isneginf(problem.regulariser.log_prior), -jnp.inf, jnp.zeros_like(problem.regulariser.log_prior)
     )
-    plain = HardMax(unlimited(problem), masked)
-    plain = bellman.with_operator(problem, plain, problem.reward - jnp.where(jnp.isfinite(dr), dr, 0))
+    operator: Any = HardMax(unlimited(problem), masked)
+    plain = bellman.with_operator(problem, operator, problem.reward - jnp.where(jnp.isfinite(dr), dr, 0))
     th, _, q = bellman.backup(plain, h, c)
     # Above the best there is, below what this policy earns.
     own = jnp.sum(policy * jnp.where(policy > 0, q, 0), axis=0)
-    least = jnp.maximum(*(undiscounted.allowance(plain, h, c, x, q) for x in (th, own)))
-    v, z = h + c[None], least[None] * steps
+    most, least = (undiscounted.allowance(plain, h, c, x, q) for x in (th, own))
+    v, z = h + c[None], jnp.maximum(most, least)[None] * steps
     return v - z, v + z
 
 

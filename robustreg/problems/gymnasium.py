@@ -28,7 +28,7 @@ def from_gymnasium(env: Any, discount: Any = 0.99, *, initial: Any = None) -> MD
         env: an environment whose `env.unwrapped` has the model `P` (FrozenLake, Taxi, CliffWalking), the name
             of one, or the table itself, `P[s][a] = [(probability, successor, reward, terminated), ...]`. States and
             actions may have names instead of numbers, and actions may be missing: see `from_table`.
-        discount: `[*B]`.
+        discount: `[*B]`; 1 is the plain return of an episode, see `robustreg.solvers.undiscounted`.
         initial: distribution of the initial state; None takes the environment's `initial_state_distrib`, or the `isd`
             of gym's older `DiscreteEnv` (uniform where there is neither).
 

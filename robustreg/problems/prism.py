@@ -75,7 +75,7 @@ def from_prism(
 
     Args:
         path: the file of transitions, `model.tra`.
-        discount: `[*B]`, in [0, 1); PRISM has none.
+        discount: `[*B]`, in [0, 1), or 1 as `mdp` takes it; PRISM has none.
         rewards: files of rewards, which add up; None: `.srew`, `.trew` and `.rew` of the same name that are there.
         labels: the file of labels; None: `.lab` of the same name, if there.
         states: the file of states; None: `.sta` of the same name, if there.

@@ -40,7 +40,7 @@ def from_table(
             a CSV file with columns of these or similar names; or dicts of dicts,
             `table[state][action] = [(probability, successor, reward[, done]), ...]` (`table_forms` has all).
             Rewards are in units of your own, and `done` says that nothing follows.
-        discount: `[*B]`, in [0, 1).
+        discount: `[*B]`, in [0, 1), or 1 as `mdp` takes it.
         initial: the name of a state, `{name: probability}`, or `[S]`; None is uniform over all states.
         columns: which name a column has where it is not found by itself: `{"successor": "where to"}`.
         normalise: divide the probabilities of every state and action by their sum, however far it is from 1.

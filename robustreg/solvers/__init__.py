@@ -4,13 +4,17 @@
 next value, `loop` runs a method and stops it (`solve`), `solution` is what comes out. `linear` solves the systems
 `(I - K) x = b` of Newton's method and of gradients, with `elimination` where Krylov methods fail; `implicit` attaches
 derivatives to the fixed point. `evaluation` is the same loop for one policy, `average` the same loop for the reward per
-step in the long run; `horizon` takes the same backup a fixed number of times. `ranges` measures the numbers of a
-problem for its rounding bound; `resident` and `resident_kernel` are the same solve as one kernel on a CUDA device.
+step in the long run; `horizon` takes the same backup a fixed number of times. `ambiguity` is noise in the transitions.
+`ranges` measures the numbers of a problem for its rounding bound, `lifetimes` the steps of episodes without a discount;
+`undiscounted` says what is proved where they need not end. `joint` regularises the joint occupancy of states and
+actions instead (`joint_dual`, `joint_bounds`). `resident` and `resident_kernel` are `solve` as one kernel on a CUDA
+device.
 """
 
 from robustreg.solvers.average import Average, solve_average
 from robustreg.solvers.evaluation import evaluate, nominal_optimum, occupancy
 from robustreg.solvers.horizon import Horizon, solve_horizon
+from robustreg.solvers.joint import OccupancySolution, solve_occupancy
 from robustreg.solvers.loop import solve
 from robustreg.solvers.methods import Anderson, ModifiedPolicyIteration, Newton, Solver, Step, ValueIteration
 from robustreg.solvers.solution import Solution, SolveError, Status
@@ -21,6 +25,7 @@ __all__ = [
     "Horizon",
     "ModifiedPolicyIteration",
     "Newton",
+    "OccupancySolution",
     "Solution",
     "SolveError",
     "Solver",
@@ -33,4 +38,5 @@ __all__ = [
     "solve",
     "solve_average",
     "solve_horizon",
+    "solve_occupancy",
 ]

@@ -94,6 +94,8 @@ class BoundProblem:
         valid: whether discount, strength, rows and prior are in range, `[*b]`.
         magnitudes: what rounding grows with.
         proved: whether the horizon is one of every policy, `[*b]`; None where every discount is less than 1.
+        steps: elsewhere the expected steps of the reference policy, or more, `[S, *b]`, infinite where it need not end
+            either; None likewise.
         ends: whether termination is part of the problem (else T commutes with constants up to g).
         strict: whether rounding is bounded for the worst case (else long sums count by the root of their length).
         averaged: whether c is the gain of an average-reward problem, of which h is the bias; see `average`.
@@ -111,6 +113,7 @@ class BoundProblem:
     valid: Array
     magnitudes: ranges.Magnitudes
     proved: Array | None
+    steps: Array | None
     batch: tuple[int, ...] = pytrees.static()
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
@@ -177,9 +180,10 @@ def bind(
         horizon = jnp.where(fixed[5] * steps > 1, 1 / jnp.where(fixed[5] > 0, fixed[5], 1), steps)
     else:
         horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
-    contracts, proved = steps is None and not averaged, None
+    contracts = steps is None and not averaged
+    proved = expected = None
     if contracts and mdp._may_not_discount():
-        horizon, proved = _undiscounted_horizon(*fixed, horizon)
+        horizon, proved, expected = _undiscounted_horizon(*fixed, horizon)
     deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon, contracts)
     ball = None if ambiguity is None else ambiguity.bind(n, dtype)
     if ball is not None:
@@ -199,6 +203,7 @@ def bind(
         # A bias is as large as some steps between any two states are worth.
         magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon * mdp.n_states if averaged else horizon),
         proved=proved,
+        steps=expected,
         batch=batch,
         ends=ends,
         strict=strict,
@@ -215,10 +220,9 @@ def _undiscounted_horizon(
     discount: Array,
     complement: Array,
     horizon: Array,
-) -> tuple[Array, Array]:
-    """The horizon with that of the lanes whose discount is 1, and which lanes have one, `[*b]`."""
-    masked = jnp.isneginf(regulariser.log_prior)
-    shapes = exit_rate.shape[2:], masked.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
+) -> tuple[Array, Array, Array]:
+    """The horizon with that of the lanes whose discount is 1, which lanes have one, `[*b]`, and what others have."""
+    shapes = exit_rate.shape[2:], regulariser.log_prior.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
     own = jnp.broadcast_shapes(*shapes)
     discount, complement, horizon = (jnp.broadcast_to(x, own) for x in (discount, complement, horizon))
 
@@ -229,8 +233,9 @@ def _undiscounted_horizon(
 
     active, terms = (discount == 1) & (complement == 0), transitions.fan_out + reward.shape[0]
     ends = jnp.broadcast_to(exit_rate > 0, (*reward.shape[:2], *own))
-    found, proved = lifetimes.of_all(transitions, masked, ends, active, chain_of, terms, discount.dtype)
-    return jnp.where(active, found, horizon), proved | ~active
+    prior, dtype = regulariser.log_prior, discount.dtype
+    found, proved, steps = lifetimes.of_all(transitions, prior, ends, active, chain_of, terms, dtype)
+    return jnp.where(active, found, horizon), proved | ~active, steps
 
 
 def with_operator(problem: BoundProblem, operator: Bound, reward: Array) -> BoundProblem:

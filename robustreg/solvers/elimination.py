@@ -1,8 +1,9 @@
 r"""Gaussian elimination without subtractions, for the linear systems of Markov chains that end or are discounted.
 
-`I - K` with `K >= 0` and exit rates `e = (I - K) 1 > 0` is a diagonally dominant M-matrix. Its diagonal follows from
-the rest, `1 - K(s,s) = e(s) + sum_{t != s} K(s,t)`, and that sum has no cancellation. Eliminating states one after the
-other keeps both properties: to leave out state k is to let the chain run on until it is elsewhere,
+`I - K` with `K >= 0` and exit rates `e = (I - K) 1 >= 0`, not all 0 in any set of states that is never left, is a
+diagonally dominant M-matrix. Its diagonal follows from the rest, `1 - K(s,s) = e(s) + sum_{t != s} K(s,t)`, and that
+sum has no cancellation. Eliminating states one after the other keeps both properties: to leave out state k is to let
+the chain run on until it is elsewhere,
 
     K(s,t) += K(s,k) K(k,t) / d(k),      e(s) += K(s,k) e(k) / d(k),      d(k) = e(k) + sum_{t > k} K(k,t),
 
@@ -33,7 +34,8 @@ def solve(chain: Array, exits: Array, b: Array, transpose: bool = False) -> Arra
 
     Args:
         chain: `K >= 0`, `[S, S]`. Its diagonal is never looked at: it follows from the exit rates.
-        exits: `(I - K) 1 > 0`, `[S]`, which the caller knows better than the difference does.
+        exits: `(I - K) 1`, `[S]`, which the caller knows better than the difference does; positive, or 0 in states that
+            lead to others where it is (the answer is infinite or NaN where none does).
         b: `[S]`, of any sign.
         transpose: which of the two systems.
 

@@ -171,7 +171,8 @@ def fixed_point(
         start: where to begin, `[S, *B]`; None: at 0.
         tol: error to stop at, a number; None: as small as the precision supports.
     """
-    if isinstance(operator, FixedPolicy):
+    single = isinstance(operator, FixedPolicy)
+    if single:
         problem, _ = undiscounted.own_horizon(problem, operator.policy)
     problem = bellman.with_operator(problem, operator, reward)
     dtype = problem.dtype
@@ -179,9 +180,11 @@ def fixed_point(
     limit = jnp.asarray(10_000, jnp.int32)
     if start is not None:
         start = jnp.broadcast_to(start, (problem.n_states, *problem.batch))
-    problem, start, wanted = undiscounted.begin(problem, start)
-    fixed = lax.stop_gradient(problem)
-    solver = _evaluation(fixed) if isinstance(operator, FixedPolicy) else methods.automatic(fixed)
+    begun, start, wanted = undiscounted.begin(problem, start)
+    if single:  # no other policy has to end
+        begun, wanted = problem, None
+    problem, fixed = begun, lax.stop_gradient(begun)
+    solver = _evaluation(fixed) if single else methods.automatic(fixed)
     loop = lax.stop_gradient(iterate(fixed, solver, undiscounted.asked(wanted, tol), limit, start))
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
     status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)

@@ -1,44 +1,6 @@
-r"""Regularising the joint occupancy of states and actions: one convex problem in V, by Newton's method [REPS, DICE].
-
-**The problem.** With normalised occupancies `mu(s,a) >= 0`, `sum mu = 1`, and a reference mu0 (where data came from),
-
-    max_mu  <mu, r> - D[mu0 : mu]/beta      such that     sum_a mu(s,a) = (1-g) rho(s) + g sum_{s',a'} P(s|s',a') mu(s',a').
-
-The cost couples the states: it is not the sum over visits of a cost of the policy, so that no Bellman operator has the
-answer for a fixed point. Multipliers V of the flow give the dual [Peters, Muelling and Altun 2010; Nachum et al. 2019],
-
-    min_V  F(V) = (1-g) <rho, V> + C(r + g P V - V),      C(x) = max_mu <mu, x> - D[mu0 : mu]/beta,
-
-where C is the conjugate of *one* state that has all pairs for actions and mu0 for a prior: the kernel of a backup,
-maximiser and derivatives included. F is smooth, convex, and unconstrained; its gradient is the violation of the flow,
-`G = (1-g) rho + (g P - E)^T mu` with `(E V)(s,a) = V(s)`, and its Hessian `H = (g P - E)^T (d mu/dx) (g P - E)`.
-
-**The constant.** `F(V + c) = F(V)`: a normalised mu pays `(1-g) c` for what it starts with. It is chosen so that
-`C(x) = 0` at `x = r + g P V - V`. Then x itself is the worst perturbation of the reward, on the boundary of the set
-`{C <= 0}`; `r - x + g P V - V = 0` for every pair (indifference); and `(1-g) <rho, V>` is the optimum.
-
-**What can be visited.** A pair that mu0 leaves out, one that may lead to a state with no way on inside mu0, and one of a
-state that is not reached has `mu = 0` whatever V is, and the dual would drive V to infinity to say so. They are taken
-out beforehand, by two fixed points on the graph. What they leave of mu0, with mass m, costs
-
-    D[mu0 : mu] = m^(1-alpha) D[mu0/m : mu] + log_alpha(1/m)/alpha,
-
-so that only beta and a constant change. V is 0 in states that are out.
-
-**Method.** Newton's method, damped by halving its step until F falls enough, along betas that grow from 1/range(r) by
-factors of 4: at a large beta F is nearly a maximum of affine functions, which Newton's method finds its way in from
-close by only. Up to 512 states H is written out; beyond, its system is solved by conjugate gradients.
-
-**Bounds.** Whatever V is, weak duality makes F(V) an upper bound, and a policy a lower one: the conditional of mu is
-played, its own occupancy computed, and that pays its own cost. The errors of both are of second order in that of V. The
-occupancy comes by elimination, every entry with a relative error of some S roundings, which is what bounds the error of
-the divergence (`lower`); beyond 2,048 states its residual bounds the error.
-
-**Derivatives** follow from `G(V; theta) = 0`: `dV = -H^{-1} d_theta G`, one symmetric system in either mode.
-"""
+"""Regularised joint occupancies: the front of `joint_dual`, which has the mathematics."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -48,22 +10,16 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, loops, pytrees
+from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.problems.transitions import Transitions
-from robustreg.regularisers import divergences
-from robustreg.regularisers.bound import maximise
 from robustreg.regularisers.families import KL, Alpha
-from robustreg.solvers import bellman, elimination, implicit, linear
-from robustreg.solvers.loop import freeze
+from robustreg.solvers import implicit, joint_bounds, joint_dual
+from robustreg.solvers.joint_bounds import conditional
+from robustreg.solvers.joint_dual import RUNNING, Dual
 from robustreg.solvers.solution import SolveError, Status, concrete
 
-_RUNNING = -1
-# States up to which the Hessian is written out; cap on Newton's steps, on halvings of each, on steps of CG; growth of
-# beta.
-_DENSE, _STEPS, _HALVINGS, _CG, _GROWTH = 512, 200, 30, 400, 4.0
-# Share of the decrease promised that a step has to bring.
-_ARMIJO = 1e-4
+# Default cap on Newton's steps.
+_STEPS = 200
 
 
 @pytrees.dataclass
@@ -182,351 +138,23 @@ def solve_occupancy(
         return _solve(mdp._with_sparsity(), reg, reference, asked, limit)
 
 
-@pytrees.dataclass
-class _Problem:
-    """The dual in the kernels' layout: `regulariser` is that of one state with all `S A` pairs for actions.
-
-    Attributes:
-        transitions: bound.
-        regulariser: bound; its prior is the reference restricted to what can be visited, `[A S, 1, *B]`.
-        reward: `[A, S, *b]`, 0 at pairs that are out.
-        discount, complement: `[*b]`.
-        initial: `[S, *b]`.
-        kept: pairs that can be visited, `[A, S, *B]`.
-        offset: what the rest of the reference costs, `[*B]`.
-    """
-
-    transitions: Transitions
-    regulariser: Any
-    reward: Array
-    discount: Array
-    complement: Array
-    initial: Array
-    kept: Array
-    offset: Array
-
-    def perturbed(self, v: Array) -> Array:
-        """Compute `x = r + g P V - V`, `[A, S, *B]`; 0 at pairs that are out."""
-        x = self.reward + self.discount * self.transitions._expect(v) - v[None]
-        return jnp.where(self.kept, x, 0)
-
-    def conjugate(self, v: Array) -> tuple[Array, Array]:
-        """Compute `C(x)`, `[*B]`, and its maximiser mu, `[A, S, *B]`."""
-        x = self.perturbed(v)
-        level, mu = maximise(self.regulariser, x.reshape(-1, 1, *x.shape[2:]))
-        return level[0] - self.offset, mu.reshape(x.shape)
-
-    def dual(self, v: Array) -> Array:
-        """Compute `F(V)`, `[*B]`."""
-        return self.complement * jnp.sum(self.initial * v, axis=0) + self.conjugate(v)[0]
-
-    def violation(self, v: Array) -> Array:
-        """Compute the gradient of F, `[S, *B]`: what flows into a state less what leaves it."""
-        mu = jnp.where(self.kept, self.conjugate(v)[1], 0)
-        ahead = self.discount * self.transitions._push(mu)
-        return self.complement * self.initial + ahead - jnp.sum(mu, axis=0)
-
-
 @jax.jit
 def _solve(mdp: MDP, reg: Any, reference: Array, tol: Array, limit: Array) -> OccupancySolution:
-    batch = jnp.broadcast_shapes(mdp.batch_shape, reg.batch_shape, reference.shape[:-2], tol.shape)
-    problem, sound = _bind(mdp, reg, reference, batch)
+    batch: Any = jnp.broadcast_shapes(mdp.batch_shape, reg.batch_shape, reference.shape[:-2], tol.shape)
+    problem, sound = joint_dual.bind(mdp, reg, reference, batch)
     tol = jnp.broadcast_to(tol, batch)
     fixed = lax.stop_gradient(problem)
-    v, steps, status = _newton(fixed, sound, limit)
-    lower, upper, noise = _bounds(fixed, v)
+    v, steps, status = joint_dual.minimise(fixed, sound, limit)
+    lower, upper, noise = joint_bounds.bounds(fixed, v)
     lost = ~sound | ~jnp.isfinite(upper) | jnp.isnan(lower)
     reached = jnp.where(tol < 0, upper - lower <= 16 * noise, upper - lower <= 2 * tol)
-    status = jnp.where(reached, int(Status.CONVERGED), jnp.where(status == _RUNNING, int(Status.STAGNATED), status))
+    status = jnp.where(reached, int(Status.CONVERGED), jnp.where(status == RUNNING, int(Status.STAGNATED), status))
     status = jnp.where(lost, jnp.where(sound, int(Status.NONFINITE), int(Status.NONFINITE_INPUT)), status)
-    v = _attach(_harmless(problem, lost), jnp.where(lost[None], 0, v))
+    v = joint_dual.attach(_harmless(problem, lost), jnp.where(lost[None], 0, v))
     return _public(_harmless(problem, lost), v, reference, lost, lower, upper, status.astype(jnp.int32), steps, tol)
 
 
-def _bind(mdp: MDP, reg: Any, reference: Array, batch: tuple[int, ...]) -> tuple[_Problem, Array]:
-    """The dual, and the lanes in which it has a solution, `[*B]`."""
-    plain = dataclasses.replace(reg, log_prior=None)
-    whole = bellman.bind(mdp, plain, reference.shape[:-2], batch)
-    n, core = len(batch), (mdp.n_actions, mdp.n_states)
-    mu0 = jnp.broadcast_to(pytrees.lanes_last(reference, n, 2), (*core, *batch))
-    mu0 = mu0 / jnp.sum(mu0, axis=(0, 1))
-    initial = jnp.broadcast_to(pytrees.lanes_last(mdp.initial, n, 1), (core[1], *batch))
-    allowed = mu0 > 0
-    if mdp.available is not None:
-        allowed = allowed & pytrees.lanes_last(mdp.available, n, 2)
-    kept, feasible = lax.stop_gradient(_visitable(whole, allowed, initial))
-    mass = jnp.sum(jnp.where(kept, mu0, 0), axis=(0, 1))
-    none = mass <= 0
-    mass = jnp.where(none, 1, mass)
-    beta = jnp.broadcast_to(whole.regulariser.beta, (1, *batch))
-    alpha = jnp.broadcast_to(whole.regulariser.order, (1, *batch))[0]
-    # D[mu0 : mu] = m^(1-alpha) D[mu0/m : mu] + log_alpha(1/m)/alpha
-    complete = jnp.all(kept | ~(mu0 > 0), axis=(0, 1))
-    safe = jnp.where(complete, 1, mass)
-    positive = jnp.where(alpha > 0, alpha, 1)
-    offset = divergences.deformed_log(-jnp.log(safe), alpha - 1) / (positive * beta[0])
-    logs = jnp.where(kept, jnp.log(jnp.where(kept, mu0, 1) / mass), -jnp.inf).reshape(-1, 1, *batch)
-    joint = dataclasses.replace(whole.regulariser, beta=beta * safe[None] ** (alpha - 1)[None], log_prior=logs)
-    sound = bellman.sound(whole) & feasible & ~none & (complete | (alpha > 0))
-    sound = sound & jnp.all(jnp.isfinite(mu0) & (mu0 >= 0), axis=(0, 1)) & jnp.all(jnp.isfinite(initial), axis=0)
-    sound = sound & jnp.all(jnp.isfinite(jnp.where(kept, whole.reward, 0)), axis=(0, 1))
-    reward = jnp.where(kept, jnp.broadcast_to(whole.reward, kept.shape), 0)
-    numbers = whole.discount, whole.complement
-    return _Problem(whole.transitions, joint, reward, *numbers, initial, kept, offset), lax.stop_gradient(sound)
-
-
-def _visitable(problem: bellman.BoundProblem, allowed: Array, initial: Array) -> tuple[Array, Array]:
-    """Pairs that some policy inside the reference visits, `[A, S, *B]`, and whether there is such a policy, `[*B]`."""
-    p, dtype = problem.transitions, initial.dtype
-    # With discount 0 nothing is ahead.
-    ahead = jnp.broadcast_to(problem.discount > 0, initial.shape[1:])
-
-    def leads_out(inside: Array) -> Array:
-        return (p._expect((~inside).astype(dtype)) > 0) & ahead[None, None]
-
-    def narrow(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        inside, _ = state
-        new = inside & jnp.any(allowed & ~leads_out(inside), axis=0)
-        return new, jnp.any(new != inside)
-
-    start = jnp.any(allowed, axis=0)
-    inside, _ = loops.while_loop(lambda s: s[1], narrow, (start, jnp.any(start)), (p, allowed, initial))
-    pairs = allowed & ~leads_out(inside) & inside[None]
-
-    def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        reached, _ = state
-        found = (p._push((pairs & reached[None]).astype(dtype)) > 0) & ahead[None]
-        return reached | found, jnp.any(found & ~reached)
-
-    begun = initial > 0
-    reached, _ = loops.while_loop(lambda s: s[1], spread, (begun, jnp.any(begun)), (p, pairs))
-    return pairs & reached[None], jnp.all(inside | ~begun, axis=0)
-
-
-# ---- Newton's method
-
-
-def _newton(problem: _Problem, sound: Array, limit: Array) -> tuple[Array, Array, Array]:
-    """V of least dual value, `[S, *B]`; steps taken and status, `[*B]`."""
-    beta, batch, dtype = problem.regulariser.beta, sound.shape, problem.reward.dtype
-    reward = jnp.broadcast_to(problem.reward, problem.kept.shape)
-    spread = jnp.max(jnp.where(problem.kept, reward, -jnp.inf), axis=(0, 1))
-    spread = spread - jnp.min(jnp.where(problem.kept, reward, jnp.inf), axis=(0, 1))
-    first = jnp.minimum(beta, (1 / jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1))[None])
-    unit, zero = float(jnp.finfo(dtype).eps), jnp.zeros(batch, dtype)
-    count, start = jnp.zeros(batch, jnp.int32), jnp.zeros((problem.kept.shape[1], *batch), dtype)
-    status = jnp.where(sound, _RUNNING, int(Status.NONFINITE_INPUT))
-
-    def at(now: Array) -> _Problem:
-        return dataclasses.replace(problem, regulariser=dataclasses.replace(problem.regulariser, beta=now))
-
-    def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        v, now, idle, steps, status = state
-        here = at(now)
-        g, before = here.violation(v), here.dual(v)
-        step = -_inverse(here, v, g, jnp.sum(jnp.abs(g), axis=0) * 1e-3 * now[0])
-        promised = jnp.sum(g * step, axis=0)
-        bad = ~(jnp.all(jnp.isfinite(step), axis=0) & (promised < 0))
-        step = jnp.where(bad[None], -g / now, step)
-        promised = jnp.where(bad, -jnp.sum(g * g, axis=0) / now[0], promised)
-        noise = 8 * unit * (jnp.abs(before) + jnp.max(jnp.abs(v), axis=0) + 1 / now[0])
-
-        def shorter(search: tuple[Array, ...]) -> tuple[Array, ...]:
-            length, enough, halvings = search
-            fine = here.dual(v + length[None] * step) <= before + _ARMIJO * length * promised + noise
-            fine = enough | fine
-            return jnp.where(fine, length, 0.5 * length), fine, halvings + 1
-
-        search = (jnp.ones(batch, dtype), status != _RUNNING, jnp.asarray(0, jnp.int32))
-        length, enough, _ = loops.while_loop(
-            lambda s: ~jnp.all(s[1]) & (s[2] < _HALVINGS), shorter, search, (here, v, step)
-        )
-        new = v + jnp.where(enough, length, 0)[None] * step
-        new = new - _middle(new)[None]
-        # Newton's decrement is twice what is left; a beta that still grows only has to be followed.
-        left = -promised * now[0]
-        last = (now >= beta)[0]
-        near = (left <= 0.5) & (length == 1)
-        done = last & ((-promised <= noise) | (left <= (8 * unit) ** 0.75))
-        idle = jnp.where(last & (done | ~enough), idle + 1, 0)
-        end = jnp.where(steps + 1 >= limit, int(Status.MAX_STEPS), _RUNNING)
-        end = jnp.where(idle > 1, int(Status.STAGNATED), end)
-        now = jnp.where((near | ~enough)[None], jnp.minimum(_GROWTH * now, beta), now)
-        fresh = (new, now, idle, steps + 1, jnp.where(jnp.isfinite(before), end, int(Status.NONFINITE)))
-        return freeze(status != _RUNNING, state, fresh)
-
-    state = (start, first, count, count, status.astype(jnp.int32) + 0 * zero.astype(jnp.int32))
-    state = loops.while_loop(lambda s: jnp.any(s[4] == _RUNNING), turn, state, (problem, limit))
-    # Ended for want of progress: what it is worth the bounds say.
-    return state[0], state[3], jnp.where(state[4] == int(Status.STAGNATED), _RUNNING, state[4])
-
-
-def _middle(v: Array) -> Array:
-    return 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
-
-
-def _product(problem: _Problem, v: Array, x: Array) -> Array:
-    """`H x`, `[S, *B]`, and the identity along what is no direction: constants, and states that are out."""
-    hx = jax.jvp(problem.violation, (v,), (x,))[1]
-    return hx
-
-
-def _inverse(problem: _Problem, v: Array, b: Array, damping: Array) -> Array:
-    """Solve `(H + damping) x = b` for `[S, *B]`, where b sums to 0 and so does x, in a metric of H's own scale."""
-    return _dense(problem, v, b, damping) if b.shape[0] <= _DENSE else _iterated(problem, v, b, damping)
-
-
-def _dense(problem: _Problem, v: Array, b: Array, damping: Array) -> Array:
-    n, batch, dtype = b.shape[0], b.shape[1:], b.dtype
-    unit = jnp.eye(n, dtype=dtype).reshape(n, n, *(1,) * len(batch))
-    columns = jax.vmap(lambda x: _product(problem, v, jnp.broadcast_to(x, v.shape)))(unit)
-    h = jnp.moveaxis(columns, (0, 1), (-1, -2))
-    h = 0.5 * (h + jnp.swapaxes(h, -1, -2))
-    out = jnp.moveaxis(~jnp.any(problem.kept, axis=0), 0, -1)
-    diagonal = jnp.diagonal(h, axis1=-2, axis2=-1)
-    top = jnp.max(diagonal, axis=-1, keepdims=True)
-    top = jnp.where(top > 0, top, 1)
-    # States that are hardly visited have rows of their own size.
-    diagonal = jnp.where(out, top, jnp.maximum(diagonal + damping[..., None], 1e-30 * top))
-    scale = lax.rsqrt(diagonal)
-    h = h + jnp.where(out, top, damping[..., None])[..., None] * jnp.eye(n, dtype=dtype)
-    h = scale[..., None] * h * scale[..., None, :]
-    # Constants, which H loses, in this metric.
-    constant = jnp.where(out, 0, 1 / scale)
-    constant = constant / jnp.sqrt(jnp.sum(constant**2, axis=-1, keepdims=True))
-    h = h + constant[..., None] * constant[..., None, :]
-    h = h + 4 * float(jnp.finfo(dtype).eps) * jnp.eye(n, dtype=dtype)
-    right = scale * jnp.where(out, 0, jnp.moveaxis(b, 0, -1))
-    right = right - constant * jnp.sum(constant * right, axis=-1, keepdims=True)
-    x = jnp.linalg.solve(h, right[..., None])[..., 0]
-    return jnp.moveaxis(jnp.where(out, 0, scale * x), -1, 0)
-
-
-def _iterated(problem: _Problem, v: Array, b: Array, damping: Array) -> Array:
-    """The same by conjugate gradients, preconditioned by visits."""
-    mu = problem.conjugate(v)[1]
-    out = ~jnp.any(problem.kept, axis=0)
-    top = problem.regulariser.beta[0] * jnp.max(jnp.sum(mu, axis=0), axis=0)
-    scale = problem.regulariser.beta * jnp.sum(mu, axis=0) + damping[None]
-    scale = jnp.where(out, 1, jnp.maximum(scale, 1e-12 * top[None]))
-
-    def apply(x: Array) -> Array:
-        return jnp.where(out, x, _product(problem, v, x) + damping[None] * x)
-
-    def dot(x: Array, y: Array) -> Array:
-        return jnp.sum(x * y, axis=0)
-
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, p, rz, done, count = state
-        hp = apply(p)
-        curve = dot(p, hp)
-        done = done | ~(curve > 0)
-        a = jnp.where(done, 0, rz / jnp.where(curve > 0, curve, 1))
-        x, r = x + a[None] * p, r - a[None] * hp
-        z = r / scale
-        new = dot(r, z)
-        done = done | ~(new > target)
-        return x, r, jnp.where(done[None], p, z + (new / rz)[None] * p), jnp.where(done, rz, new), done, count + 1
-
-    b = jnp.where(out, 0, b)
-    z = b / scale
-    rz = dot(b, z)
-    target = 1e-24 * rz if b.dtype.itemsize > 4 else 1e-12 * rz
-    start = (jnp.zeros_like(b), b, z, rz, ~(rz > 0), jnp.asarray(0, jnp.int32))
-    x = loops.while_loop(lambda s: ~jnp.all(s[4]) & (s[5] < _CG), step, start, (problem, v, b))[0]
-    return jnp.where(out, 0, x)
-
-
-@jax.custom_jvp
-def _attach(problem: _Problem, v: Array) -> Array:
-    """V, `[S, *B]`, with the derivatives of the least dual value's, whatever the search for it was."""
-    return v
-
-
-@_attach.defjvp
-def _attach_jvp(primals: tuple[Any, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    (problem, v), (change, _) = primals, tangents
-    # By the differentiable function itself: the rule can then be differentiated in turn.
-    v = _attach(problem, v)
-    dg = jax.jvp(lambda p: p.violation(v), (problem,), (change,))[1]
-    fixed, at, zero = lax.stop_gradient(problem), lax.stop_gradient(v), jnp.zeros(v.shape[1:], v.dtype)
-
-    def system(x: Array) -> Array:
-        return _product(problem, v, x)
-
-    def solve(_: Any, b: Array) -> Array:
-        return _inverse(fixed, at, b, zero)
-
-    return v, -lax.custom_linear_solve(system, jnp.broadcast_to(dg, v.shape), solve, symmetric=True)
-
-
-# ---- bounds and outputs
-
-
-def _conditional(mu: Array, otherwise: Array) -> Array:
-    """The policy of an occupancy `[A, S, *B]`, another one where a state is not visited."""
-    visits = jnp.sum(mu, axis=0)
-    seen = visits > float(jnp.finfo(mu.dtype).tiny) / float(jnp.finfo(mu.dtype).eps)
-    return jnp.where(seen[None], mu / jnp.where(seen, visits, 1)[None], otherwise)
-
-
-def _bounds(problem: _Problem, v: Array) -> tuple[Array, Array, Array]:
-    """Certified bounds on the optimum, and what rounding adds to them, `[*B]` each."""
-    unit, n_pairs = 0.5 * float(jnp.finfo(v.dtype).eps), math.prod(problem.kept.shape[:2])
-    level, mu = problem.conjugate(v)
-    logs = problem.regulariser.log_prior.reshape(mu.shape)
-    size = jnp.max(jnp.abs(v), axis=0)
-    reward = jnp.where(problem.kept, problem.reward, 0)
-    largest, beta = jnp.max(jnp.abs(reward), axis=(0, 1)), problem.regulariser.beta[0]
-    terms = 8 + problem.transitions.fan_out**0.5 * 4
-    upper = problem.complement * jnp.sum(problem.initial * v, axis=0) + level
-    span = jnp.max(jnp.abs(problem.perturbed(v)), axis=(0, 1))
-    deepest = -jnp.min(jnp.where(problem.kept, logs, 0), axis=(0, 1))
-    above = unit * (terms * size + 4 * largest + (4 + n_pairs**0.5) * jnp.minimum(span + jnp.abs(level), 4 * span))
-    above = above + unit * ((8 + float(np.log(n_pairs)) + jnp.minimum(deepest, 40)) / beta + jnp.abs(problem.offset))
-
-    inside = jnp.exp(logs)
-    inside = jnp.where(problem.kept, inside, 0)
-    policy = _conditional(jnp.where(problem.kept, mu, 0), _conditional(inside, jnp.full_like(mu, 1 / mu.shape[0])))
-    own, relative = _occupancy(problem, policy)
-    flat = own.reshape(-1, 1, *own.shape[2:])
-    cost = problem.regulariser.value(flat)[0] + problem.offset
-    # An entry that errs by a share moves <mu, r> - D/beta by that share of mu times its derivative.
-    order = problem.regulariser.order
-    order = jnp.broadcast_to(order, (1, *own.shape[2:]))[0]
-    ratio = jnp.where(own > 0, jnp.log(jnp.where(own > 0, own, 1)) - jnp.where(problem.kept, logs, 0), 0)
-    tilt = jnp.abs(divergences.deformed_log(ratio, jnp.broadcast_to(order - 1, ratio.shape))) + 2
-    paid = jnp.sum(own * (jnp.abs(reward) + tilt / beta), axis=(0, 1))
-    below = 2 * relative * paid + problem.regulariser.value_error(flat)[0] + unit * (2 + n_pairs**0.5) * paid
-    lower = jnp.sum(own * reward, axis=(0, 1)) - cost
-    return lower - below, upper + above, above + below
-
-
-def _occupancy(problem: _Problem, policy: Array) -> tuple[Array, Array]:
-    """A policy's own normalised occupancy, `[A, S, *B]`, and its relative error entry by entry, `[*B]`."""
-    unit, n, batch = 0.5 * float(jnp.finfo(policy.dtype).eps), policy.shape[1], policy.shape[2:]
-    rate = jnp.broadcast_to(problem.complement, policy.shape[1:])
-    transitions, p, backwards = problem.transitions._induced(policy)
-    longest = 1 / jnp.broadcast_to(problem.complement, problem.discount.shape)
-    chain = bellman.Chain(transitions, p, problem.discount, rate, longest, backwards, False)
-    start = problem.complement * problem.initial
-    if n <= linear.DENSE:
-        matrix = chain.matrix().reshape(-1, n, n)
-        right = jnp.moveaxis(start, 0, -1).reshape(-1, n)
-        exits = jnp.moveaxis(rate, 0, -1).reshape(-1, n)
-        solve = functools.partial(elimination.solve, transpose=True)
-        visits = jnp.moveaxis(jax.vmap(solve)(matrix, exits, right).reshape(*batch, n), -1, 0)
-        error = jnp.full(batch, (4 * n + 16) * unit, policy.dtype)
-    else:
-        visits = linear.occupy(chain, start, jnp.zeros(batch, policy.dtype), linear.Method())
-        visits = jnp.maximum(visits, 0)
-        left = jnp.sum(jnp.abs(start - (visits - chain.transpose(visits))), axis=0) / jnp.min(rate, axis=0)
-        least = jnp.min(jnp.where(jnp.any(problem.kept, axis=0) & (visits > 0), visits, jnp.inf), axis=0)
-        error = (left + 8 * unit) / jnp.minimum(least, 1)
-    return policy * visits[None], error
-
-
-def _harmless(problem: _Problem, lost: Array) -> _Problem:
+def _harmless(problem: Dual, lost: Array) -> Dual:
     """An empty problem in the lanes that are lost: see `implicit`."""
 
     def put(x: Array, value: float) -> Array:
@@ -539,20 +167,20 @@ def _harmless(problem: _Problem, lost: Array) -> _Problem:
     leaves = {"beta": put(reg.beta, 1.0), "log_prior": put(reg.log_prior, -float(np.log(pairs)))}
     if hasattr(reg, "alpha"):
         leaves["alpha"] = put(reg.alpha, 1.0)
-    return _Problem(
+    return Dual(
         problem.transitions._silenced(lost),
         dataclasses.replace(reg, **leaves),
         put(problem.reward, 0.0),
         put(problem.discount, 0.0),
         put(problem.complement, 1.0),
         put(problem.initial, 1.0 / problem.initial.shape[0]),
-        problem.kept | lost,
+        problem.kept | lost[None, None],
         put(problem.offset, 0.0),
     )
 
 
 def _public(
-    problem: _Problem,
+    problem: Dual,
     v: Array,
     reference: Array,
     lost: Array,
@@ -571,8 +199,8 @@ def _public(
     perturbation = jnp.where(problem.kept, problem.perturbed(v) - level[None, None], 0)
     n = lost.ndim
     mu0 = jnp.broadcast_to(pytrees.lanes_last(reference, n, 2), mu.shape)
-    policy = _conditional(mu, _conditional(mu0, jnp.full_like(mu, 1 / mu.shape[0])))
-    objective = problem.complement * jnp.sum(problem.initial * v, axis=0) + level
+    policy = conditional(mu, conditional(mu0, jnp.full_like(mu, 1 / mu.shape[0])))
+    objective = problem.dual(v, level)
 
     def public(x: Array, core: int) -> Array:
         return pytrees.batch_first(implicit.mark(x, lost), core)

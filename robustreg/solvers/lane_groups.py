@@ -99,6 +99,7 @@ def _take_lanes(problem: bellman.BoundProblem, index: tuple[Array, ...]) -> bell
         "magnitudes",
         "proved",
         "ball",
+        "steps",
     )
     leaves: Any = {name: pick(getattr(problem, name)) for name in names}
     kernel = problem.transitions._take_lanes(index)

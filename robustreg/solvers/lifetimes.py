@@ -120,18 +120,18 @@ def _swept(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, t
 
 def of_all(
     transitions: Transitions,
-    masked: Array,
+    log_prior: Array,
     ends: Array,
     active: Array,
     chain_of: Callable[[Array], Any],
     terms: float,
     dtype: Any,
-) -> tuple[Array, Array]:
-    """Bound the expected steps of every policy's episodes.
+) -> tuple[Array, Array, Array]:
+    """Bound the expected steps of every policy's episodes, or else of one policy's.
 
     Args:
         transitions: bound, of lanes `[*b]`.
-        masked: actions that are not taken, `[A, S, *b]`, broadcastable.
+        log_prior: logarithm of the reference, `[A, S, *b]`, broadcastable: actions of prior 0 are not taken.
         ends: actions after which the episode may end, `[A, S, *b]`.
         active: lanes that are wanted, those with a discount of 1, `[*b]`.
         chain_of: the chain of a policy `[A, S, *b]`.
@@ -139,25 +139,28 @@ def of_all(
         dtype: to compute in.
 
     Returns:
-        The bound, `[*b]`, and where there is one, `[*b]`: where every policy is proper.
+        The bound, `[*b]`, infinite where there is none; where there is one, `[*b]`: where every policy is proper; and
+        in the other lanes that are wanted `w >= 1 + P_pi w` of the reference policy, `[S, *b]`, infinite where it is
+        not proper either.
     """
     shape = ends.shape[1:]
-    allowed = jnp.broadcast_to(~masked, ends.shape)
-    closed = episodes.stays(transitions, allowed, ends, dtype)
-    active = active & ~jnp.any(closed, axis=0)
+    log_prior = jnp.broadcast_to(log_prior, ends.shape)
+    allowed, prior = ~jnp.isneginf(log_prior), jax.nn.softmax(log_prior, axis=0)
+    endless = active & jnp.any(episodes.stays(transitions, allowed, ends, dtype), axis=0)
 
     def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
         w, bound, active, found, count = state
         ahead = jnp.where(allowed, transitions._expect(w), -jnp.inf)
         margin, enough = believed(w, jnp.max(ahead, axis=0), terms)
-        enough = enough & active
+        enough = enough & active & ~endless
         bound = jnp.where(enough, jnp.max(w, axis=0) / jnp.where(enough, margin, 1), bound)
         left = active & ~enough
         longest = jax.nn.one_hot(jnp.argmax(ahead, axis=0), ahead.shape[0], axis=0, dtype=dtype)
-        new, solved = of_chain(chain_of(longest), left, terms)
-        return jnp.where(solved[None], new, w), bound, left & solved, found | enough, count + 1
+        new, solved = of_chain(chain_of(jnp.where(endless, prior, longest)), left, terms)
+        new = jnp.where(solved[None], new, jnp.where((left & endless)[None], jnp.inf, w))
+        return new, bound, left & solved & ~endless, found | enough, count + 1
 
     none, infinite = jnp.zeros(active.shape, bool), jnp.full(active.shape, jnp.inf, dtype)
     start = (jnp.ones(shape, dtype), infinite, active, none, jnp.asarray(0, jnp.int32))
-    state = loops.while_loop(lambda s: jnp.any(s[2]) & (s[4] < _ROUNDS), turn, start, (transitions, masked, ends))
-    return state[1], state[3]
+    state = loops.while_loop(lambda s: jnp.any(s[2]) & (s[4] < _ROUNDS), turn, start, (transitions, log_prior, ends))
+    return state[1], state[3], jnp.where((active & ~state[3])[None], jnp.where(endless[None], state[0], jnp.inf), 1)

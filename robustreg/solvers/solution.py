@@ -54,7 +54,8 @@ _REMEDIES = {
     Status.STAGNATED: ("rounding stopped progress before tol", ("loosen tol", "take Newton", "solve in float64")),
     Status.NONFINITE_INPUT: (
         "the MDP, the regulariser or init holds NaN, infinity or a number out of range, or a prior leaves a state none "
-        "of its available actions; or the discount is 1 and episodes need not end, see robustreg.problems.endless_states",
+        "of its available actions, or at a discount of 1 episodes need not end (robustreg.problems.endless_states says "
+        "from where)",
         ("mend the input",),
     ),
     Status.NONFINITE: ("an intermediate value overflowed", ("rescale rewards", "take float64")),

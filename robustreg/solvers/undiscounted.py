@@ -18,13 +18,15 @@ So where a solve has found V, with the residual `|T V - V| <= x`, rounding inclu
                          tested, by one more backup, with its rounding;
     L = V - 4 x w        has   T_pi L >= V - x - 4 x P_pi w  >=  V - 4 x w = L.
 
-The reference policy has to end in all lanes: its value is where the search begins, and its steps stand for the horizon
-until the end. Policy iteration from there stays among the policies that end [Bertsekas and Tsitsiklis 1991, prop. 2.3].
+The episodes of the reference policy have to end. Its steps w0 stand for the horizon until the proof, and the search
+begins below what it earns: `V = m w0` with `m <= 0` the least that it expects to earn in a step, for which `T V >= V`.
+Newton's method from there, with exact linear systems, stays among the policies that end: one that stays somewhere and
+has `T_pi V >= V` would earn nothing less than 0 there [Bertsekas and Tsitsiklis 1991, prop. 2.3].
 Where either fails there is no answer: the lane is NONFINITE_INPUT where no policy that ends was found, and STAGNATED,
 between infinite bounds, where the test of U fails (a state in which it pays to stay forever, such as one with a
 positive reward and a wall, has no V*).
 
-**Cost.** One linear system before the loop, one and two backups after it; none where every policy ends.
+**Cost.** One linear system before the loop, another one and two backups after it; none where every policy ends.
 """
 
 import dataclasses
@@ -34,7 +36,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from robustreg._core import loops
-from robustreg.solvers import bellman, lifetimes, linear
+from robustreg.solvers import bellman, lifetimes
 from robustreg.solvers.solution import Status
 
 # z = _ROOM x w: x for the residual, the rest for the policy that changes on the way to V + z, and for rounding.
@@ -87,31 +89,29 @@ def begin(problem: bellman.BoundProblem, h: Array | None) -> tuple[bellman.Bound
 
     Args:
         problem: the lanes.
-        h: where to start, `[S, *B]`; None: at 0, and in those lanes at the value of the reference policy.
+        h: where to start, `[S, *B]`; None: at 0, and in those lanes below the value of the reference policy.
 
     Returns:
         The problem with the steps of the reference policy for a horizon, a start, and those lanes, `[*B]`.
     """
     zeros = jnp.zeros((problem.n_states, *problem.batch), problem.dtype)
     wanted = pending(problem)
-    if wanted is None:
+    if wanted is None or problem.steps is None or problem.proved is None:
         return problem, zeros if h is None else h, None
     fixed = lax.stop_gradient(problem)
-    prior = jax.nn.softmax(
-        jnp.broadcast_to(fixed.regulariser.log_prior, fixed.reward.shape[:2] + problem.batch), axis=0
-    )
-    ready, _ = own_horizon(fixed, prior)
+    w = lax.stop_gradient(jnp.broadcast_to(problem.steps, zeros.shape))
+    most = jnp.max(w, axis=0)
+    ends = wanted & jnp.isfinite(most)
     if h is None:
-
-        def value() -> Array:
-            # Rewards of masked actions may be anything.
-            earned = jnp.sum(jnp.where(prior > 0, prior * fixed.reward, 0), axis=0)
-            accuracy = jnp.full(problem.batch, 1e-3, problem.dtype)
-            found = linear.solve(bellman.chain(ready, prior), earned, accuracy, None, linear.Method())
-            return jnp.where((wanted & jnp.all(jnp.isfinite(found), axis=0))[None], found, 0)
-
-        h = loops.cond(jnp.any(wanted), value, lambda: zeros, (ready, prior))
-    return dataclasses.replace(problem, horizon=ready.horizon, proved=ready.proved, valid=ready.valid), h, wanted
+        prior = jax.nn.softmax(
+            jnp.broadcast_to(fixed.regulariser.log_prior, fixed.reward.shape[:2] + problem.batch), axis=0
+        )
+        # Rewards of masked actions may be anything.
+        earned = jnp.sum(jnp.where(prior > 0, prior * fixed.reward, 0), axis=0)
+        least = jnp.minimum(jnp.min(earned, axis=0), 0)
+        h = jnp.where(ends[None], least[None] * jnp.where(ends[None], w, 1), 0)
+    proved = jnp.broadcast_to(problem.proved, problem.batch) | ends
+    return dataclasses.replace(problem, horizon=jnp.where(ends, most, problem.horizon), proved=proved), h, wanted
 
 
 def above(problem: bellman.BoundProblem, h: Array, c: Array, z: Array) -> Array:

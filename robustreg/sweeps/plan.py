@@ -261,16 +261,14 @@ def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np
     padded = np.full((len(parts), len(lines), len(parts[0])), -1)
     for row, part in zip(padded, parts):
         row[:, : len(part)] = lines[:, part]
-    rest = 1 - keys["discount"][order] if "discount" in keys else np.ones(len(lines))
-    horizon = np.log2(1 / np.maximum(rest, 2.0**-60))
+    horizon = -np.log2(np.maximum(1 - keys["discount"][order] if "discount" in keys else np.ones(len(lines)), 1e-18))
     by = np.lexsort((np.repeat(np.arange(len(parts)), len(lines)), np.tile(np.floor(horizon), len(parts))))
     return padded.reshape(-1, len(parts[0]))[by]
 
 
 def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
     """Values of one leaf `[n, ...]`, checked by the factory that makes it."""
-    # Parts of a sum, and what stands for none, have no leaves of one name.
-    own = reg._scalars
+    own = reg._scalars  # (Parts of a sum, and what stands for none, have no leaves of one name.)
     shared = ("state_scale", *(("prior",) if reg.has_reference else ())) if own else ()
     allowed = MDP_LEAVES + tuple(sorted((*own, *shared)))
     if name not in allowed:
@@ -300,7 +298,7 @@ def _check_mdp(name: str, x: Any, mdp: MDP) -> None:
     lists: Any = np.zeros((n_states, n_actions, 1), np.int32), np.ones((n_states, n_actions, 1))
     leaves: dict[str, Any] = {"reward": np.zeros((n_states, n_actions), mdp.dtype), "discount": 0.0}
     if name == "discount" and mdp.termination is not None and np.any(np.asarray(x) == 1):
-        mdp.replace(discount=1.0)  # refuses what need not end
+        mdp.replace(discount=1.0)  # refuses what never ends
         lists, leaves["termination"] = (lists[0], 0 * lists[1]), np.ones((n_states, n_actions))
     if name == "reward" and mdp.available is not None:
         # What an MDP of the batch does not look at, another may.
@@ -373,9 +371,7 @@ def problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[MD
     if "mdp" in lanes:
         mdp = _pick(mdp, lanes["mdp"])
     changed = {n: lanes[n] for n in ("discount", "complement", "reward", "initial") if n in lanes}
-    # (Of discounts in the grid nobody has looked whether they are 1.)
-    seen = None if "discount" in lanes else mdp.undiscounted
-    mdp = dataclasses.replace(mdp, **changed, undiscounted=seen)
+    mdp = dataclasses.replace(mdp, **changed, undiscounted=None if "discount" in lanes else mdp.undiscounted)
     leaves: dict[str, Any] = {n: lanes[n] for n in (*reg._scalars, "state_scale") if n in lanes}
     if "prior" in lanes:
         prior = lanes["prior"]
