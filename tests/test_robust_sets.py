@@ -1,5 +1,7 @@
 """Sets of perturbations and what they guarantee, against returns recomputed with the oracle's linear algebra."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -314,34 +316,47 @@ def test_samples_of_masked_states():
 # transformations
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", (-1.0, 0.5, 1.0, 2.0))
-def test_derivatives_of_the_sets(order):
-    """Slack and radius of the unnormalised set, its support, and radii: against central differences, every leaf."""
-    rng = np.random.default_rng(7)
-    x = rng.normal(size=(6, ACTIONS))
-    x = x - (x @ PRIOR[0])[:, None] - 0.2 * x.std(-1, keepdims=True)
-    x[5] = [-60.0, 1.0, -50.0, -40.0]  # for alpha < 0 the end of the domain bounds the set here
-    policy = random_policies(rng, (6,), PRIOR[0])
+@functools.cache
+def measured():
+    """Compiled for any order: what the sets say of (order, beta, log_prior, x), its tangents and its cotangents."""
 
-    def measure(leaves):
+    def measure(leaves, policy):
         order, beta, log_prior, x = leaves
         reg = rr.alpha(order, beta, log_prior=jax.nn.log_softmax(log_prior))
         loose, tight = rr.UnnormalisedSet(reg), rr.RobustSet(reg)
         return jnp.stack([loose.slack(x), loose.radius(x), tight.radius(x), loose.support(policy), tight.slack(x)])
 
+    def tangent(leaves, direction, policy):
+        return jax.jvp(lambda v: measure(v, policy), (leaves,), (direction,))[1]
+
+    def cotangent(leaves, weight, policy):
+        return jax.grad(lambda v: jnp.sum(weight * measure(v, policy)))(leaves)
+
+    return jax.jit(measure), jax.jit(tangent), jax.jit(cotangent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", (-1.0, 0.5, 1.0, 2.0))
+def test_derivatives_of_the_sets(order):
+    """Slack and radius of the unnormalised set, its support, and radii: against central differences, every leaf."""
+    rng = np.random.default_rng(7)
+    measure, tangent, cotangent = measured()
+    x = rng.normal(size=(6, ACTIONS))
+    x = x - (x @ PRIOR[0])[:, None] - 0.2 * x.std(-1, keepdims=True)
+    x[5] = [-60.0, 1.0, -50.0, -40.0]  # for alpha < 0 the end of the domain bounds the set here
+    policy = random_policies(rng, (6,), PRIOR[0])
     leaves = tuple(jnp.asarray(v) for v in (order, BETA, np.log(PRIOR[0]), x))
-    value = measure(leaves)
+    value = measure(leaves, policy)
     assert np.isfinite(value).all() and (np.asarray(value[1:3]) > 0).all()
     for trial in range(3):
         direction = tuple(jnp.asarray(rng.normal(size=np.shape(v))) for v in leaves)
         # At alpha = 1 itself the difference straddles the removable point.
         step = 1e-5
-        ahead, behind = (measure(tuple(v + s * d for v, d in zip(leaves, direction))) for s in (step, -step))
-        slope = jax.jvp(measure, (leaves,), (direction,))[1]
+        ahead, behind = (measure(tuple(v + s * d for v, d in zip(leaves, direction)), policy) for s in (step, -step))
+        slope = tangent(leaves, direction, policy)
         np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=2e-6, atol=2e-6, err_msg=str(trial))
         weight = jnp.asarray(rng.normal(size=slope.shape))
-        pulled = jax.grad(lambda v, weight=weight: jnp.sum(weight * measure(v)))(leaves)
+        pulled = cotangent(leaves, weight, policy)
         paired = sum(jnp.sum(a * b) for a, b in zip(pulled, direction))
         np.testing.assert_allclose(paired, jnp.sum(weight * slope), rtol=1e-9)
 

@@ -1,5 +1,6 @@
 """Problems of different sizes in one batch: each lane has the answers of its problem by itself."""
 
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import robustreg
 
 rr: Any = robustreg
 problems = rr.problems
+loop: Any = import_module("robustreg.solvers.loop")
 
 
 def dense(n_states, n_actions, seed, discount=0.9, **options):
@@ -31,9 +33,9 @@ MIXES = {
     "orders": lambda: [(dense(7, 3, 0), rr.alpha(1.5, 1.0)), (problems.chain(5, 0.9), rr.kl(2.0))],
     "entropy": lambda: [(dense(7, 3, 0), rr.entropy(1.0)), (rr.from_table(NAMED, 0.8), rr.entropy(2.0))],
     "short lists": lambda: [(problems.slippery_grid(n, 0.9), rr.kl(float(n))) for n in (7, 6)],
-    "one": lambda: [(dense(4, 2, 2), rr.kl(1.0))],
+    "one": lambda: [(dense(7, 3, 2), rr.kl(1.0))],
     "ends and masks": lambda: [
-        (dense(5, 3, 3, available=np.arange(15).reshape(5, 3) % 4 > 0), rr.kl(1.0)),
+        (dense(7, 3, 3, available=np.arange(21).reshape(7, 3) % 4 > 0), rr.kl(1.0)),
         (rr.mdp(np.zeros((3, 2, 3)), np.ones((3, 2)), 0.9, termination=np.ones(3)), rr.kl(1.0)),
     ],
 }
@@ -54,29 +56,33 @@ def test_answers_are_those_of_each_by_itself(mix):
             assert found.shape == expected.shape
             np.testing.assert_allclose(found, expected, atol=1e-8, err_msg=name)
         assert rr.certify(m, reg, mine).raise_if_loose(1e-8) is not None
-    for i, visits in enumerate(stacked.cut(rr.occupancy(stacked.mdp, sol.policy))):
-        expected = rr.occupancy(pairs[i][0], stacked.cut(sol)[i].policy)
-        np.testing.assert_allclose(visits, expected, atol=1e-9)
+    if mix not in ("orders", "entropy"):  # whose problems are those of the first mix: visits know no regulariser
+        for i, visits in enumerate(stacked.cut(rr.occupancy(stacked.mdp, sol.policy))):
+            expected = rr.occupancy(pairs[i][0], stacked.cut(sol)[i].policy)
+            np.testing.assert_allclose(visits, expected, atol=1e-9)
 
 
 def test_against_the_oracle_and_differentiable():
     pairs = [(dense(5, 3, 0), rr.kl(1.0)), (dense(3, 2, 1), rr.kl(4.0))]
 
+    @jax.jit
+    @jax.value_and_grad
     def total(scale):
         scaled = [(jax.tree.map(lambda x: x, m), rr.kl(scale * reg.beta)) for m, reg in pairs]
         m, reg, _ = rr.stack(scaled)
         return jnp.sum(rr.solve(m, reg, tol=1e-11).objective)
 
+    objective, gradient = total(1.0)
     expected = 0.0
     for m, reg in pairs:
         P, r = np.asarray(m.transitions.probabilities), np.asarray(m.reward)
         prior = np.full(m.n_actions, 1 / m.n_actions)
         value, _ = oracle.solve(P, r, 0.9, 1.0, float(reg.beta), prior)[:2]
         expected += value.mean()
-    np.testing.assert_allclose(total(1.0), expected, atol=1e-9)
+    np.testing.assert_allclose(objective, expected, atol=1e-9)
     step = 1e-5
-    slope = (total(1 + step) - total(1 - step)) / (2 * step)
-    np.testing.assert_allclose(jax.jit(jax.grad(total))(1.0), slope, rtol=1e-6)
+    slope = (total(1 + step)[0] - total(1 - step)[0]) / (2 * step)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-6)
 
 
 def test_refusals():
@@ -103,16 +109,16 @@ def test_refusals():
 def test_a_tree_of_stacked_leaves_is_a_batch(sizes):
     """Lists of their own for every lane are written out where they are long, and joined where they are short."""
     ones = [problems.garnet(*sizes, 0.9, seed=seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *ones)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *ones)
     reg = rr.kl(2.0)
     sol = rr.solve(stacked, reg, tol=1e-11).raise_if_failed()
-    inside = jax.jit(lambda m: rr.solve(m, reg, tol=1e-11).value)(stacked)
-    mapped = jax.vmap(lambda m: rr.solve(m, reg, tol=1e-11).value)(stacked)
+    value = jax.jit(lambda m: rr.solve(m, reg, tol=1e-11).value)
+    inside, mapped = value(stacked), jax.vmap(value)(stacked)
     v = np.arange(sizes[0]) ** 2.0
     for i, one in enumerate(ones):
         alone = rr.solve(one, reg, tol=1e-11)
-        for value in (sol.value, inside, mapped):
-            np.testing.assert_allclose(value[i], alone.value, atol=1e-9)
+        for found in (sol.value, inside, mapped):
+            np.testing.assert_allclose(found[i], alone.value, atol=1e-9)
         np.testing.assert_allclose(stacked.transitions.expect(v)[i], one.transitions.expect(v), rtol=1e-12)
         np.testing.assert_allclose(rr.occupancy(stacked, sol.policy)[i], rr.occupancy(one, alone.policy), atol=1e-8)
 
@@ -170,11 +176,14 @@ def test_the_remedies_do_what_they_say():
     np.testing.assert_allclose(rr.sweep(plain, rr.kl(1.0), {"beta": betas})["objective"], by_beta.mean(-1), atol=1e-9)
 
 
-def test_lanes_that_are_none_too_many_are_lanes():
+def test_lanes_that_are_none_too_many_are_lanes(monkeypatch):
+    """Accepted outside jit, where values are looked at; what is then solved is traced for its shape alone."""
     m, betas = problems.chain(3, 0.9), np.array([1.0, 2.0, 3.0])
-    assert rr.solve(m, rr.kl(betas[:2])).value.shape == (2, 3)
-    assert rr.solve(problems.chain(3, betas / 4), rr.kl(betas)).value.shape == (3, 3)
-    assert rr.solve(m, rr.kl(betas), tol=np.full(3, 1e-6)).value.shape == (3, 3)
-    assert rr.solve(m, rr.kl(betas), init=np.zeros((3, 3))).value.shape == (3, 3)
-    assert rr.solve(problems.bandit(), rr.kl([1.0])).value.shape == (1, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_solve", loop._solve.eval_shape)
+        assert rr.solve(m, rr.kl(betas[:2])).value.shape == (2, 3)
+        assert rr.solve(problems.chain(3, betas / 4), rr.kl(betas)).value.shape == (3, 3)
+        assert rr.solve(m, rr.kl(betas), tol=np.full(3, 1e-6)).value.shape == (3, 3)
+        assert rr.solve(m, rr.kl(betas), init=np.zeros((3, 3))).value.shape == (3, 3)
+        assert rr.solve(problems.bandit(), rr.kl([1.0])).value.shape == (1, 1)
     assert jax.jit(lambda b: rr.solve(m, rr.kl(b)).value)(betas).shape == (3, 3)

@@ -39,15 +39,25 @@ def objective(m):
     return rr.solve(m, REG, tol=1e-11).objective
 
 
+@jax.jit
+def slopes_and_policy(m):
+    """Gradient of the objective in the whole MDP, and the policy that it belongs to."""
+
+    def solved(m):
+        sol = rr.solve(m, REG, tol=1e-11)
+        return sol.objective, sol.policy
+
+    return jax.grad(solved, has_aux=True)(m)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_and_one_step(kind):
     m = KINDS[kind]()
-    slopes = jax.grad(objective)(m)
-    # The gradient in the reward is the occupancy; in the discount, a finite difference.
-    np.testing.assert_allclose(slopes.reward, rr.occupancy(m, rr.solve(m, REG, tol=1e-11).policy), atol=1e-7)
+    slopes, policy = slopes_and_policy(m)
+    # The gradient in the reward is the occupancy.
+    np.testing.assert_allclose(slopes.reward, rr.occupancy(m, policy), atol=1e-7)
     assert jax.tree.structure(slopes) == jax.tree.structure(m)
     assert all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(slopes))
-    chex.assert_trees_all_close(jax.jit(jax.grad(objective))(m).reward, slopes.reward, atol=1e-9)
     optimiser = optax.adam(1e-3)
     with jax.numpy_dtype_promotion("standard"):  # which optax takes for granted
         updates, _ = optimiser.update(slopes, optimiser.init(m), m)
@@ -61,18 +71,26 @@ def test_gradient_and_one_step(kind):
         np.testing.assert_array_equal(moved.available, m.available)
 
 
+@pytest.mark.parametrize("kind", ["names, mask, ends", "pattern"])
+def test_outside_jit_it_is_the_same(kind):
+    """Whole numbers and truth values among the leaves, and a list that actions share, with no jit around `grad`."""
+    m = KINDS[kind]()
+    chex.assert_trees_all_close(jax.grad(objective)(m), slopes_and_policy(m)[0], atol=1e-9)
+
+
 def test_steps_climb():
     """Steps in the reward alone raise the objective, in one compiled program."""
     m = KINDS["names, mask, ends"]()
     optimiser = optax.sgd(1.0)
-    state, before = optimiser.init(m), float(objective(m))
-    program: Any = jax.jit(jax.grad(lambda m: -objective(m)))
+    state = optimiser.init(m)
+    program: Any = jax.jit(jax.value_and_grad(lambda m: -objective(m)))
+    before = -float(program(m)[0])
     for _ in range(5):
-        slopes = program(m)
+        _, slopes = program(m)
         slopes = dataclasses.replace(jax.tree.map(jnp.zeros_like, slopes), reward=slopes.reward)
         updates, state = optimiser.update(slopes, state, m)
         m = optax.apply_updates(m, updates)
-    assert program._cache_size() == 1 and float(objective(m)) > before + 1
+    assert -float(program(m)[0]) > before + 1 and program._cache_size() == 1
 
 
 def test_no_program_per_problem():
@@ -105,9 +123,11 @@ def test_trees_hold_what_they_held(kind):
 def test_derivatives_of_both_modes():
     m = KINDS["successors"]()
     along = jax.tree.map(jnp.zeros_like, m)
-    _, change = jax.jvp(objective, (m,), (dataclasses.replace(along, reward=m.reward),))
-    np.testing.assert_allclose(change, jnp.vdot(jax.grad(objective)(m).reward, m.reward), rtol=1e-8)
-    assert jax.grad(objective, allow_int=True)(m).transitions.indices.shape == m.transitions.indices.shape
+    along = dataclasses.replace(along, reward=m.reward)
+    change = jax.jit(lambda m, along: jax.jvp(objective, (m,), (along,))[1])(m, along)
+    np.testing.assert_allclose(change, jnp.vdot(slopes_and_policy(m)[0].reward, m.reward), rtol=1e-8)
+    whole = jax.jit(jax.grad(objective, allow_int=True))(m)
+    assert whole.transitions.indices.shape == m.transitions.indices.shape
 
 
 def test_too_many_numbers_for_single_precision_stay_whole():
