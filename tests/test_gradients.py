@@ -94,6 +94,12 @@ def outputs(x):
     }
 
 
+@functools.cache
+def gradient_of_the_objective(kind="successors", solver=None):
+    """Compiled: the gradient of the lanes' objectives in every leaf of a dict."""
+    return jax.jit(jax.grad(lambda x: rr.solve(*build(x, kind), solver).objective.sum()))
+
+
 def difference(f, x, d, step=1e-4):
     """Central difference of fourth order of a dict of outputs along `d`."""
 
@@ -143,13 +149,7 @@ def test_reverse_mode_is_the_transpose_of_forward_mode(tangents):
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed_forms(kind):
     """Gradients of the objective against THEORY's formulas; that in the reward is the occupancy to rounding."""
-    x = arrays()
-
-    @jax.jit
-    def gradient(x):
-        return jax.grad(lambda y: rr.solve(*build(y, kind)).objective.sum())(x)
-
-    got = {name: np.asarray(g) for name, g in gradient(x).items()}
+    got = {name: np.asarray(g) for name, g in gradient_of_the_objective(kind)(arrays()).items()}
     total = np.zeros_like(leaves()["P"])
     for i in range(LANES):
         one = {name: v if name == "P" else v[i] for name, v in leaves().items()}
@@ -245,9 +245,9 @@ def test_conjugate_has_exact_second_derivatives():
 
 def test_alpha_one_is_kl_to_rounding():
     x = arrays()
-    kl = jax.grad(lambda b, lp: rr.solve(build(x)[0], rr.kl(b, log_prior=lp)).objective.sum(), (0, 1))
-    at = jax.grad(lambda b, lp: rr.solve(build(x)[0], rr.alpha(1.0, b, log_prior=lp)).objective.sum(), (0, 1))
-    for a, b in zip(kl(x["beta"], x["log_prior"]), at(x["beta"], x["log_prior"])):
+    kl = jax.jit(jax.grad(lambda b, lp: rr.solve(build(x)[0], rr.kl(b, log_prior=lp)).objective.sum(), (0, 1)))
+    at = gradient_of_the_objective()(x | {"alpha": jnp.ones(LANES)})
+    for a, b in zip(kl(x["beta"], x["log_prior"]), (at["beta"], at["log_prior"])):
         close(a, b, 1e-12)
 
 
@@ -319,8 +319,7 @@ def test_edge_of_the_support():
 
 
 def test_a_lost_lane_keeps_its_trouble_to_itself():
-    x = arrays()
-    gradient = jax.jit(jax.grad(lambda y: rr.solve(*build(y)).objective.sum()))
+    x, gradient = arrays(), gradient_of_the_objective()
     clean = gradient(x)
     broken = gradient(x | {"reward": x["reward"].at[2, 0, 0].set(jnp.nan)})
     others = np.arange(LANES) != 2
@@ -331,9 +330,9 @@ def test_a_lost_lane_keeps_its_trouble_to_itself():
 
 def test_vmap_of_grad_is_grad_of_the_batch():
     x = arrays()
+    together = gradient_of_the_objective()(x)
     shared = x.pop("P")
-    each = jax.vmap(jax.grad(lambda y: rr.solve(*build(y | {"P": shared})).objective))(x)
-    together = jax.grad(lambda y: rr.solve(*build(y | {"P": shared})).objective.sum())(x)
+    each = jax.jit(jax.vmap(jax.grad(lambda y: rr.solve(*build(y | {"P": shared})).objective)))(x)
     for name in x:
         close(each[name], together[name], 1e-10, name)
 
@@ -342,9 +341,7 @@ def test_vmap_of_grad_is_grad_of_the_batch():
 def test_every_solver_has_the_same_gradient(solver):
     """Also one that takes hundreds of steps: nothing is differentiated through them."""
     x = arrays()
-    got, wanted = (
-        jax.jit(jax.grad(lambda y, s=s: rr.solve(*build(y), s).objective.sum()))(x) for s in (solver, rr.Newton())
-    )
+    got, wanted = gradient_of_the_objective(solver=solver)(x), gradient_of_the_objective()(x)
     for name in x:
         close(got[name], wanted[name], 1e-9, name)
 
@@ -354,11 +351,12 @@ def test_warm_starts_are_not_differentiated():
     m, reg = build(x)
     sol = rr.solve(m, reg)
 
-    def objective(beta, init):
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradient(beta, init):
         return rr.solve(m, dataclasses.replace(reg, beta=beta), init=init).objective.sum()
 
-    warm, nothing = jax.grad(objective, (0, 1))(x["beta"], sol.value)
-    cold = jax.grad(objective)(x["beta"], jnp.zeros_like(sol.value))
+    warm, nothing = gradient(x["beta"], sol.value)
+    cold, _ = gradient(x["beta"], jnp.zeros_like(sol.value))
     close(warm, cold, 1e-10)
     assert (np.asarray(nothing) == 0).all()
 
@@ -367,25 +365,27 @@ def test_the_adjoint_reports_its_error(monkeypatch):
     """A gradient of zeros that is the relative error of the occupancy: small, or large where the solve was cut."""
     x = arrays()
 
-    def objective(y, probe):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def differentiated(y, probe):
         return rr.solve(*build(y), adjoint_error=probe).objective.sum()
 
     probe = jnp.zeros(LANES)
-    gradient, error = jax.grad(objective, (0, 1))(x, probe)
+    value, (gradient, error) = differentiated(x, probe)
     # That of the policy counts, optimal but for rounding: stiff for alpha < 0, by a root for alpha > 2.
     assert (0 <= np.asarray(error)).all() and (np.asarray(error) <= 1e-4).all()
     assert (np.asarray(error)[(ALPHAS >= 0) & (ALPHAS <= 2)] <= 1e-9).all()
-    assert objective(x, probe) == objective(x, probe + 1)
+    assert value == differentiated(x, probe + 1)[0]
     jax.clear_caches()
     monkeypatch.setattr(linear, "KRYLOV_STEPS", 1)
     monkeypatch.setattr(linear, "_ROUNDS", 1)
-    other = jax.grad(objective, (0, 1))(x, probe)[0]
+    other = differentiated(x, probe)[1][0]
     np.testing.assert_allclose(other["reward"], gradient["reward"], rtol=1e-8, atol=1e-10)
     # With no other way left either, there is no gradient.
     monkeypatch.setattr(linear, "DENSE", 0)
     monkeypatch.setattr(linear, "_SWEEPS", 0)
     jax.clear_caches()
-    poor, error = jax.grad(objective, (0, 1))(x, probe)
+    _, (poor, error) = differentiated(x, probe)
     jax.clear_caches()
     # (The gradient of an action that is never taken is 0 whatever the occupancy.)
     never = np.asarray(gradient["reward"]) == 0
@@ -427,8 +427,8 @@ def test_float32_gradients():
     x = {name: jnp.asarray(v, jnp.float32) for name, v in leaves().items()}
     rows = x["P"].sum(-1, keepdims=True)
     x["P"] = x["P"] / rows
-    got = jax.grad(lambda y: rr.solve(*build(y)).objective.sum())(x)
-    wanted = jax.grad(lambda y: rr.solve(*build(y)).objective.sum())({n: v.astype(float) for n, v in x.items()})
+    got = gradient_of_the_objective()(x)
+    wanted = gradient_of_the_objective()({n: v.astype(float) for n, v in x.items()})
     for name in got:
         assert got[name].dtype == jnp.float32
         close(got[name], wanted[name], 3e-5, name)

@@ -42,7 +42,7 @@ def sharded(function):
 
 def agree(function, argument, atol=1e-9):
     for got, want in zip(
-        jax.tree.leaves(sharded(function)(argument)), jax.tree.leaves(function(argument)), strict=True
+        jax.tree.leaves(sharded(function)(argument)), jax.tree.leaves(jax.jit(function)(argument)), strict=True
     ):
         np.testing.assert_allclose(got, want, atol=atol)
 

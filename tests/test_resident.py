@@ -280,21 +280,21 @@ def test_vmap_and_gradients(twice):
     """Axes of `vmap` become lanes, over any leaf and twice; derivatives are those at the certified value."""
     grid: Any = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
     rewards = np.asarray(grid.reward) * (1 + 0.1 * np.arange(3, dtype=DTYPE))[:, None, None]
+    rows = grid.transitions
+    kernels = rr.Successors(rows.indices, rows.probabilities[None] * jnp.ones((2, 1, 1, 1), DTYPE))
 
     def objective(reward, beta, kernel):
         m = rr.mdp(kernel, reward, 0.9, initial=grid.initial)
         return rr.solve(m, rr.kl(beta), tol=1e-4).objective
 
     def everything():
-        rows = grid.transitions
-        kernels = rr.Successors(rows.indices, rows.probabilities[None] * jnp.ones((2, 1, 1, 1), DTYPE))
         axes = rr.Successors(None, 0)  # type: ignore[arg-type]
         over = jax.vmap(jax.value_and_grad(objective, argnums=(0, 1)), (None, 0, None))
         nested = jax.vmap(over, (0, None, None))(jnp.asarray(rewards), single([1.0, 10.0]), rows)
         each = jax.vmap(objective, (None, None, axes))(grid.reward, single([1.0, 10.0]), kernels)
         return nested, each
 
-    loop, kernel = twice(everything)
+    loop, kernel = twice(jax.jit(everything))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), loop, kernel)
 
 
