@@ -251,6 +251,21 @@ def test_batches_of_sums_and_balls(drawn):
             assert np.abs(whole.value[i] - alone.value[i]).max() <= float(whole.tol[i] + alone.tol[i])
 
 
+def test_play_against_sums(drawn):
+    """Explicit play needs how far policies move: that of a sum of two halves is that of the whole."""
+    _, prior, _ = drawn
+    whole, halves = rr.alpha(2.0, 2.0, prior), rr.alpha(2.0, 4.0, prior) + rr.alpha(2.0, 4.0, prior)
+    a, b = (reg._public(prior[::-1])[0].curvature(prior[::-1].T) for reg in (whole, halves))
+    assert np.abs(a - b).max() < 1e-12
+    m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
+    game = rr.solve_game(m, rr.kl(3.0, prior) + rr.alpha(2.0, 4.0, prior))
+    assert (
+        game.converged and abs(game.dual - rr.solve(m, rr.kl(3.0, prior) + rr.alpha(2.0, 4.0, prior)).objective) < 1e-9
+    )
+    with pytest.raises(TypeError, match="kl and alpha alone"):
+        rr.UnnormalisedSet(halves).contains(np.zeros((S, A)))
+
+
 def test_entropies_without_reference(drawn):
     """Tsallis of order 1 is Shannon's; of order q its policies are those of alpha at another strength."""
     rng = drawn[0]

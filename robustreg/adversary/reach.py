@@ -36,6 +36,7 @@ from jax import Array, lax
 from robustreg._core import checks, loops, pytrees
 from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import weighted
+from robustreg.regularisers.families import Divergence
 from robustreg.regularisers.regulariser import Regulariser
 
 # Six steps are typical. From far right of a nearly quadratic level each step halves t: no bound on the digits needed.
@@ -84,6 +85,13 @@ def expect_reference(reg: Any, position: str) -> None:
             f"the {position} has no reference policy (entropy): its robust sets do not hold 0 and are not nested in "
             "beta, so that nothing can be scaled to their boundary; use kl"
         )
+
+
+def expect_order(reg: Any) -> None:
+    """Refuse what is no divergence of an order alpha: of others the conjugate over all measures is not known."""
+    expect_reference(reg, "first argument")
+    if not isinstance(reg, Divergence):
+        raise TypeError(f"the unnormalised set is known for kl and alpha alone, not for a {type(reg).__name__}")
 
 
 def _pool(weight: Array | None, x: Array) -> Array:

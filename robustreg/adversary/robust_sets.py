@@ -136,29 +136,29 @@ class RobustSet(PerturbationSet):
 class UnnormalisedSet(PerturbationSet):
     """The set of the conjugate over all `p >= 0` instead of distributions: the robust set for KL, else smaller.
 
-    Its methods refuse `entropy`, which is no cost of leaving a distribution.
+    Its methods refuse everything but `kl` and `alpha`.
     """
 
     regulariser: Regulariser
 
     def slack(self, perturbation: ArrayLike) -> Array:
         """Tell how much may be added to every action, `[*B, ...]`: the root of an increasing function."""
-        reach.expect_reference(self.regulariser, "first argument")
+        reach.expect_order(self.regulariser)
         return _kernel(_shift, self.regulariser, perturbation)
 
     def support(self, policy: ArrayLike) -> Array:
         """Compute `(1/beta) eps_h(lam_{alpha h}(D))`, at most `Omega(p)`; equal for KL."""
-        reach.expect_reference(self.regulariser, "first argument")
+        reach.expect_order(self.regulariser)
         return _kernel(_unnormalised_support, self.regulariser, policy)
 
     def worst_case(self, policy: ArrayLike) -> Array:
         """Return the member that takes `support`, `[*B, ..., A]`: `(1/beta) log_alpha(Z^{-1/alpha} p/p0)`."""
-        reach.expect_reference(self.regulariser, "first argument")
+        reach.expect_order(self.regulariser)
         return jnp.moveaxis(_kernel(_unnormalised_worst, self.regulariser, policy), 0, -1)
 
     def radius(self, direction: ArrayLike) -> Array:
         """Find the largest `t >= 0` with `t * direction` in the set, `[*B, ...]`; 0 and infinite likewise."""
-        reach.expect_reference(self.regulariser, "first argument")
+        reach.expect_order(self.regulariser)
         return _kernel(_unnormalised_reach, self.regulariser, direction)
 
 

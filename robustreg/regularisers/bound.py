@@ -130,8 +130,8 @@ class Bound:
         return pytrees.largest(jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)) - th
 
     def curvature(self, policy: Array) -> Array:
-        """Compute `beta w`: how far each probability moves with `beta q`, `[A, ...]`; 0 off the support."""
-        return self.yields(policy) * self.reduce.over(self.beta)
+        """Compute `w/beta`: how far each probability moves with `beta q`, `[A, ...]`; 0 off the support."""
+        return self.yields(policy) / self.reduce.over(self.beta)
 
     def rate(self, log_policy: Array) -> Array:
         """Compute `dm/dlog p`, `[A, ...]`."""

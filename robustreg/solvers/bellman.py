@@ -349,7 +349,7 @@ def rounding(problem: BoundProblem, size: Array, c: Array, cost: Array) -> Array
     The error of one backup is at most `u` times the sum of: the products and sums of `P h` (whose roundings are
     bounded by their number; unless the problem is `strict`, long sums count by four times the square root of their
     length, which holds with a probability close to 1 [Higham and Mary 2019]), the storage of P, r and g, and the
-    conjugate, which errs by what its regulariser says (`_noise`: for KL by `u (2 + log A)/beta`, near the prior by a
+    conjugate, which errs by what its regulariser says (`noise`: for KL by `u (2 + log A)/beta`, near the prior by a
     multiple of u times its cost) and whose parameters, stored with relative error u, by `u` times the cost of
     regularisation. The error of a reward counts by the probability of the action: a penalty of 1e6 on what nobody does
     is exact enough.
