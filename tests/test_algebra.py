@@ -11,7 +11,7 @@ from jax.scipy.special import xlogy
 from scipy import optimize, special
 
 import robustreg as rr
-from robustreg.cli import config
+from robustreg.cli import config, verdicts
 from robustreg.regularisers import maximise
 
 S, A = 6, 4
@@ -340,6 +340,7 @@ def test_files_and_configurations(drawn, tmp_path):
         path.write_text(text + kind + "\n")
         made = config.load(path).regulariser
         assert type(made) is type(wanted) and float(abs(made.conjugate(q) - wanted.conjugate(q)).max()) == 0
+    assert verdicts.name_of(rr.kl(5.0) + rr.norm_ball(0.3, 3)) == "KL(beta=5) + NormBall(radius=0.3, p=3)"
     for kind, told in (
         ('kind = "sum"\nparts = []', "two tables or more"),
         ('kind = "sum"\nparts = [{ kind = "kl", beta = 5.0 }, { kind = "kl" }]', "needs beta"),

@@ -332,9 +332,9 @@ def _rows(run: Run) -> dict[str, str]:
 
 def _strength(regulariser: Any) -> dict[str, str]:
     """The numbers of a regulariser for people."""
-    names = [name for name in ("alpha", "beta") if hasattr(regulariser, name)]
-    numbers = {name: f"{float(getattr(regulariser, name)):g}" for name in names}
-    return {"regulariser": type(regulariser).__name__, **numbers}
+    if isinstance(regulariser, rr.Sum):
+        return {"regulariser": verdicts.name_of(regulariser)}
+    return {"regulariser": type(regulariser).__name__, **verdicts.numbers_of(regulariser)}
 
 
 def _start(m: rr.MDP, value: Any) -> float:
@@ -355,7 +355,8 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
         return [path]
     numbers = _strength(run.job.regulariser)
     kind = numbers.pop("regulariser")
-    title = f"{problem.title}, {kind}({', '.join(f'{name}={value}' for name, value in numbers.items())})"
+    own = f"({', '.join(f'{name}={value}' for name, value in numbers.items())})" if numbers else ""
+    title = f"{problem.title}, {kind}{own}"
     logs, shape = run.job.regulariser.log_prior, (problem.mdp.n_states, problem.mdp.n_actions)
     excluded = None if logs is None else np.broadcast_to(np.isneginf(logs), shape)
     return [

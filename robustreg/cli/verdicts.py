@@ -33,7 +33,8 @@ from robustreg.adversary.certificates import certify
 from robustreg.adversary.guarantees import guarantee
 from robustreg.cli import config
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.regulariser import Regulariser
+from robustreg.regularisers.balls import NormBall
+from robustreg.regularisers.regulariser import Regulariser, Sum
 from robustreg.solvers import evaluation
 from robustreg.solvers.loop import solve
 from robustreg.solvers.solution import Solution, SolveError
@@ -111,7 +112,7 @@ def examine(question: Question) -> Verdict:
         A `Verdict`; the first claim that fails is named in its row "verdict".
     """
     m, reg = question.job.problem.mdp, question.job.regulariser
-    rows = {"problem": question.job.problem.title, "regulariser": _name(reg), "precision": str(m.dtype)}
+    rows = {"problem": question.job.problem.title, "regulariser": name_of(reg), "precision": str(m.dtype)}
     found, arrays, failure = _solved(question) if question.policy is None else _own(question)
     rows |= found
     verdict = "holds: the guarantee is certified"
@@ -206,9 +207,17 @@ def _range(low: float, high: float) -> str:
     return f"{0.5 * (low + high):.9g} ± {0.5 * (high - low):.1e}"
 
 
-def _name(reg: Regulariser) -> str:
-    names = [name for name in ("alpha", "beta") if hasattr(reg, name)]
-    return f"{type(reg).__name__}({', '.join(f'{name}={float(getattr(reg, name)):g}' for name in names)})"
+def numbers_of(reg: Regulariser) -> dict[str, str]:
+    """List the numbers of a regulariser without batch axes, by name, for tables and titles; a sum has none itself."""
+    numbers = {name: f"{float(getattr(reg, name)):g}" for name in reg._scalars}
+    return numbers | ({"p": f"{reg.p:g}"} if isinstance(reg, NormBall) else {})
+
+
+def name_of(reg: Regulariser) -> str:
+    """Write a regulariser with its numbers."""
+    if isinstance(reg, Sum):
+        return " + ".join(name_of(part) for part in reg.parts)
+    return f"{type(reg).__name__}({', '.join(f'{name}={value}' for name, value in numbers_of(reg).items())})"
 
 
 # ---- files
