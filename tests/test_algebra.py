@@ -318,6 +318,10 @@ def test_no_regulariser_at_all(drawn):
     proof = rr.certify(m, None, sol)
     proof.raise_if_loose(sol.tol + proof.rounding)
     assert np.abs(rr.sweep(m, None, grid={"discount": [0.5, 0.9]})["objective"][1] - sol.objective) < 1e-8
+    # A finite horizon that goes on with the optimum is the optimum; the gain is that of a nearly undiscounted problem.
+    assert np.abs(rr.solve_horizon(m, None, 3, sol.value).value[0] - sol.value).max() < 1e-10
+    slow = rr.solve(m.replace(discount=1 - 1e-6), None)
+    assert abs(rr.solve_average(m, None).gain - 1e-6 * slow.objective) < 1e-5
 
 
 def test_files_and_configurations(drawn, tmp_path):

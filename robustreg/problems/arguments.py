@@ -192,7 +192,10 @@ def discount_of(discount: Any, dtype: np.dtype, ends: bool = False) -> tuple[Arr
     if checks.is_traced(g):
         g = cast(g, dtype)
         return g, 1 - g
-    rule = "it must lie in [0, 1): use 0.999 for a long horizon, and termination for episodes that end"
+    rule = (
+        "it must lie in [0, 1): use 0.999 for a long horizon, and termination for episodes that end; solve_average "
+        "needs none, solve_horizon takes its own"
+    )
     checks.refuse("discount", g, ~((g >= 0) & ((g < 1) | (ends & (g == 1)))), (), rule)
     rule = f"in {dtype} that is 1: pass float64 arrays with jax_enable_x64 on, or a smaller discount"
     checks.refuse("discount", g, (g.astype(dtype) >= 1) & (g < 1), (), rule)

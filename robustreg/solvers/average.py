@@ -56,7 +56,7 @@ from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, implicit, krylov, linear, loop, methods, readings
+from robustreg.solvers import bellman, implicit, krylov, linear, loop, methods, plain, readings
 from robustreg.solvers.solution import Answer, Status
 
 
@@ -99,13 +99,13 @@ class Average(Answer):
 
 
 def solve_average(
-    mdp: MDP, reg: Regulariser, *, tol: ArrayLike | None = None, max_steps: int | Array | None = None
+    mdp: MDP, reg: Regulariser | None, *, tol: ArrayLike | None = None, max_steps: int | Array | None = None
 ) -> Average:
     """Solve a regularised MDP for the best reward per step, with a certificate.
 
     Args:
         mdp: from `robustreg.mdp` or a generator, without termination. Its discount is ignored, lanes of it included.
-        reg: from `robustreg.kl` or its like.
+        reg: from `robustreg.kl` or its like; None is the plain maximum.
         tol: certified bound on the error of `gain`, in reward units per step, `[*B]` or a number; None: as tight as the
             precision supports.
         max_steps: cap on backups; None: 200.
@@ -119,6 +119,7 @@ def solve_average(
     Raises:
         TypeError, ValueError: arguments of the wrong kind or shape; an MDP whose episodes end.
     """
+    reg = plain.regulariser_or_none(mdp, reg)
     loop.check_arguments(mdp, reg, None, tol)
     if mdp.termination is not None:
         raise ValueError(

@@ -39,7 +39,7 @@ from robustreg._core import checks, loops, pytrees
 from robustreg.problems import arguments
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, implicit, loop, readings
+from robustreg.solvers import bellman, implicit, loop, plain, readings
 from robustreg.solvers.solution import Answer, Status
 
 
@@ -71,7 +71,7 @@ class Horizon(Answer):
 
 def solve_horizon(
     mdp: MDP,
-    reg: Regulariser,
+    reg: Regulariser | None,
     horizon: int,
     terminal: ArrayLike | None = None,
     *,
@@ -83,7 +83,7 @@ def solve_horizon(
 
     Args:
         mdp: from `robustreg.mdp` or a generator.
-        reg: from `robustreg.kl` or its like.
+        reg: from `robustreg.kl` or its like; None is the plain maximum.
         horizon: T, the number of steps, at least 1; part of the compiled program.
         terminal: value after the last step, `[*B, S]`; None: 0. (Episodes that end before do without.)
         discount: in place of the MDP's own, `[*B]`, in [0, 1], of which 1 is allowed here.
@@ -104,7 +104,8 @@ def solve_horizon(
         TypeError, ValueError: arguments of the wrong kind or shape, a `discount` out of range, or axes that can be read
             in two ways.
     """
-    loop.check_arguments(mdp, reg, None, None)
+    own: Any = plain.regulariser_or_none(mdp, reg)
+    loop.check_arguments(mdp, own, None, None)
     n_steps = checks.count("horizon", horizon)
     checkpoint = checks.flag("checkpoint", checkpoint)
     mdp = mdp if discount is None else _with_discount(mdp, discount)
@@ -112,11 +113,11 @@ def solve_horizon(
         terminal = checks.operand("terminal", terminal, mdp.dtype)
         checks.expect_shape("terminal", np.shape(terminal), (mdp.n_states,), "S", "one value per state")
     lanes = readings.shape_of(terminal, 1)
-    varying = _varies(mdp, reg, n_steps, lanes, varying)
+    varying = _varies(mdp, own, n_steps, lanes, varying)
     if not varying:
-        readings.refuse_states_as_lanes(mdp, reg, lanes)
+        readings.refuse_states_as_lanes(mdp, own, lanes)
     with jax.debug_infs(False):
-        return _solve_horizon(mdp._with_sparsity(), reg, terminal, n_steps, varying, checkpoint)
+        return _solve_horizon(mdp._with_sparsity(), own, terminal, n_steps, varying, checkpoint)
 
 
 def _with_discount(mdp: MDP, discount: Any) -> MDP:
