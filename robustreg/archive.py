@@ -171,6 +171,8 @@ def _rebuild(tree: Any, archive: Arrays) -> Any:
             fields[field.name] = _rebuild(part, archive)
     if kind is Solution and "log_policy" not in fields:
         fields["log_policy"] = _logarithm(fields["policy"])
+    if kind is Certificate and "storage" not in fields:  # written when nobody asked: no allowance then
+        fields["storage"] = jnp.zeros_like(fields["rounding"])
     return kind(**fields)
 
 

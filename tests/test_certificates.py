@@ -1,6 +1,7 @@
 """Certificates hold for anything, are tight for solutions, and do not pass what has been tampered with."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -136,3 +137,14 @@ def test_single_lane_shapes():
     certificate.raise_if_loose(1e-8)
     with pytest.raises(rr.SolveError):
         certificate.raise_if_loose(1e-16)
+
+
+def test_files_from_before_the_storage_of_perturbations(whole, tmp_path):
+    """A certificate written without it makes no allowance for it."""
+    path = rr.save(tmp_path / "proof", whole[1])
+    held = dict(np.load(path))
+    header = json.loads(str(held["header"]))
+    del header["robustreg"]["object"]["fields"]["storage"], held["storage"]
+    np.savez(path, **{**held, "header": np.array(json.dumps(header))})
+    old = rr.load(path)
+    assert (np.asarray(old.storage) == 0).all() and (old.gap == whole[1].gap).all()
