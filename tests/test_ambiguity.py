@@ -10,6 +10,7 @@ from scipy import optimize
 
 import robustreg as rr
 from robustreg.solvers import ambiguity
+from robustreg.solvers.exact_balls import ExactBall
 
 G = 0.9
 
@@ -56,7 +57,7 @@ def test_norms_and_their_centres(p):
     rng = np.random.default_rng(0)
     h, c = rng.standard_normal((9, 5)), rng.standard_normal(5)
     for form in ("r2", "kappa"):
-        ball = rr.TransitionBall(0.1, p, "s", form).bind(1, np.float64)
+        ball = rr.TransitionBall(0.1, p, "s", form)._laid_out(1, np.float64)
         value, slope = map(np.asarray, ball.norm(jnp.asarray(h), jnp.asarray(c)))
         for i in range(5):
             v, q = h[:, i] + c[i], ball.q
@@ -78,6 +79,8 @@ CASES = [
     (rr.norm_ball(0.1), "s", "r2", 2.0),
     (rr.norm_ball(0.1, 1.5), "s", "kappa", 1.5),
     (rr.kl(5.0), "sa", "kappa", np.inf),
+    (None, "sa", "exact", 1),
+    (rr.kl(5.0), "sa", "exact", 2),
 ]
 
 
@@ -85,7 +88,8 @@ CASES = [
 def test_the_worst_model_attains_the_robust_value(grid, case):
     """In it the policy is worth the value; the certified interval holds that of plain sweeps; other noise does less."""
     reg, rectangular, form, p = CASES[case]
-    ball = rr.TransitionBall(0.004, p, rectangular, form)
+    radius = 0.2 if form == "exact" else 0.004
+    ball = rr.TransitionBall(radius, p, rectangular, form)
     sol = rr.solve(grid, reg, ambiguity=ball).raise_if_failed()
     policy, value = np.asarray(sol.policy), np.asarray(sol.value)
     reward, transitions = (np.asarray(x) for x in rr.worst_model(grid, reg, sol, ball))
@@ -96,16 +100,54 @@ def test_the_worst_model_attains_the_robust_value(grid, case):
     swept = rr.solve(grid, reg, rr.ValueIteration(), ambiguity=ball, tol=1e-9).raise_if_failed()
     assert (swept.lower <= sol.upper).all() and (sol.lower <= swept.upper).all()
     # Noise of the same size in other directions hurts no more.
-    noise = transitions - np.asarray(grid.transitions.probabilities)
-    rng = np.random.default_rng(1)
+    P, rng = np.asarray(grid.transitions.probabilities), np.random.default_rng(1)
+    if form == "exact":
+        assert transitions.min() > -1e-12 and np.abs(transitions.sum(-1) - 1).max() < 1e-9
+        assert np.linalg.norm(transitions - P, p, axis=-1).max() <= radius * (1 + 1e-6)
     for _ in range(20):
-        other = rng.standard_normal(noise.shape)
-        other -= other.mean(-1, keepdims=True) if form == "kappa" else 0
+        if form == "exact":  # on the way to other distributions
+            other = rng.dirichlet(np.full(25, 0.05), P.shape[:2]) - P
+        else:
+            other = rng.standard_normal(P.shape)
+            other -= other.mean(-1, keepdims=True) if form == "kappa" else 0
         size = np.linalg.norm(other.reshape(25, *(-1,) if rectangular == "s" else (4, -1)), p, axis=-1)
         size = size.reshape(25, *(1, 1) if rectangular == "s" else (4, 1))
-        P = np.asarray(grid.transitions.probabilities) + 0.004 * other / size
-        model = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, P), paid)
+        moved = P + radius * other / (np.maximum(size, radius) if form == "exact" else size)
+        model = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, moved), paid)
         assert (model >= value - 1e-9).all()
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_worst_rows(p):
+    """Against a linear program (p = 1) and SLSQP; derivatives in rows, values and radius by differences."""
+    rng, n, e = np.random.default_rng(0), 6, 1e-6
+    for radius in (0.02, 0.3, 1.2):
+        rows, h = rng.dirichlet(np.full(n, 0.5), (1, n)), rng.standard_normal(n)
+        ball = ExactBall(jnp.full((1, 1), radius), jnp.asarray(rows), p)
+        x, least = np.asarray(ball._worst(jnp.asarray(h))[0])[0], np.asarray(ball._least(jnp.asarray(h)))[0]
+        assert x.min() >= 0 and np.abs(x.sum(-1) - 1).max() < 1e-12
+        assert np.linalg.norm(x - rows[0], p, axis=-1).max() <= radius * (1 + 1e-9)
+        for row, found in zip(rows[0], least):
+            if p == 1:
+                one, zero = np.eye(n), np.zeros(n)
+                sides = np.block([[one, -one], [-one, -one], [np.zeros((1, n)), np.ones((1, n))]])
+                costs, total = np.r_[h, zero], np.r_[np.ones(n), zero][None]
+                best = optimize.linprog(costs, sides, np.r_[row, -row, radius], total, [1]).fun
+                assert abs(found - best) < 1e-12
+            else:
+                inside = {"type": "ineq", "fun": lambda y, row=row, b=radius: b**2 - ((y - row) ** 2).sum()}
+                whole = {"type": "eq", "fun": lambda y: y.sum() - 1}
+                options: Any = {"bounds": [(0, 1)] * n, "constraints": [whole, inside], "options": {"ftol": 1e-12}}
+                best = optimize.minimize(lambda y, h=h: y @ h, row, **options)
+                assert abs(found - best.fun) < 1e-6  # (the ball is theirs to 1e-7)
+        direction, dh = rows * (rng.standard_normal(rows.shape)), rng.standard_normal(n)
+        direction -= direction.sum(-1, keepdims=True) * rows
+
+        def at(t, rows=rows, direction=direction, h=h, dh=dh, radius=radius):
+            moved = ExactBall(jnp.full((1, 1), radius + 0.3 * t), jnp.asarray(rows) + t * direction, p)
+            return moved._least(jnp.asarray(h) + t * dh).sum()
+
+        assert abs(jax.grad(at)(0.0) - (at(e) - at(-e)) / (2 * e)) < 1e-6
 
 
 def test_gradients_lanes_and_float32(grid):
@@ -118,7 +160,12 @@ def test_gradients_lanes_and_float32(grid):
         m = grid.replace(reward=grid.reward + t * direction, discount=G + 0.01 * t)
         return rr.solve(m, reg, ambiguity=ball).objective
 
+    def exact(t):
+        ball = rr.TransitionBall(0.1 + 0.1 * t, 1, "sa", "exact")
+        return rr.solve(grid.replace(reward=grid.reward + t * direction), reg, ambiguity=ball).objective
+
     step = 1e-5
+    assert abs(jax.grad(exact)(0.0) - (exact(step) - exact(-step)) / (2 * step)) < 1e-6
     assert abs(jax.grad(objective)(0.0) - (objective(step) - objective(-step)) / (2 * step)) < 1e-6
     radii = np.array([0.0, 0.002, 0.004])
     lanes = rr.solve(grid, reg, ambiguity=rr.TransitionBall(radii))
@@ -155,6 +202,7 @@ def test_what_is_refused(grid):
         (rr.TransitionBall(0.1, 0.5), "p of a TransitionBall"),
         (rr.TransitionBall(0.1, 2, "state"), "rectangular"),
         (rr.TransitionBall(0.1, 2, "s", "ball"), "form"),
+        (rr.TransitionBall(0.1, 2, "s", "exact"), "sa"),
         (rr.TransitionBall(0.1, per_state=np.ones(3)), "per_state"),
         (rr.TransitionBall(0.1, per_pair=np.ones((25, 4))), "sa"),
     ):

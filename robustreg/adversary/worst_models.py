@@ -22,8 +22,8 @@ def worst_model(mdp: MDP, reg: Regulariser | None, sol: Solution, ambiguity: Tra
 
     Returns:
         The reward, `[*B, S, A]`, and the transitions written out, `[*B, S, A, S]`. In this model the policy is worth
-        exactly the robust value. Rows of the transitions sum to what they did (form "kappa") or not ("r2"), and may
-        have negative entries: neither closed form knows that they are probabilities.
+        exactly the robust value. Rows of the transitions are probabilities (form "exact"), sum to what they did
+        ("kappa") or not ("r2"), and may have negative entries: neither closed form knows that they are probabilities.
 
     Raises:
         TypeError, ValueError: as `solve`.
@@ -44,8 +44,8 @@ def _worst_model(mdp: MDP, reg: Regulariser, value: Array, policy: Array, ball: 
     v = jnp.broadcast_to(pytrees.lanes_last(value, n, 1), (mdp.n_states, *batch))
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), (mdp.n_actions, mdp.n_states, *batch))
     reward = problem.reward - problem.regulariser.worst_case(p)
-    of_pairs, of_states = problem.ball.noise(p, v, jnp.zeros(batch, v.dtype))
+    noise = problem.ball.noise(p, v, jnp.zeros(batch, v.dtype))
     unit = jnp.eye(mdp.n_states, dtype=v.dtype).reshape(mdp.n_states, *[1] * n, mdp.n_states)
     rows = problem.transitions._add_lane_axis()._expect(jnp.broadcast_to(unit, (mdp.n_states, *batch, mdp.n_states)))
-    rows = rows + of_pairs[..., None] * jnp.moveaxis(of_states, 0, -1)[None, None]
+    rows = rows + jnp.moveaxis(noise, 2, -1)
     return pytrees.batch_first(reward, 2), jnp.moveaxis(jnp.moveaxis(rows, (0, 1), (n + 1, n)), -1, -1)

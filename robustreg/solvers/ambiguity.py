@@ -35,13 +35,17 @@ from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
+from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.norms import BoundNorm
 from robustreg.regularisers.sums import BoundSum
+from robustreg.solvers import exact_balls
+from robustreg.solvers.chains import Product
+from robustreg.solvers.exact_balls import ExactBall
 from robustreg.solvers.plain import FixedPolicy, HardMax
 
-_FORMS, _KINDS = ("r2", "kappa"), ("s", "sa")
+_FORMS, _KINDS = ("r2", "kappa", "exact"), ("s", "sa")
 
 
 @pytrees.dataclass
@@ -53,8 +57,9 @@ class TransitionBall:
             not negative.
         p: norm of the ball, from 1 to infinity.
         rectangular: "s" where the actions of a state share the radius, "sa" where every pair has its own.
-        form: "kappa", for noise that sums to 0 (the value's deviation from a constant is penalised), or "r2", for any
-            noise (the value itself is, so that adding a constant to the reward is no longer harmless).
+        form: "kappa", for noise that sums to 0 (the value's deviation from a constant is penalised), "r2", for any
+            noise (the value itself is, so that adding a constant to the reward is no longer harmless), or "exact", for
+            rows that stay probabilities ("sa" with p = 1 or 2; see `exact_balls`).
         per_state: `[*B, S]`, not negative; multiplies the radius. None is 1.
         per_pair: `[*B, S, A]`, not negative; multiplies the radius ("sa" alone). None is 1.
     """
@@ -75,8 +80,14 @@ class TransitionBall:
         batch: Any = jnp.broadcast_shapes(*shapes)
         return batch
 
-    def bind(self, batch_ndim: int, dtype: Any) -> "BoundBall":
-        """Lay it out for the kernels: radius `[A or 1, S or 1, *b]`."""
+    def bind(self, batch_ndim: int, dtype: Any, transitions: Transitions) -> "BoundBall | ExactBall":
+        """Lay it out for the kernels, with bound transitions: radius `[A or 1, S or 1, *b]`."""
+        bound = self._laid_out(batch_ndim, dtype)
+        if self.form != "exact":
+            return bound
+        return ExactBall(bound.radius, exact_balls.written_out(transitions, batch_ndim, dtype), self.p)
+
+    def _laid_out(self, batch_ndim: int, dtype: Any) -> "BoundBall":
         radius = pytrees.lanes_last(jnp.asarray(self.radius, dtype)[..., None, None], batch_ndim, 2)
         for scale, core in ((self.per_state, 1), (self.per_pair, 2)):
             if scale is not None:
@@ -99,6 +110,15 @@ class BoundBall:
         """The dual exponent."""
         return math.inf if self.p == 1 else 1.0 if math.isinf(self.p) else self.p / (self.p - 1)
 
+    @property
+    def keeps_constants(self) -> bool:
+        """Whether T commutes with constants up to g."""
+        return self.form == "kappa"
+
+    def leverage(self, discount: Array, n_states: int) -> Array:
+        """By how much the cost moves with the value, at most, `[*b]`."""
+        return self.contraction(discount, n_states) - discount
+
     def norm(self, h: Array, c: Array) -> tuple[Array, Array]:
         """Measure `V = h + c`, `[*B]`, with the slope of that, `[S, *B]`."""
         x = h + c[None] if self.form == "r2" else h - lax.stop_gradient(_centre(h, self.q))[None]
@@ -114,18 +134,18 @@ class BoundBall:
         cost = discount[None, None] * self.radius * self.norm(h, c)[0][None, None]
         return (reg, q - cost) if self.rectangular == "sa" else (_with_radius(reg, cost[0], self.p), q)
 
-    def noise(self, policy: Array, h: Array, c: Array) -> tuple[Array, Array]:
-        """Find the noise that costs most, two factors of it: of pairs `[A, S, *B]`, and of successors `[S, *B]`."""
+    def noise(self, policy: Array, h: Array, c: Array) -> Array:
+        """Find the noise that costs most, `[A, S, S, *B]`."""
         share = jnp.ones_like(policy) if self.rectangular == "sa" else _norm(policy, self.q)[1]
-        return -self.radius * share, self.norm(h, c)[1]
+        return (-self.radius * share)[:, :, None] * self.norm(h, c)[1][None, None]
 
-    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> tuple[Array, Array]:
-        """Find what K loses against that of P, as two vectors `[S, *B]`: `K x = g P_pi x - left <right, x>`."""
+    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Product:
+        """Find what K loses against that of P."""
         if self.rectangular == "sa":
             weight = pytrees.total(policy * jnp.broadcast_to(self.radius, policy.shape))
         else:
             weight = _norm(policy, self.q)[0] * self.radius[0]
-        return discount[None] * weight, self.norm(h, c)[1]
+        return Product(discount[None] * weight, self.norm(h, c)[1])
 
 
 def _norm(x: Array, q: float) -> tuple[Array, Array]:
@@ -217,6 +237,8 @@ def checked(ball: Any, mdp: MDP) -> TransitionBall:
     for name, value, allowed in (("rectangular", ball.rectangular, _KINDS), ("form", ball.form, _FORMS)):
         if value not in allowed:
             raise ValueError(f"{name} of a TransitionBall must be one of {allowed}, got {value!r}")
+    if ball.form == "exact" and (ball.rectangular != "sa" or ball.p not in (1, 2)):
+        raise ValueError('form "exact" is there for rectangular="sa" and p = 1 or 2')
     if ball.per_pair is not None and ball.rectangular == "s":
         raise ValueError('a radius per pair asks for rectangular="sa": in "s" the actions of a state share one')
     sizes: dict[str, Any] = {}
@@ -236,9 +258,9 @@ def checked(ball: Any, mdp: MDP) -> TransitionBall:
 
 def _refuse_radius(ball: TransitionBall, discount: Array, n_states: int) -> None:
     """Refuse concrete radii for which no contraction is known, naming the bound and the largest one that passes."""
-    if checks.is_traced(ball, discount):
+    if checks.is_traced(ball, discount) or ball.form == "exact":
         return
-    bound = ball.bind(len(jnp.broadcast_shapes(ball.batch_shape, jnp.shape(discount))), discount.dtype)
+    bound: Any = ball._laid_out(len(jnp.broadcast_shapes(ball.batch_shape, jnp.shape(discount))), discount.dtype)
     width = float(n_states) ** (1 / bound.q)
     widest = jnp.max(bound.radius, axis=(0, 1))
     most = (1 / discount - 1) / width

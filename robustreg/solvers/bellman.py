@@ -78,6 +78,7 @@ from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import lifetimes, ranges
 from robustreg.solvers.ambiguity import BoundBall, TransitionBall
 from robustreg.solvers.chains import Chain
+from robustreg.solvers.exact_balls import ExactBall
 
 
 @pytrees.dataclass
@@ -118,7 +119,7 @@ class BoundProblem:
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
     averaged: bool = pytrees.static(default=False)
-    ball: BoundBall | None = None
+    ball: BoundBall | ExactBall | None = None
 
     @property
     def n_states(self) -> int:
@@ -185,11 +186,11 @@ def bind(
     if contracts and mdp._may_not_discount():
         horizon, proved, expected = _undiscounted_horizon(*fixed, horizon)
     deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon, contracts)
-    ball = None if ambiguity is None else ambiguity.bind(n, dtype)
+    ball = None if ambiguity is None else ambiguity.bind(n, dtype, transitions)
     if ball is not None:
         modulus = lax.stop_gradient(ball.contraction(discount, mdp.n_states))
         horizon, valid = 1 / jnp.where(modulus < 1, 1 - modulus, 1), valid & (modulus < 1)
-        ends = ends or ball.form == "r2"  # constants are no null direction of the residual then
+        ends = ends or not ball.keeps_constants  # they are no null direction of the residual then
     return BoundProblem(
         transitions=transitions,
         regulariser=bound,
@@ -290,8 +291,8 @@ def chain(problem: BoundProblem, policy: Array, value: tuple[Array, Array] | Non
     pull = None
     if problem.ball is not None:
         assert value is not None, "the worst transitions depend on the value"
-        left, right = pull = problem.ball.pull(given, problem.discount, *value)
-        exit_rate = exit_rate + left * jnp.sum(right, axis=0)[None]
+        pull = problem.ball.pull(given, problem.discount, *value)
+        exit_rate = exit_rate + pull.apply(jnp.ones_like(exit_rate))
     return Chain(transitions, policy, problem.discount, exit_rate, longest, backwards, problem.ends, pull)
 
 
@@ -373,7 +374,7 @@ def rounding_of_step(problem: BoundProblem, size: Array, c: Array, cost: Array) 
     known = problem.magnitudes
     near = size + jnp.abs(c) if problem.ends else size
     reward = jnp.where(near <= known.limit, known.charged, known.reward)
-    noisy = 0 if problem.ball is None else _rounding_of_norm(problem, problem.ball, size + jnp.abs(c))
+    noisy = 0 if problem.ball is None else _rounding_of_noise(problem, problem.ball, size + jnp.abs(c))
     scales = Scales(
         unit=unit,
         logs=2 + log_actions,
@@ -392,7 +393,7 @@ def rounding_of_step(problem: BoundProblem, size: Array, c: Array, cost: Array) 
     )
 
 
-def _rounding_of_norm(problem: BoundProblem, ball: BoundBall, size: Array) -> Array:
-    """What the norm of a value of that size errs by, in units of u: a sum of S powers, and its root."""
+def _rounding_of_noise(problem: BoundProblem, ball: BoundBall | ExactBall, size: Array) -> Array:
+    """What the worst noise's cost of a value of that size errs by, in units of u: sums over S states, and a root."""
     n = problem.n_states
-    return 4 * (4 + min(n, 4 * n**0.5)) * (ball.contraction(problem.discount, n) - problem.discount) * size
+    return 4 * (4 + min(n, 4 * n**0.5)) * ball.leverage(problem.discount, n) * size

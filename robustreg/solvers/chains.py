@@ -11,6 +11,45 @@ from robustreg.problems.transitions import Transitions
 
 
 @pytrees.dataclass
+class Product:
+    """A matrix that is the product of two vectors, `left right^T`, `[S, *B]` each."""
+
+    left: Array
+    right: Array
+
+    def apply(self, x: Array) -> Array:
+        """Multiply by a vector, `[S, *B]`."""
+        return self.left * jnp.sum(self.right * x, axis=0)[None]
+
+    def transpose(self, y: Array) -> Array:
+        """Multiply a vector by it, `[S, *B]`."""
+        return self.right * jnp.sum(self.left * y, axis=0)[None]
+
+    def entries(self) -> Array:
+        """Write it out, `[S, S, *B]`."""
+        return self.left[:, None] * self.right[None]
+
+
+@pytrees.dataclass
+class Written:
+    """A matrix written out, `[S, S, *B]` (row: state, column: successor)."""
+
+    matrix: Array
+
+    def apply(self, x: Array) -> Array:
+        """Multiply by a vector, `[S, *B]`."""
+        return jnp.sum(self.matrix * x[None], axis=1)
+
+    def transpose(self, y: Array) -> Array:
+        """Multiply a vector by it, `[S, *B]`."""
+        return jnp.sum(self.matrix * y[:, None], axis=0)
+
+    def entries(self) -> Array:
+        """Return it."""
+        return self.matrix
+
+
+@pytrees.dataclass
 class Chain:
     """`K = g P_pi`, the derivative of T: the policy's discounted Markov chain as an operator.
 
@@ -20,8 +59,8 @@ class Chain:
         exit_rate: exit rate of the policy, `(I - K) 1`, `[S, *B]`.
         longest: the problem's own bound on discounted steps, `[*b]`.
         backwards: `P_pi` from the other end, or None; see `Transitions`.
-        pull: two vectors `[S, *B]` whose product is taken off, or None: what uncertain transitions change (see
-            `ambiguity`). K may then have negative entries.
+        pull: what is taken off K, or None: the change that uncertain transitions make (see `ambiguity`). K may then
+            have negative entries.
     """
 
     transitions: Transitions
@@ -31,7 +70,7 @@ class Chain:
     longest: Array
     backwards: Transitions | None
     ends: bool = pytrees.static()
-    pull: tuple[Array, Array] | None = None
+    pull: "Product | Written | None" = None
 
     @property
     def horizon(self) -> Array:
@@ -50,7 +89,7 @@ class Chain:
     def apply(self, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:
         """Compute `K x`, `[S, *B]`. `add` sums over actions; to be transposed, give one that has a transpose."""
         ahead = self.discount[None] * add(self.policy * self.transitions._expect(x))
-        return ahead if self.pull is None else ahead - self.pull[0] * jnp.sum(self.pull[1] * x, axis=0)[None]
+        return ahead if self.pull is None else ahead - self.pull.apply(x)
 
     def transpose(self, y: Array) -> Array:
         """Compute `K^T y`, `[S, *B]`."""
@@ -58,7 +97,7 @@ class Chain:
             back = self.discount[None] * self.backwards._push(y[None])
         else:
             back = self.discount[None] * self.transitions._push(self.policy * y[None])
-        return back if self.pull is None else back - self.pull[1] * jnp.sum(self.pull[0] * y, axis=0)[None]
+        return back if self.pull is None else back - self.pull.transpose(y)
 
     def matrix(self) -> Array:
         """Compute `K` written out, `[*B, S, S]` (row: state, column: successor)."""
@@ -70,5 +109,5 @@ class Chain:
         matrix = jnp.moveaxis(rows, 0, -2)
         if self.pull is None:
             return matrix
-        left, right = (jnp.moveaxis(jnp.broadcast_to(x, self.exit_rate.shape), 0, -1) for x in self.pull)
-        return matrix - left[..., :, None] * right[..., None, :]
+        entries = jnp.broadcast_to(self.pull.entries(), (n, n, *batch))
+        return matrix - jnp.moveaxis(entries, (0, 1), (-2, -1))
