@@ -57,7 +57,7 @@ def test_norms_and_their_centres(p):
     rng = np.random.default_rng(0)
     h, c = rng.standard_normal((9, 5)), rng.standard_normal(5)
     for form in ("r2", "kappa"):
-        ball = rr.TransitionBall(0.1, p, "s", form)._laid_out(1, np.float64)
+        ball = rr.TransitionBall(0.1, p, "s", form)._laid_out(1, np.float64, 9)
         value, slope = map(np.asarray, ball.norm(jnp.asarray(h), jnp.asarray(c)))
         for i in range(5):
             v, q = h[:, i] + c[i], ball.q
@@ -97,6 +97,13 @@ def test_the_worst_model_attains_the_robust_value(grid, case):
     worst = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, transitions), paid)
     assert np.abs(worst - value).max() < 1e-8
     assert np.abs(rr.evaluate(grid, policy, reg, ambiguity=ball) - value).max() < 1e-8
+    proof = rr.certify(grid, reg, sol, ambiguity=ball)
+    proof.raise_if_loose(sol.tol + proof.rounding)
+    assert (proof.lower <= value + 1e-12).all() and (value <= proof.upper + 1e-12).all()
+    wrong = rr.certify(grid, reg, rr.solve(grid, reg), ambiguity=ball)
+    # The nominal solution is not the robust one, and it shows (unless all pairs are charged alike: a constant).
+    assert float(wrong.gap.max()) > 1e-4 or (rectangular, form) == ("sa", "kappa")
+    assert (wrong.lower <= value + 1e-9).all() and (value <= wrong.upper + 1e-9).all()
     swept = rr.solve(grid, reg, rr.ValueIteration(), ambiguity=ball, tol=1e-9).raise_if_failed()
     assert (swept.lower <= sol.upper).all() and (sol.lower <= swept.upper).all()
     # Noise of the same size in other directions hurts no more.

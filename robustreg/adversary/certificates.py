@@ -26,9 +26,11 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.bound import maximise
+from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.regulariser import Regulariser
+from robustreg.solvers import ambiguity as balls
 from robustreg.solvers import bellman, plain, undiscounted
+from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.evaluation import unlimited
 from robustreg.solvers.plain import HardMax
 from robustreg.solvers.solution import Solution, SolveError, concrete
@@ -109,7 +111,14 @@ class Certificate:
         return self
 
 
-def certify(mdp: MDP, reg: Regulariser | None, sol: Solution, *, strict: bool = False) -> Certificate:
+def certify(
+    mdp: MDP,
+    reg: Regulariser | None,
+    sol: Solution,
+    *,
+    strict: bool = False,
+    ambiguity: TransitionBall | None = None,
+) -> Certificate:
     """Check a solution against its problem, independently of the solver that made it.
 
     Args:
@@ -117,6 +126,8 @@ def certify(mdp: MDP, reg: Regulariser | None, sol: Solution, *, strict: bool = 
         sol: a `Solution`, or anything with its `value [*B, S]`, `policy [*B, S, A]` and `perturbation [*B, S, A]`.
         strict: whether rounding is bounded for the worst case, as in `solve`; by default long sums are bounded with a
             probability close to 1.
+        ambiguity: noise in the transitions, as in `solve`. Bounds are those of the robust value then, and `slack` that
+            of what the perturbation leaves to the reward.
 
     Returns:
         A `Certificate`; NaN at states whose policy is no distribution over actions (to rounding of its sum), and in
@@ -133,13 +144,22 @@ def certify(mdp: MDP, reg: Regulariser | None, sol: Solution, *, strict: bool = 
     for name, x in claims.items():
         core, letters = (pairs[:1], "S") if name == "value" else (pairs, "S, A")
         checks.expect_shape(name, x.shape, core, letters)
-    return _certify(mdp._with_sparsity(), reg, *claims.values(), strict=checks.flag("strict", strict))
+    ball = None if ambiguity is None else balls.checked(ambiguity, mdp)
+    return _certify(mdp._with_sparsity(), reg, *claims.values(), ball, strict=checks.flag("strict", strict))
 
 
 @functools.partial(jax.jit, static_argnames="strict")
-def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbation: Array, strict: bool) -> Certificate:
+def _certify(
+    mdp: MDP,
+    reg: Regulariser,
+    value: Array,
+    policy: Array,
+    perturbation: Array,
+    ball: TransitionBall | None,
+    strict: bool,
+) -> Certificate:
     others = (value.shape[:-1], policy.shape[:-2], perturbation.shape[:-2])
-    problem = bellman.bind(mdp, reg, *others, strict=strict)
+    problem = bellman.bind(mdp, reg, *others, strict=strict, ambiguity=ball)
     n = len(problem.batch)
     v, p, dr = (pytrees.lanes_last(x, n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2)))
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
@@ -151,10 +171,13 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     unit = float(jnp.finfo(mdp.dtype).eps)
     proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
     p = jnp.where(proper[None], p, jnp.nan)
-    own = jnp.sum(p * q, axis=0) - problem.regulariser.value(p)
+    operator, left = problem.regulariser, q
+    if problem.ball is not None:
+        operator, left = problem.ball.step(problem.regulariser, q, problem.discount, h, c)
+    own = jnp.sum(p * left, axis=0) - operator.value(p)
     wanted = undiscounted.pending(problem)
     problem, steps = undiscounted.own_horizon(problem, p)
-    shortage = _shortage(problem, p, q)
+    shortage = _shortage(problem, operator, p, q)
     lower = bellman.value_bounds(problem, h, c, own, bellman.cost(problem, own, q))[0] - shortage[None]
     cost = bellman.cost(problem, th, q)
     upper = bellman.value_bounds(problem, h, c, th, cost)[1]
@@ -168,12 +191,14 @@ def _certify(mdp: MDP, reg: Regulariser, value: Array, policy: Array, perturbati
     perturbed = q - dr
     indifference = jnp.max(jnp.where(p > 0, jnp.abs(perturbed - h[None]), 0), axis=0)
     best = jnp.max(jnp.where(masked, -jnp.inf, perturbed), axis=0)
-    below, above = bellman.value_bounds(problem, h, c, best, jnp.zeros_like(c))
+    # (What noise in the transitions takes off is in the perturbation: for it the transitions are what they were.)
+    bare = problem if ball is None else bellman.bind(mdp, reg, *others, strict=strict)
+    below, above = bellman.value_bounds(bare, h, c, best, jnp.zeros_like(c))
     if wanted is not None and steps is not None:
         plain = _plain_bounds(problem, h, c, dr, p, steps)
         below, above = (jnp.where(wanted[None], x, y) for x, y in zip(plain, (below, above)))
     consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
-    feasible = -maximise(problem.regulariser.by_rows(), jnp.broadcast_to(dr, q.shape))[0]
+    feasible = -maximise(operator.by_rows(), jnp.broadcast_to(dr - (q - left), q.shape))[0]
     noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
     stored = 0.5 * unit * jnp.max(jnp.abs(v), axis=0) * (1 + problem.discount) * problem.horizon
     # q, the q that the perturbation was made of, and the perturbation are each rounded to half a unit of their size.
@@ -206,11 +231,11 @@ def _plain_bounds(
     return v - z, v + z
 
 
-def _shortage(problem: bellman.BoundProblem, policy: Array, q: Array) -> Array:
+def _shortage(problem: bellman.BoundProblem, operator: Bound, policy: Array, q: Array) -> Array:
     """How much lower than computed a policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
     unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
     moved = jnp.abs(jnp.sum(policy, axis=0) - 1) + policy.shape[0] * unit
-    each = problem.regulariser.value_error(policy) + moved * jnp.abs(jnp.sum(policy * q, axis=0))
+    each = operator.value_error(policy) + moved * jnp.abs(jnp.sum(policy * q, axis=0))
     # `rounding` counts the reward of an action by what an optimal policy may give it: this one may give it more.
     paid = 3 * unit * jnp.sum(policy * jnp.where(policy == 0, 0, jnp.abs(problem.reward)), axis=0)
     return jnp.max(each + paid, axis=0) * problem.horizon

@@ -82,18 +82,18 @@ class TransitionBall:
 
     def bind(self, batch_ndim: int, dtype: Any, transitions: Transitions) -> "BoundBall | ExactBall":
         """Lay it out for the kernels, with bound transitions: radius `[A or 1, S or 1, *b]`."""
-        bound = self._laid_out(batch_ndim, dtype)
+        bound = self._laid_out(batch_ndim, dtype, transitions.n_states)
         if self.form != "exact":
             return bound
         return ExactBall(bound.radius, exact_balls.written_out(transitions, batch_ndim, dtype), self.p)
 
-    def _laid_out(self, batch_ndim: int, dtype: Any) -> "BoundBall":
+    def _laid_out(self, batch_ndim: int, dtype: Any, n_states: int) -> "BoundBall":
         radius = pytrees.lanes_last(jnp.asarray(self.radius, dtype)[..., None, None], batch_ndim, 2)
         for scale, core in ((self.per_state, 1), (self.per_pair, 2)):
             if scale is not None:
                 laid = pytrees.lanes_last(jnp.asarray(scale, dtype), batch_ndim, core)
                 radius = radius * (laid[None] if core == 1 else laid)
-        return BoundBall(radius, self.p, self.rectangular, self.form)
+        return BoundBall(radius, self.p, self.rectangular, self.form, n_states)
 
 
 @pytrees.dataclass
@@ -104,6 +104,7 @@ class BoundBall:
     p: float = pytrees.static()
     rectangular: str = pytrees.static()
     form: str = pytrees.static()
+    n_states: int = pytrees.static()
 
     @property
     def q(self) -> float:
@@ -115,9 +116,10 @@ class BoundBall:
         """Whether T commutes with constants up to g."""
         return self.form == "kappa"
 
-    def leverage(self, discount: Array, n_states: int) -> Array:
-        """By how much the cost moves with the value, at most, `[*b]`."""
-        return self.contraction(discount, n_states) - discount
+    def rounding(self, discount: Array, size: Array) -> Array:
+        """Bound what the cost of a value of that size errs by, in units of u: a sum of S powers, and its root."""
+        n = self.n_states
+        return 4 * (4 + min(n, 4 * n**0.5)) * (self.contraction(discount, n) - discount) * size
 
     def norm(self, h: Array, c: Array) -> tuple[Array, Array]:
         """Measure `V = h + c`, `[*B]`, with the slope of that, `[S, *B]`."""
@@ -260,7 +262,8 @@ def _refuse_radius(ball: TransitionBall, discount: Array, n_states: int) -> None
     """Refuse concrete radii for which no contraction is known, naming the bound and the largest one that passes."""
     if checks.is_traced(ball, discount) or ball.form == "exact":
         return
-    bound: Any = ball._laid_out(len(jnp.broadcast_shapes(ball.batch_shape, jnp.shape(discount))), discount.dtype)
+    axes = len(jnp.broadcast_shapes(ball.batch_shape, jnp.shape(discount)))
+    bound = ball._laid_out(axes, discount.dtype, n_states)
     width = float(n_states) ** (1 / bound.q)
     widest = jnp.max(bound.radius, axis=(0, 1))
     most = (1 / discount - 1) / width

@@ -321,12 +321,17 @@ def value_bounds(problem: BoundProblem, h: Array, c: Array, th: Array, cost: Arr
     """Certified bounds on V*, `[S, *B]` each, from one backup `th = T V - c` at `V = h + c`; rounding included."""
     low, high = extremes(th - h, problem.ends)
     share, size = ratio(problem), jnp.max(jnp.abs(h), axis=0)
-    moved = share * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    below, above = share * low, share * high
+    if problem.ball is not None and not problem.ends:
+        # T keeps constants up to g, but contracts by L: the middle of the residual is moved away first.
+        moved, rest = 0.5 * (low + high) * problem.discount / problem.complement, 0.5 * share * (high - low)
+        below, above = moved - rest, moved + rest
+    moved = jnp.maximum(jnp.abs(below), jnp.abs(above))
     # Forming the bounds themselves rounds by a few units of their size.
     slack = rounding(problem, size, c, cost) + deviation_cost(problem, size + jnp.abs(c) + moved)
     slack = slack + 4 * float(jnp.finfo(problem.dtype).eps) * moved
     middle = th + c[None]
-    return middle + (share * low - slack)[None], middle + (share * high + slack)[None]
+    return middle + (below - slack)[None], middle + (above + slack)[None]
 
 
 def deviation_cost(problem: BoundProblem, size: Array) -> Array:
@@ -374,7 +379,7 @@ def rounding_of_step(problem: BoundProblem, size: Array, c: Array, cost: Array) 
     known = problem.magnitudes
     near = size + jnp.abs(c) if problem.ends else size
     reward = jnp.where(near <= known.limit, known.charged, known.reward)
-    noisy = 0 if problem.ball is None else _rounding_of_noise(problem, problem.ball, size + jnp.abs(c))
+    noisy = 0 if problem.ball is None else problem.ball.rounding(problem.discount, size + jnp.abs(c))
     scales = Scales(
         unit=unit,
         logs=2 + log_actions,
@@ -391,9 +396,3 @@ def rounding_of_step(problem: BoundProblem, size: Array, c: Array, cost: Array) 
         + 3 * reward
         + noisy
     )
-
-
-def _rounding_of_noise(problem: BoundProblem, ball: BoundBall | ExactBall, size: Array) -> Array:
-    """What the worst noise's cost of a value of that size errs by, in units of u: sums over S states, and a root."""
-    n = problem.n_states
-    return 4 * (4 + min(n, 4 * n**0.5)) * ball.leverage(problem.discount, n) * size

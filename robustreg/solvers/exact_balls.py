@@ -52,9 +52,10 @@ class ExactBall:
         """Return the modulus of the operator, g."""
         return discount
 
-    def leverage(self, discount: Array, n_states: int) -> Array:
-        """By how much the cost moves with the value, at most, `[*b]`."""
-        return 2 * discount
+    def rounding(self, discount: Array, size: Array) -> Array:
+        """Bound what the cost of a value of that size errs by, in units of u: two sums over S states."""
+        n = self.rows.shape[2]
+        return 8 * (4 + min(n, 4 * n**0.5)) * discount * size
 
     def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
         """Return the regulariser, and the action values that the worst transitions leave."""
