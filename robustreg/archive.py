@@ -36,8 +36,8 @@ from robustreg.solvers.horizon import Horizon
 from robustreg.solvers.joint import OccupancySolution
 from robustreg.solvers.solution import Solution
 
-_PROBLEMS = (MDP, TransitionBall, Dense, Successors, Sum, NormBall, KL, Alpha, Entropy)
-_KINDS = (*_PROBLEMS, Solution, Certificate, Guarantee, Game, Horizon, Average, OccupancySolution)
+_KINDS = (MDP, Solution, Dense, Successors, KL, Alpha, Entropy, Certificate, Guarantee, Game)
+_KINDS = (*_KINDS, Sum, NormBall, TransitionBall, Horizon, Average, OccupancySolution)
 _CLASSES = {cls.__name__: cls for cls in _KINDS}
 
 
@@ -59,7 +59,9 @@ def save(path: str | os.PathLike, obj: Any, header: Mapping[str, Any] | None = N
         TypeError: for an object that is not of these classes, holds tracers, or has `MatrixFree` transitions.
     """
     if type(obj) not in _classes().values():
-        raise TypeError(f"cannot save {type(obj).__name__}; pass one of: {', '.join(_classes())}")
+        raise TypeError(
+            f"cannot save {type(obj).__name__}; pass one of: {', '.join(_CLASSES)}, or a Separable of your own"
+        )
     path = Path(path)
     path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
     arrays: dict[str, np.ndarray] = {}
