@@ -3,23 +3,12 @@
 Float32 tests run in the same process: they pass float32 arrays, and the dtype of every result follows its inputs.
 """
 
-import atexit
 import os
-import shutil
-import tempfile
 
 # The suite compiles hundreds of small programs once each, and LLVM's optimisations are half of its time. What the tests
 # assert does not depend on them: what is fused, and so rounds together, is decided before. (`benchmarks/honesty.py`
 # looks for violated claims in programs as users have them.) Whoever sets XLA_FLAGS decides for themselves.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# What has been compiled once is read again, by other files, other processes of this run and the children of tests: the
-# first process makes the folder, which the environment names to the others.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    programs = tempfile.mkdtemp(prefix="robustreg-tests-")
-    atexit.register(shutil.rmtree, programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402  # after the flags, which are read once
 import pytest  # noqa: E402
@@ -63,8 +52,6 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     """Turn every warning into an error, whatever the project file says."""
     config.addinivalue_line("filterwarnings", "error")
-    # (Where another process is writing the very program at this moment, it is compiled once more.)
-    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
 
 
 @pytest.fixture(scope="module", autouse=True)
