@@ -196,6 +196,13 @@ def shared_by(lost: Array, sizes: tuple[int, ...]) -> Array:
     return jnp.all(lost, axis=tuple(i for i, n in enumerate(sizes) if n == 1), keepdims=True)
 
 
+def put_in_lanes(x: Array, lost: Array, value: float) -> Array:
+    """Put a number into the lanes `lost [*B]` of a leaf; into one that lanes share only if all of them are lost."""
+    core = x.ndim - lost.ndim
+    where = shared_by(lost, x.shape[core:])
+    return jnp.where(where.reshape((1,) * core + where.shape), value, x)
+
+
 def pick_lanes(x: Array, index: tuple[Array, ...]) -> Array:
     """Lanes of an array that ends in `len(index)` lanes' axes, as one last axis: of size 1 where all lanes share x."""
     sizes = x.shape[x.ndim - len(index) :]

@@ -174,7 +174,7 @@ def _rows(kernel: Any, n_states: int, n_actions: int, dtype: Any) -> Array:
 
 
 def _kind(reg: Any) -> tuple[Any, ...]:
-    """What regularisers of one kind have in common: their class, what of it is no leaf, and their parts."""
+    """Tell the kind of a regulariser: its class, what of it is no leaf, and its parts."""
     fixed = [getattr(reg, f.name) for f in dataclasses.fields(reg) if f.metadata.get("static")]
     return type(reg), *fixed, *(_kind(part) for part in getattr(reg, "parts", ()))
 

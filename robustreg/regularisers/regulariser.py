@@ -83,7 +83,7 @@ class Regulariser:
         return ("beta",)
 
     def _at_unit_strength(self) -> Any:
-        """The same with a beta of 1."""
+        """Set beta to 1."""
         return dataclasses.replace(self, beta=jnp.ones_like(self.beta))  # type: ignore[type-var]
 
     @property

@@ -109,7 +109,7 @@ class BoundBall:
     @property
     def q(self) -> float:
         """The dual exponent."""
-        return math.inf if self.p == 1 else 1.0 if math.isinf(self.p) else self.p / (self.p - 1)
+        return _dual_exponent(self.p)
 
     @property
     def keeps_constants(self) -> bool:
@@ -148,6 +148,11 @@ class BoundBall:
         else:
             weight = _norm(policy, self.q)[0] * self.radius[0]
         return Product(discount[None] * weight, self.norm(h, c)[1])
+
+
+def _dual_exponent(p: float) -> float:
+    """The q with 1/p + 1/q = 1."""
+    return math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
 
 
 def _norm(x: Array, q: float) -> tuple[Array, Array]:
@@ -203,7 +208,7 @@ def _with_radius(reg: Bound, radius: Array, p: float) -> Bound:
     """A bound regulariser with a ball of a radius `[S, *B]` added to it."""
     tiny = float(jnp.finfo(radius.dtype).tiny)
     if isinstance(reg, FixedPolicy):
-        norm = BoundNorm(jnp.ones_like(radius), reg.log_prior, p).dual(reg.policy)
+        norm = _norm(reg.policy, _dual_exponent(p))[0]
         return FixedPolicy(reg.policy, reg.cost + radius * norm, reg.beta, reg.log_prior)
     if isinstance(reg, BoundNorm) and reg.p == p:
         return BoundNorm(1 / jnp.maximum(1 / reg.beta + radius, tiny), reg.log_prior, p)

@@ -236,7 +236,7 @@ _in_place.defjvps(lambda dx, out, x, y: dx, None)
 def _by_step(
     problem: bellman.BoundProblem, batch: tuple[int, ...]
 ) -> tuple[list[Array], Callable[[list[Array]], bellman.BoundProblem]]:
-    """What of a problem with lanes `[*batch, T]` changes from step to step, time first, and what makes one step of it.
+    """Split a problem with lanes `[*batch, T]`: what changes from step to step, time first, and a maker of one step.
 
     Only those arrays go through the scan, whose gradients it then stacks; all else is the same array in every step.
     """
@@ -284,7 +284,7 @@ class State:
 
 @pytrees.dataclass
 class Row:
-    """What is kept of a step: value `[S, *B]`, its half-width `[*B]`, policy and perturbation `[A, S, *B]`."""
+    """Hold what is kept of a step: value `[S, *B]`, its half-width `[*B]`, policy and perturbation `[A, S, *B]`."""
 
     value: Array
     half_width: Array
@@ -297,7 +297,7 @@ def _unit(x: Array) -> float:
 
 
 def _moved(h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """The same value with the midrange of h moved to c, and a bound on what that rounds, `[*B]`."""
+    """Move the midrange of h to c, which leaves the value, and bound what that rounds, `[*B]`."""
     # (A constant for derivatives: those of V are all in h.)
     middle = lax.stop_gradient(0.5 * (jnp.min(h, axis=0) + jnp.max(h, axis=0)))
     total = c + middle

@@ -158,10 +158,7 @@ def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem
     """Put an empty problem into the lanes that are lost, `[*B]`: finite numbers, discount 0."""
 
     def put(x: Array, value: float) -> Array:
-        # A leaf that lanes share is NaN only if all of them are lost.
-        core = x.ndim - lost.ndim
-        where = pytrees.shared_by(lost, x.shape[core:])
-        return jnp.where(where.reshape((1,) * core + where.shape), value, x)
+        return pytrees.put_in_lanes(x, lost, value)
 
     values = {"log_prior": -float(np.log(problem.reward.shape[0])), "cost": 0.0}
     calm = jax.tree_util.tree_map_with_path(

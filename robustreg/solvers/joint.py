@@ -12,18 +12,18 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.families import KL, Alpha
+from robustreg.regularisers.families import KL, Alpha, BoundAlpha
 from robustreg.solvers import implicit, joint_bounds, joint_dual
 from robustreg.solvers.joint_bounds import conditional
 from robustreg.solvers.joint_dual import RUNNING, Dual
-from robustreg.solvers.solution import SolveError, Status, concrete
+from robustreg.solvers.solution import Answer, Status
 
 # Default cap on Newton's steps.
 _STEPS = 200
 
 
 @pytrees.dataclass
-class OccupancySolution:
+class OccupancySolution(Answer):
     """Solution of an MDP whose joint occupancy is regularised, batch axes leading.
 
     Attributes:
@@ -57,28 +57,11 @@ class OccupancySolution:
         """Certified uncertainty `upper - lower`, `[*B]`."""
         return self.upper - self.lower
 
-    @property
-    def converged(self) -> Array:
-        """`[*B]` bool: the gap is within `2 tol`."""
-        return self.status == int(Status.CONVERGED)
-
-    def raise_if_failed(self) -> "OccupancySolution":
-        """Return the solution if every lane converged.
-
-        Raises:
-            SolveError: naming the lanes that did not, their status, and the remedy. Outside jit only.
-        """
-        status = concrete(self.status, "raise_if_failed")
-        if (status != Status.CONVERGED).any():
-            lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} lanes failed"]
-            for lane in np.argwhere(status != Status.CONVERGED)[:8]:
-                code, where = Status(int(status[tuple(lane)])), [int(i) for i in lane]
-                remedy = code.advise(self.value.dtype)
-                if code == Status.NONFINITE_INPUT:
-                    remedy = f"{remedy}, or give the reference every state that its own actions and `initial` lead to"
-                lines.append(f"  {code.name}: lane {where} (gap {np.asarray(self.gap)[tuple(lane)]:.3g}): {remedy}")
-            raise SolveError("\n".join(lines))
-        return self
+    def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
+        remedy = code.advise(self.value.dtype)
+        if code == Status.NONFINITE_INPUT:
+            remedy = f"{remedy}, or give the reference every state that its own actions and `initial` lead to"
+        return f"(gap {float(np.asarray(self.gap)[lane]):.3g}): {remedy}"
 
 
 def solve_occupancy(
@@ -158,14 +141,12 @@ def _harmless(problem: Dual, lost: Array) -> Dual:
     """An empty problem in the lanes that are lost: see `implicit`."""
 
     def put(x: Array, value: float) -> Array:
-        core = x.ndim - lost.ndim
-        where = pytrees.shared_by(lost, x.shape[core:])
-        return jnp.where(where.reshape((1,) * core + where.shape), value, x)
+        return pytrees.put_in_lanes(x, lost, value)
 
     reg = problem.regulariser
     pairs = math.prod(problem.kept.shape[:2])
     leaves = {"beta": put(reg.beta, 1.0), "log_prior": put(reg.log_prior, -float(np.log(pairs)))}
-    if hasattr(reg, "alpha"):
+    if isinstance(reg, BoundAlpha):
         leaves["alpha"] = put(reg.alpha, 1.0)
     return Dual(
         problem.transitions._silenced(lost),

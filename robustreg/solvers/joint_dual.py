@@ -268,7 +268,7 @@ def _dense(problem: Dual, mu: Array, b: Array, damping: Array) -> Array:
 
 
 def _iterated(problem: Dual, mu: Array, b: Array, damping: Array) -> Array:
-    """The same by conjugate gradients, preconditioned by visits."""
+    """Solve `(H + damping) x = b` by conjugate gradients, preconditioned by visits."""
     out = ~jnp.any(problem.kept, axis=0)
     top = problem.regulariser.beta[0] * jnp.max(jnp.sum(mu, axis=0), axis=0)
     scale = problem.regulariser.beta * jnp.sum(mu, axis=0) + damping[None]

@@ -63,7 +63,7 @@ _REMEDIES = {
 
 
 class Answer:
-    """What every answer with a status per lane can do."""
+    """Base of all answers with a status per lane."""
 
     status: Array
 
