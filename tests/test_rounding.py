@@ -254,7 +254,9 @@ def test_a_conjugate_that_comes_out_low_is_not_certified(small, monkeypatch):
         return (bounds if len(calls) == 1 else shifted)(*arguments)
 
     monkeypatch.setattr(certificates.bellman, "value_bounds", once)
-    wrong = jax.jit(lambda *claim: certify(*claim, strict=False))(m, reg, sol.value, sol.policy, sol.perturbation)
+    wrong = jax.jit(lambda *claim: certify(*claim, ball=None, strict=False))(
+        m, reg, sol.value, sol.policy, sol.perturbation
+    )
     assert np.isfinite(np.asarray(honest.gap)).all() and np.isnan(np.asarray(wrong.gap)).all()
     with pytest.raises(rr.SolveError):
         wrong.raise_if_loose(1e6)
