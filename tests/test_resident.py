@@ -19,6 +19,7 @@ import pytest
 import robustreg as rr
 from robustreg.solvers import bellman, resident_kernel
 from robustreg.solvers.loop import iterate
+from robustreg.solvers.tolerance import Tolerance
 
 DTYPE = np.float32
 
@@ -169,7 +170,7 @@ def test_the_certificate_is_the_librarys(twice, name):
     def once():
         def run(m, reg, start):
             problem = bellman.bind(m, reg)
-            tol, limit = jnp.full(problem.batch, -1, DTYPE), jnp.asarray(1, jnp.int32)
+            tol, limit = Tolerance.read(None, DTYPE).broadcast(problem.batch), jnp.asarray(1, jnp.int32)
             loop = iterate(dataclasses.replace(problem, valid=problem.valid | True), rr.Newton(), tol, limit, start)
             return loop.noise, loop.half_width
 

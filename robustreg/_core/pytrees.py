@@ -90,7 +90,7 @@ def _register(cls: type[_T]) -> type[_T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     _register_for_export(cls)
-    if "__repr__" not in cls.__dict__:
+    if cls.__repr__ is object.__repr__:
         cls.__repr__ = _summary
     return cls
 

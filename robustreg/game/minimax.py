@@ -57,7 +57,8 @@ from robustreg.solvers import bellman, methods
 from robustreg.solvers.evaluation import unlimited
 from robustreg.solvers.loop import freeze, iterate
 from robustreg.solvers.plain import FixedPolicy, HardMax
-from robustreg.solvers.solution import SolveError, Status, concrete
+from robustreg.solvers.solution import Answer, Status
+from robustreg.solvers.tolerance import Tolerance
 
 # Logits are logarithms of probabilities: 5 a round is a factor of 150.
 AGENT = optax.chain(optax.clip(5.0), optax.sgd(1.0))
@@ -75,7 +76,7 @@ Scheme = Literal["alternating", "simultaneous", "extragradient"]
 
 
 @pytrees.dataclass
-class Game:
+class Game(Answer):
     """How a game went; batch axes lead, n counts the times that bounds were taken.
 
     Attributes:
@@ -119,29 +120,11 @@ class Game:
         """The gap after each of `rounds`, `[*B, n]`."""
         return self.duals - self.primals
 
-    @property
-    def converged(self) -> Array:
-        """`[*B]` bool: the relative gap is within `tol`; without one, the gap is nothing but rounding."""
-        return self.status == int(Status.CONVERGED)
-
-    def raise_if_failed(self) -> "Game":
-        """Return the game if every lane converged.
-
-        Raises:
-            SolveError: naming the lanes that did not, their status, and the remedy. Outside jit only.
-        """
-        status = concrete(self.status, "raise_if_failed")
-        if (status == Status.CONVERGED).all():
-            return self
-        reached = np.asarray(self.relative_gap)
-        lines = [f"{int((status != Status.CONVERGED).sum())} of {status.size} games failed"]
-        for index in np.argwhere(status != Status.CONVERGED)[:8]:
-            code = Status(int(status[tuple(index)]))
-            remedy = code.advise(self.primal.dtype)
-            if code == Status.MAX_STEPS:
-                remedy = "play more steps, or give the tol that is enough (a looser one, if there was one)"
-            lines.append(f"  {code.name}: lane {index.tolist()} (relative gap {reached[tuple(index)]:.3g}): {remedy}")
-        raise SolveError("\n".join(lines))
+    def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
+        remedy = code.advise(self.primal.dtype)
+        if code == Status.MAX_STEPS:
+            remedy = "play more steps, or give the tol that is enough (a looser one, if there was one)"
+        return f"(relative gap {float(np.asarray(self.relative_gap)[lane]):.3g}): {remedy}"
 
 
 def _relative(primal: Array, dual: Array) -> Array:
@@ -209,8 +192,7 @@ def solve_game(
     given = {"steps": steps, "responses": responses, "record": record}
     counts = {name: min(checks.count(name, n), np.iinfo(np.int32).max) for name, n in given.items()}
     rules = moves.Rules(agent or AGENT, response or RESPONSE, scheme, **counts)
-    asked = checks.operand("tol", -1 if tol is None else tol, mdp.dtype)
-    return _play(mdp._with_sparsity(), reg, adversary, asked, rules)
+    return _play(mdp._with_sparsity(), reg, adversary, Tolerance.read(tol, mdp.dtype), rules)
 
 
 @pytrees.dataclass
@@ -227,11 +209,11 @@ class _Best:
 
 
 @functools.partial(jax.jit, static_argnames="rules")
-def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Array, rules: moves.Rules) -> Game:
+def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Tolerance, rules: moves.Rules) -> Game:
     problem = lax.optimization_barrier(bellman.bind(mdp, reg, tol.shape, adversary.batch_shape))
     n, batch = len(problem.batch), problem.batch
     setup = moves.Setup(problem, adversary.bind(n, mdp.dtype), pytrees.lanes_last(mdp.initial, n, 1), rules)
-    tol = jnp.broadcast_to(tol, batch)
+    tol = tol.broadcast(batch)
     position = moves.opening(setup)
     infinite = jnp.full(batch, jnp.inf, mdp.dtype)
     status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
@@ -253,12 +235,12 @@ def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Array, rules: m
     return _result(best, position.steps, tol, index, rules)
 
 
-def _record(setup: moves.Setup, tol: Array, index: Array, position: moves.Position, best: _Best) -> _Best:
+def _record(setup: moves.Setup, tol: Tolerance, index: Array, position: moves.Position, best: _Best) -> _Best:
     """Bounds of what is being played (and of its means), the best kept; a verdict on each lane that runs."""
     done = best.status != _RUNNING
     # Of a lane's returns, the critic's is an estimate; before it has seen anything, the reward.
     size = jnp.where(position.steps == 0, setup.problem.magnitudes.reward, jnp.abs(_from_start(setup, position.value)))
-    accuracy = jnp.where(done, jnp.inf, jnp.where(tol < 0, -1, _ACCURACY * tol * size))
+    accuracy = Tolerance(jnp.where(done, jnp.inf, _ACCURACY * tol.value * size), done | tol.given)
 
     def measure(state: tuple[_Best, Array], pair: tuple[Array, Array]) -> tuple[tuple[_Best, Array], None]:
         (best, sound), (policy, dr) = state, pair
@@ -276,8 +258,8 @@ def _record(setup: moves.Setup, tol: Array, index: Array, position: moves.Positi
         return (best, sound & jnp.isfinite(primal) & jnp.isfinite(dual)), None
 
     (new, sound), _ = loops.scan(measure, (best, ~done), moves.candidates(setup, position))
-    reached = _relative(new.primal, new.dual) <= tol
-    status = jnp.where(reached & (tol >= 0), int(Status.CONVERGED), _RUNNING)
+    reached = _relative(new.primal, new.dual) <= tol.value
+    status = jnp.where(reached & tol.given, int(Status.CONVERGED), _RUNNING)
     broken = jnp.where(position.steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))
     new = dataclasses.replace(new, status=jnp.where(sound, status, broken).astype(jnp.int32))
     new = freeze(done, dataclasses.replace(best, history=()), dataclasses.replace(new, history=()))
@@ -290,7 +272,7 @@ def _from_start(setup: moves.Setup, value: Array) -> Array:
     return jnp.sum(setup.initial * value, axis=0)
 
 
-def _primal(setup: moves.Setup, position: moves.Position, policy: Array, accuracy: Array) -> tuple[Array, Array]:
+def _primal(setup: moves.Setup, position: moves.Position, policy: Array, accuracy: Tolerance) -> tuple[Array, Array]:
     """Tell what a policy guarantees against the set, or less, and the rounding in that, `[*B]`."""
     problem = setup.problem
     cost, extra = setup.adversary.price(problem, position.params, policy, moves.visits(setup, policy))
@@ -302,7 +284,7 @@ def _primal(setup: moves.Setup, position: moves.Position, policy: Array, accurac
     return value - error - extra, noise
 
 
-def _dual(setup: moves.Setup, position: moves.Position, dr: Array, accuracy: Array) -> tuple[Array, Array]:
+def _dual(setup: moves.Setup, position: moves.Position, dr: Array, accuracy: Tolerance) -> tuple[Array, Array]:
     """The most that any policy gets against a perturbation, or more, and the rounding in that, `[*B]`."""
     problem = setup.problem
     masked = jnp.where(is_masked(problem), -jnp.inf, 0).astype(dr.dtype)
@@ -313,7 +295,7 @@ def _dual(setup: moves.Setup, position: moves.Position, dr: Array, accuracy: Arr
 
 
 def _value(
-    setup: moves.Setup, operator: Bound, reward: Array, start: Array, accuracy: Array, solver: methods.Solver
+    setup: moves.Setup, operator: Bound, reward: Array, start: Array, accuracy: Tolerance, solver: methods.Solver
 ) -> tuple[Array, Array, Array]:
     """Value from the start of an operator's fixed point, a bound on its error, and the rounding in that, `[*B]`."""
     problem = bellman.with_operator(setup.problem, operator, reward)
@@ -321,12 +303,11 @@ def _value(
     return _from_start(setup, loop.h + loop.c[None]), loop.half_width, loop.noise
 
 
-def _result(best: _Best, steps: Array, tol: Array, measurements: Array, rules: moves.Rules) -> Game:
+def _result(best: _Best, steps: Array, tol: Tolerance, measurements: Array, rules: moves.Rules) -> Game:
     """The books in the public layout; a lost lane is NaN."""
-    unasked = tol < 0
     # A solve without a tol ends with an interval of up to four times its rounding, and two make a gap (see `solve`).
     # As much again may be left of the game itself.
-    done = unasked & (best.dual - best.primal <= _ROUNDING * (best.noise[0] + best.noise[1]))
+    done = ~tol.given & (best.dual - best.primal <= _ROUNDING * (best.noise[0] + best.noise[1]))
     end = jnp.where(done, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = jnp.where(best.status == _RUNNING, end, best.status).astype(jnp.int32)
     lost = status >= int(Status.NONFINITE_INPUT)
@@ -345,5 +326,5 @@ def _result(best: _Best, steps: Array, tol: Array, measurements: Array, rules: m
         rounds=jnp.minimum(index * rules.record, rules.steps),
         steps=steps,
         status=status,
-        tol=jnp.where(unasked, _relative(bounds[0], bounds[1]), tol),
+        tol=tol.or_reached(_relative(bounds[0], bounds[1])),
     )

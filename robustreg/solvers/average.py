@@ -58,6 +58,7 @@ from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import bellman, implicit, krylov, linear, loop, methods, plain, readings
 from robustreg.solvers.solution import Answer, Status
+from robustreg.solvers.tolerance import Tolerance
 
 
 @pytrees.dataclass
@@ -86,6 +87,11 @@ class Average(Answer):
     perturbation: Array
     status: Array
     steps: Array
+
+    @property
+    def gap(self) -> Array:
+        """Certified uncertainty of the gain, `upper - lower`, `[*B]`."""
+        return self.upper - self.lower
 
     def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
         lower, upper = (float(np.asarray(x)[lane]) for x in (self.lower, self.upper))
@@ -129,11 +135,11 @@ def solve_average(
         )
     dtype = mdp.dtype
     mdp = dataclasses.replace(mdp, discount=np.zeros((), dtype), complement=np.ones((), dtype))  # type: ignore[arg-type]
-    tol = checks.operand("tol", -1 if tol is None else tol, dtype)
-    readings.refuse_states_as_lanes(mdp, reg, readings.shape_of(tol))
+    asked = Tolerance.read(tol, dtype)
+    readings.refuse_states_as_lanes(mdp, reg, asked.shape)
     limit = checks.operand("max_steps", loop.read_steps(max_steps), np.int32)
     with jax.debug_infs(False):
-        return _solve_average(mdp._with_sparsity(), reg, tol, limit)
+        return _solve_average(mdp._with_sparsity(), reg, asked, limit)
 
 
 @pytrees.options
@@ -156,7 +162,7 @@ class Howard(methods.Newton):
 
 
 @jax.jit
-def _solve_average(mdp: MDP, reg: Regulariser, tol: Array, limit: Array) -> Average:
+def _solve_average(mdp: MDP, reg: Regulariser, tol: Tolerance, limit: Array) -> Average:
     problem = bellman.bind(mdp, reg, tol.shape, averaged=True)
     batch = problem.batch
     start = jnp.zeros((mdp.n_states, *batch), mdp.dtype)
@@ -164,7 +170,7 @@ def _solve_average(mdp: MDP, reg: Regulariser, tol: Array, limit: Array) -> Aver
     # A cycle of n states shows no progress before the n-th step.
     patience = int(np.clip(problem.n_states + 32, 200, linear.KRYLOV_STEPS))
     solver = Howard(inner_steps=linear.KRYLOV_STEPS, patience=patience)
-    found = lax.stop_gradient(loop.iterate(fixed, solver, jnp.broadcast_to(tol, batch), limit, start))
+    found = lax.stop_gradient(loop.iterate(fixed, solver, tol.broadcast(batch), limit, start))
     lost = found.status >= int(Status.NONFINITE_INPUT)
     h, c, half_width = (jnp.where(lost, 0, x) for x in (found.h, found.c, found.half_width))
     h, c, th, policy, q = attach(*loops.alike((problem, h, c, lost)))

@@ -24,6 +24,7 @@ from robustreg.solvers.loop import Loop, iterate
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.plain import FixedPolicy, no_regulariser
 from robustreg.solvers.solution import Status
+from robustreg.solvers.tolerance import Tolerance
 
 
 def unlimited(problem: bellman.BoundProblem) -> Array:
@@ -160,7 +161,7 @@ def fixed_point(
     operator: Bound,
     reward: Array,
     start: Array | None = None,
-    tol: Array | None = None,
+    tol: ArrayLike | None = None,
 ) -> Array:
     """Find the fixed point of an operator in the place of the regulariser, `[*B, S]`.
 
@@ -176,8 +177,7 @@ def fixed_point(
         problem, _ = undiscounted.own_horizon(problem, operator.policy)
     problem = bellman.with_operator(problem, operator, reward)
     dtype = problem.dtype
-    tol = jnp.full(problem.batch, -1 if tol is None else tol, dtype)
-    limit = jnp.asarray(10_000, jnp.int32)
+    goal, limit = Tolerance.read(tol, dtype).broadcast(problem.batch), jnp.asarray(10_000, jnp.int32)
     if start is not None:
         start = jnp.broadcast_to(start, (problem.n_states, *problem.batch))
     begun, start, wanted = undiscounted.begin(problem, start)
@@ -185,9 +185,9 @@ def fixed_point(
         begun, wanted = problem, None
     problem, fixed = begun, lax.stop_gradient(begun)
     solver = _evaluation(fixed) if single else methods.automatic(fixed)
-    loop = lax.stop_gradient(iterate(fixed, solver, undiscounted.asked(wanted, tol), limit, start))
+    loop = lax.stop_gradient(iterate(fixed, solver, undiscounted.asked(wanted, goal), limit, start))
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
-    status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)
+    status = undiscounted.verdict(loop.status, wanted, lost, half_width, goal)
     fixed = dataclasses.replace(fixed, horizon=lax.stop_gradient(problem.horizon))
     h, c, failed = _settled(fixed, dataclasses.replace(loop, half_width=half_width, status=status))
     h, c, zero = (jnp.where(failed, 0, x) for x in (h, c, jnp.zeros_like(c)))

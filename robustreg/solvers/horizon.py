@@ -65,6 +65,11 @@ class Horizon(Answer):
     objective: Array
     status: Array
 
+    @property
+    def gap(self) -> Array:
+        """Certified uncertainty, the largest `upper - lower` of any time and state, `[*B]`."""
+        return jnp.max(self.upper - self.lower, axis=(-2, -1))
+
     def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
         return f"(horizon {self.policy.shape[-3]}): {code.advise(self.value.dtype, False)}"
 

@@ -17,6 +17,7 @@ from robustreg.solvers import implicit, joint_bounds, joint_dual
 from robustreg.solvers.joint_bounds import conditional
 from robustreg.solvers.joint_dual import RUNNING, Dual
 from robustreg.solvers.solution import Answer, Status
+from robustreg.solvers.tolerance import Tolerance
 
 # Default cap on Newton's steps.
 _STEPS = 200
@@ -115,22 +116,22 @@ def solve_occupancy(
         rule = f"a distribution over pairs sums to 1 (tolerance {margin:g}): divide it by its sum"
         checks.refuse("sum of reference", total, np.abs(total - 1) > margin, (), rule)
     checks.check_tol(tol, "None asks for what the precision supports")
-    asked = checks.operand("tol", -1 if tol is None else tol, mdp.dtype)
+    asked = Tolerance.read(tol, mdp.dtype)
     limit = checks.operand("max_steps", checks.count("max_steps", _STEPS if max_steps is None else max_steps), np.int32)
     with jax.debug_infs(False):
         return _solve(mdp._with_sparsity(), reg, reference, asked, limit)
 
 
 @jax.jit
-def _solve(mdp: MDP, reg: Any, reference: Array, tol: Array, limit: Array) -> OccupancySolution:
+def _solve(mdp: MDP, reg: Any, reference: Array, tol: Tolerance, limit: Array) -> OccupancySolution:
     batch: Any = jnp.broadcast_shapes(mdp.batch_shape, reg.batch_shape, reference.shape[:-2], tol.shape)
     problem, sound = joint_dual.bind(mdp, reg, reference, batch)
-    tol = jnp.broadcast_to(tol, batch)
+    tol = tol.broadcast(batch)
     fixed = lax.stop_gradient(problem)
     v, steps, status = joint_dual.minimise(fixed, sound, limit)
     lower, upper, noise = joint_bounds.bounds(fixed, v)
     lost = ~sound | ~jnp.isfinite(upper) | jnp.isnan(lower)
-    reached = jnp.where(tol < 0, upper - lower <= 16 * noise, upper - lower <= 2 * tol)
+    reached = upper - lower <= jnp.where(tol.given, 2 * tol.value, 16 * noise)
     status = jnp.where(reached, int(Status.CONVERGED), jnp.where(status == RUNNING, int(Status.STAGNATED), status))
     status = jnp.where(lost, jnp.where(sound, int(Status.NONFINITE), int(Status.NONFINITE_INPUT)), status)
     v = joint_dual.attach(_harmless(problem, lost), jnp.where(lost[None], 0, v))
@@ -169,7 +170,7 @@ def _public(
     upper: Array,
     status: Array,
     steps: Array,
-    tol: Array,
+    tol: Tolerance,
 ) -> OccupancySolution:
     """The answer in the public layout, V's constant fixed; NaN in lanes that are lost."""
     level, mu = problem.conjugate(v)
@@ -196,5 +197,5 @@ def _public(
         upper=jnp.where(lost, jnp.nan, upper),
         status=status,
         steps=steps,
-        tol=jnp.where(tol < 0, 0.5 * (upper - lower), tol),
+        tol=tol.or_reached(0.5 * (upper - lower)),
     )

@@ -21,12 +21,13 @@ from jax import Array, lax
 from robustreg._core import pytrees
 from robustreg.regularisers.families import BoundAlpha
 from robustreg.solvers import bellman
+from robustreg.solvers.tolerance import Tolerance
 
 # A group has as many lanes as give vectors [S, lanes] of so many bytes (a dozen are in use at a time, and should stay
 # in a core's cache), within the bounds. 64 to 256 KiB measured alike; a single lane at a time was far worse.
 _BYTES, _FEWEST, _MOST = 2**17, 8, 256
 
-Run = Callable[[bellman.BoundProblem, Array, Array], Any]
+Run = Callable[[bellman.BoundProblem, Tolerance, Array], Any]
 
 
 def width(problem: bellman.BoundProblem) -> int:
@@ -34,7 +35,7 @@ def width(problem: bellman.BoundProblem) -> int:
     return int(np.clip(2 ** round(np.log2(_BYTES / (problem.n_states * problem.dtype.itemsize))), _FEWEST, _MOST))
 
 
-def in_groups(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> Any:
+def in_groups(run: Run, problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Any:
     """Run `run(problem, tol, h)`, whose leaves end in the lanes' axes, in groups where that is faster.
 
     Args:
@@ -48,7 +49,7 @@ def in_groups(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> 
     return lax.platform_dependent(problem, tol, h, cpu=lambda *x: _grouped(run, *x), default=run)
 
 
-def _grouped(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> Any:
+def _grouped(run: Run, problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Any:
     size, lanes = width(problem), math.prod(problem.batch)
     order = _by_hardness(problem)
     # The last group repeats its last lane.
@@ -56,7 +57,8 @@ def _grouped(run: Run, problem: bellman.BoundProblem, tol: Array, h: Array) -> A
 
     def solve(cells: Array) -> Any:
         index = jnp.unravel_index(cells, problem.batch)
-        return run(_take_lanes(problem, index), pytrees.pick_lanes(tol, index), pytrees.pick_lanes(h, index))
+        part = jax.tree.map(lambda x: pytrees.pick_lanes(x, index), (tol, h))
+        return run(_take_lanes(problem, index), *part)
 
     found = lax.map(solve, padded)
     place = jnp.argsort(order)

@@ -34,6 +34,7 @@ from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, p
 from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Solution, Status
+from robustreg.solvers.tolerance import Tolerance
 
 _RUNNING = -1
 _PATIENCE = 60
@@ -87,10 +88,9 @@ def solve(
     reg = plain.regulariser_or_none(mdp, reg)
     check_arguments(mdp, reg, solver, tol)
     dtype, max_steps = mdp.dtype, read_steps(max_steps)
-    # A negative tol stands for None: whether there is one is data as well.
-    tol = checks.operand("tol", -1 if tol is None else tol, dtype)
+    asked = Tolerance.read(tol, dtype)
     start = None if init is None else checks.operand("init", init, dtype)
-    readings.refuse_states_as_lanes(mdp, reg, readings.shape_of(tol), readings.shape_of(start, 1))
+    readings.refuse_states_as_lanes(mdp, reg, asked.shape, readings.shape_of(start, 1))
     if start is not None and (start.ndim == 0 or start.shape[-1] != mdp.n_states):
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
     limit = checks.operand("max_steps", max_steps, np.int32)
@@ -99,7 +99,7 @@ def solve(
     ball = None if ambiguity is None else balls.checked(ambiguity, mdp)
     # The logarithm of an action never played is minus infinity: no fault, for whoever looks for infinities.
     with jax.debug_infs(False):
-        return _solve(mdp._with_sparsity(), reg, solver, tol, limit, start, probe, ball, strict=strict)
+        return _solve(mdp._with_sparsity(), reg, solver, asked, limit, start, probe, ball, strict=strict)
 
 
 def check_arguments(mdp: MDP, reg: Regulariser | None, solver: Solver | None, tol: ArrayLike | None) -> None:
@@ -128,17 +128,17 @@ def _solve(
     mdp: MDP,
     reg: Regulariser,
     solver: Solver | None,
-    tol: Array,
+    tol: Tolerance,
     limit: Array,
     init: Array | None,
     probe: Array | None = None,
     ball: TransitionBall | None = None,
     strict: bool = False,
 ) -> Solution:
-    shapes = [x.shape[: x.ndim - core] for x, core in ((tol, 0), (init, 1), (probe, 0)) if x is not None]
+    shapes = [x.shape[: x.ndim - core] for x, core in ((tol.value, 0), (init, 1), (probe, 0)) if x is not None]
     problem = bellman.bind(mdp, reg, *shapes, strict=strict, ambiguity=ball)
     batch = problem.batch
-    tol = jnp.broadcast_to(tol, batch)
+    tol = tol.broadcast(batch)
     if init is not None:
         init = pytrees.lanes_last(jnp.broadcast_to(init, batch + init.shape[-1:]), len(batch), 1)
     problem, start, wanted = undiscounted.begin(problem, init)
@@ -181,21 +181,21 @@ class Loop:
     memory: object
 
 
-def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
+def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: Array, h: Array) -> Loop:
     """Run a solver until every lane has stopped.
 
     Args:
         problem: the lanes.
         solver: its proposals.
-        tol: certified half-width asked for, `[*B]`; negative: as tight as the precision supports.
+        tol: certified half-width asked for, `[*B]`.
         limit: cap on steps; the solver's own applies as well.
         h: start, `[S, *B]`.
     """
 
-    def run(problem: bellman.BoundProblem, tol: Array, h: Array) -> Loop:
+    def run(problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Loop:
         return dataclasses.replace(_iterate(problem, solver, tol, limit, h), memory=())
 
-    def loop(problem: bellman.BoundProblem, tol: Array, h: Array) -> Loop:
+    def loop(problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Loop:
         return lane_groups.in_groups(run, problem, tol, h)
 
     problem, tol, limit, h = loops.alike((problem, tol, limit, h))
@@ -204,7 +204,7 @@ def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Ar
         return loop(problem, tol, h)
     platform, engine = found
 
-    def kernel(problem: bellman.BoundProblem, tol: Array, h: Array) -> Loop:
+    def kernel(problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Loop:
         x = engine(problem, tol, limit, h)
         size, count = jnp.zeros_like(x.half_width), jnp.zeros_like(x.steps)
         return Loop(x.h, x.c, size, x.noise, x.h, x.c, x.half_width, count, x.steps, x.status, ())
@@ -212,7 +212,7 @@ def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Ar
     return lax.platform_dependent(problem, tol, h, **{platform: kernel}, default=loop)
 
 
-def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Array, h: Array) -> Loop:
+def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: Array, h: Array) -> Loop:
     batch, dtype = problem.batch, problem.dtype
     # A caller's jit may close over the MDP. Its arrays are then constants, which the compiler moves into the loop and
     # lays out anew at every turn: three times slower on a grid of 1,024 states. A start of zeros is one as well, which
@@ -231,7 +231,7 @@ def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: A
     return loops.while_loop(running, functools.partial(_turn, problem, solver, tol, limit), start)
 
 
-def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Array, state: Loop) -> Loop:
+def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: Array, state: Loop) -> Loop:
     """Take one step: a backup, a look at its certificate, a proposal.
 
     With V = h + c and the residual `T V - V`, the certificate says that V* is within `width` of `T V + shift`, in exact
@@ -247,7 +247,7 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
     noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, q)) + 4 * unit * jnp.abs(shift)
     noise = noise + bellman.deviation_cost(problem, state.size + jnp.abs(state.c) + jnp.abs(shift) + width)
     # The half-width that is left for the residual once rounding has had its share of the tolerance.
-    goal = jnp.where(tol < 0, noise, tol - noise)
+    goal = jnp.where(tol.given, tol.value - noise, noise)
     improved = width + noise < state.half_width
     stalled = jnp.where(improved, 0, state.stalled + 1)
     # The bound of a start far away says nothing about the next step's.
@@ -294,13 +294,13 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Array, limit: Arra
 
 
 def _verdict(
-    width: Array, noise: Array, tol: Array, stalled: Array, steady: Array, steps: Array, limit: Array
+    width: Array, noise: Array, tol: Tolerance, stalled: Array, steady: Array, steps: Array, limit: Array
 ) -> Array:
     """Status of each lane after a look at its certificate, `steps` backups before this one."""
     status = jnp.where(steps + 1 >= limit, int(Status.MAX_STEPS), _RUNNING)
     hopeless = (steady & (width <= 0.25 * noise)) | (stalled >= _PATIENCE)
     status = jnp.where(hopeless, int(Status.STAGNATED), status)
-    reached = jnp.where(tol < 0, steady & (width <= noise), width <= tol - noise)
+    reached = jnp.where(tol.given, width <= tol.value - noise, steady & (width <= noise))
     status = jnp.where(reached, int(Status.CONVERGED), status)
     # A lane whose very first backup is not finite had an input that is not.
     broken = jnp.where(steps == 0, int(Status.NONFINITE_INPUT), int(Status.NONFINITE))
@@ -340,7 +340,12 @@ def freeze(frozen: Array, old: Any, new: Any) -> Any:
 
 
 def _finish(
-    problem: bellman.BoundProblem, loop: Loop, initial: Array, tol: Array, probe: Array | None, method: linear.Method
+    problem: bellman.BoundProblem,
+    loop: Loop,
+    initial: Array,
+    tol: Tolerance,
+    probe: Array | None,
+    method: linear.Method,
 ) -> Solution:
     """Policy and perturbation from one more backup at each lane's answer, in the public layout, with derivatives."""
     # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
@@ -349,7 +354,7 @@ def _finish(
     # A value that errs by w changes log-probabilities by up to 2 beta w: where that was asked for, linear systems of
     # the policy need not be solved more accurately.
     accuracy = jnp.minimum(jnp.max(problem.regulariser.beta, axis=0) * half_width, 1e-3)
-    accuracy = jnp.where((tol < 0) | lost, 0, accuracy)
+    accuracy = jnp.where(tol.given & ~lost, accuracy, 0)
     inexact = implicit.policy_error(problem, half_width)
     found = (problem, h, c, accuracy, probe, *lax.stop_gradient((inexact, lost)))
     h, th, policy, q = implicit.attach(method, *loops.alike(found))
@@ -371,7 +376,7 @@ def _finish(
         objective=public(jnp.sum(initial * value, axis=0), 0),
         status=_honest(problem, loop, tol),
         steps=loop.steps,
-        tol=jnp.where(tol < 0, loop.half_width, tol),
+        tol=tol.or_reached(loop.half_width),
     )
 
 
@@ -384,8 +389,8 @@ def _log_policy(problem: bellman.BoundProblem, policy: Array, q: Array, lost: Ar
     return regulariser.log_policy(policy, q) if problem.ball is None else Bound.log_policy(regulariser, policy, q)
 
 
-def _honest(problem: bellman.BoundProblem, loop: Loop, tol: Array) -> Array:
+def _honest(problem: bellman.BoundProblem, loop: Loop, tol: Tolerance) -> Array:
     """Take CONVERGED off lanes that were not told how close, and ended with an interval wider than half their value."""
     size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
-    wide = (tol < 0) & (loop.half_width > 0.25 * size) & (problem.magnitudes.reward > 0)
+    wide = ~tol.given & (loop.half_width > 0.25 * size) & (problem.magnitudes.reward > 0)
     return jnp.where(wide & (loop.status == int(Status.CONVERGED)), int(Status.STAGNATED), loop.status)

@@ -32,6 +32,7 @@ from robustreg.problems.transitions import Dense
 from robustreg.regularisers.families import BoundAlpha, BoundKL
 from robustreg.solvers import bellman, methods, resident_kernel
 from robustreg.solvers.resident_kernel import Carrier, Sizes
+from robustreg.solvers.tolerance import Tolerance
 
 _STATES, _DENSE_STATES, _ACTIONS, _SLOTS = 2048, 128, 16, 16
 # Plain sweeps before the first Newton step, by the square root of the number of states, and by the horizon.
@@ -58,7 +59,7 @@ class Found(NamedTuple):
     products: Array
 
 
-Engine = Callable[[bellman.BoundProblem, Array, Array, Array], Found]
+Engine = Callable[[bellman.BoundProblem, Tolerance, Array, Array], Found]
 
 
 def find(problem: bellman.BoundProblem, solver: Any) -> tuple[str, Engine] | None:
@@ -70,8 +71,8 @@ def find(problem: bellman.BoundProblem, solver: Any) -> tuple[str, Engine] | Non
 
     Returns:
         the platform on which the kernel runs, in the words of `lax.platform_dependent`, and a function of the problem,
-        `tol [*B]`, the cap on steps and a start `[S, *B]`; None where the problem is not eligible, there is no such
-        platform, or the kernel failed its test.
+        the tolerance `[*B]`, the cap on steps and a start `[S, *B]`; None where the problem is not eligible, there is
+        no such platform, or the kernel failed its test.
     """
     place = resident_kernel.carrier()
     sizes = None if place is None else _eligible(problem, solver)
@@ -127,7 +128,7 @@ def _solve(
     place: Carrier,
     solver: methods.Newton,
     problem: bellman.BoundProblem,
-    tol: Array,
+    tol: Tolerance,
     limit: Array,
     h: Array,
 ) -> Found:
@@ -154,7 +155,7 @@ def _each(x: Array, batch: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x, batch).ravel()
 
 
-def _numbers(problem: bellman.BoundProblem, tol: Array) -> Array:
+def _numbers(problem: bellman.BoundProblem, tol: Tolerance) -> Array:
     """The numbers of each lane, `[n, 14]`, in the order of `Numbers` in certificate.cu."""
     reg, known = problem.regulariser, problem.magnitudes
     order = reg.alpha[0] - 1 if type(reg) is BoundAlpha else jnp.zeros((), problem.dtype)
@@ -165,7 +166,7 @@ def _numbers(problem: bellman.BoundProblem, tol: Array) -> Array:
         problem.horizon,
         bellman.ratio(problem),
         problem.deviation,
-        tol,
+        jnp.where(tol.given, tol.value, -1),  # one number in the kernel: none is negative there
         known.reward,
         known.charged,
         known.limit,

@@ -1,5 +1,6 @@
 """What a solve returns: arrays with a status and a certified interval per lane, and the words for each status."""
 
+import dataclasses
 import enum
 from typing import Any, Self
 
@@ -106,6 +107,24 @@ class Answer:
                 lines.append(f"  {code.name}: {where} {self._failure(code, first)}")
         raise SolveError("\n".join(lines))
 
+    @property
+    def gap(self) -> Array:
+        """Width of the certified interval, `[*B]`, in reward units."""
+        raise TypeError(f"{type(self).__name__} does not define gap")
+
+    def __repr__(self) -> str:
+        first = dataclasses.fields(self)[0].name  # type: ignore[arg-type]  # every answer is a dataclass
+        x = getattr(self, first)
+        head = f"{type(self).__name__}({first}={x.dtype}{list(x.shape)}"
+        if isinstance(self.status, Tracer):
+            return f"{head}, traced)"
+        status, gap = np.asarray(self.status), np.asarray(self.gap)
+        if not status.size:
+            return f"{head}, no lanes)"
+        names = ", ".join(f"{s.name}: {int((status == s).sum())}" for s in Status if (status == s).any())
+        steps = f", steps<={np.asarray(self.steps).max()}" if hasattr(self, "steps") else ""
+        return f"{head}, {names}{steps}, gap<={gap.max():.3g})"
+
     def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
         """How far a lane came, in brackets, and what to do about it."""
         raise TypeError(f"{type(self).__name__} does not define _failure")
@@ -155,16 +174,6 @@ class Solution(Answer):
         asked = not abs(tol - width) <= 0.01 * width + min(4 * scale, 0.5 * width)
         detail = f"half-width {width:.3g}, tol {tol:.3g}" if asked else f"half-width {width:.3g}"
         return f"({detail}): {code.advise(self.value.dtype, asked)}"
-
-    def __repr__(self) -> str:
-        shape = list(self.value.shape)
-        if isinstance(self.status, Tracer):
-            return f"Solution(value={self.value.dtype}{shape}, traced)"
-        status = np.asarray(self.status).ravel()
-        names = ", ".join(f"{s.name}: {int((status == s).sum())}" for s in Status if (status == s).any())
-        steps, gap = np.asarray(self.steps), np.asarray(self.gap)
-        largest = f"steps<={steps.max()}, gap<={gap.max():.3g}" if status.size else "no lanes"
-        return f"Solution(value={self.value.dtype}{shape}, {names}, {largest})"
 
 
 def concrete(x: ArrayLike, caller: str, instead: str = "`status`") -> np.ndarray:

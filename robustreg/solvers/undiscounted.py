@@ -38,6 +38,7 @@ from jax import Array, lax
 from robustreg._core import loops
 from robustreg.solvers import bellman, lifetimes
 from robustreg.solvers.solution import Status
+from robustreg.solvers.tolerance import Tolerance
 
 # z = _ROOM x w: x for the residual, the rest for the policy that changes on the way to V + z, and for rounding.
 _ROOM = 4
@@ -131,9 +132,9 @@ def above(problem: bellman.BoundProblem, h: Array, c: Array, z: Array) -> Array:
     return jnp.all(th + noise[None] <= up - unit * jnp.abs(up), axis=0)
 
 
-def asked(wanted: Array | None, tol: Array) -> Array:
+def asked(wanted: Array | None, tol: Tolerance) -> Tolerance:
     """Return the tolerances to ask the loop for, `[*B]`: smaller ones in the lanes that are yet to be proved."""
-    return tol if wanted is None else jnp.where(wanted & (tol > 0), _SHARE * tol, tol)
+    return tol if wanted is None else Tolerance(jnp.where(wanted, _SHARE * tol.value, tol.value), tol.given)
 
 
 def settle(
@@ -186,12 +187,12 @@ def allowance(problem: bellman.BoundProblem, h: Array, c: Array, th: Array, q: A
     return _ROOM * (jnp.maximum(-low, high) + noise)
 
 
-def verdict(status: Array, wanted: Array | None, lost: Array, half_width: Array, tol: Array) -> Array:
+def verdict(status: Array, wanted: Array | None, lost: Array, half_width: Array, tol: Tolerance) -> Array:
     """Give the lanes in which some policy need not end the status that their proof allows, `[*B]`."""
     if wanted is None:
         return status
-    fine = jnp.isfinite(half_width) & ((tol < 0) | (half_width <= tol))
+    fine = jnp.isfinite(half_width) & (~tol.given | (half_width <= tol.value))
     ran = status < int(Status.NONFINITE_INPUT)
-    kept = jnp.where(fine & (tol >= 0), int(Status.CONVERGED), status)
+    kept = jnp.where(fine & tol.given, int(Status.CONVERGED), status)
     kept = jnp.where(~fine & (status == int(Status.CONVERGED)), int(Status.STAGNATED), kept)
     return jnp.where(wanted & ran, jnp.where(lost, int(Status.NONFINITE_INPUT), kept), status).astype(status.dtype)
