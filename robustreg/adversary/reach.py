@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg._core import checks, loops, pytrees
+from robustreg._core import checks, loops, pytrees, roots
 from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import weighted
 from robustreg.regularisers.families import Divergence
@@ -173,15 +173,9 @@ def _bisected(level: Callable[[Array], Array], like: Array) -> Array:
     """
     most = (1 - 1e-4) * math.log(float(jnp.finfo(like.dtype).max))
 
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * (low + high)
-        above = ~(level(jnp.exp(middle)) <= 0)
-        return jnp.where(above, low, middle), jnp.where(above, middle, high)
-
-    # Each halving is a digit: of the exponent first.
-    start = (jnp.full_like(like, -most), jnp.full_like(like, most))
-    low, high = loops.fori_loop(0, 12 + jnp.finfo(like.dtype).nmant, halve, start)
+    # Logarithms to one unit of 1: below that, t has no digits.
+    ends = jnp.full_like(like, -most), jnp.full_like(like, most)
+    low, high = roots.bisect(lambda x: ~(level(jnp.exp(x)) <= 0), *ends, size=1.0)
     # (At the other end, where a level is rounding or its beta no number, the root is 0 for all that can be told.)
     beyond = (high >= jnp.asarray(most, like.dtype)) | ((high > 0) & jnp.isnan(level(jnp.exp(high))))
     return jnp.where(beyond, jnp.inf, jnp.exp(low))

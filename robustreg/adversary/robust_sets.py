@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, loops, pytrees
+from robustreg._core import checks, pytrees, roots
 from robustreg.adversary import perturbations, reach
 from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import alpha_divergence, deformed_exp, deformed_log, log_ratio, weighted
@@ -288,32 +288,13 @@ def _excess_slope(reg: Any, x: Array, dx: Array) -> Array:
     return jax.jvp(lambda y: _excess(reg, y), (x,), (jnp.broadcast_to(dx, x.shape),))[1]
 
 
-def _bisect(level: Any, low: Array, high: Array, size: Array) -> Array:
-    """The root of an increasing level in a bracket, to rounding of itself or of `size`."""
-    unit = float(jnp.finfo(low.dtype).eps)
-
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        low, high, count = state
-        middle = 0.5 * (low + high)
-        above = level(middle) > 0
-        return jnp.where(above, low, middle), jnp.where(above, middle, high), count + 1
-
-    def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        low, high, count = state
-        width = high - low > unit * jnp.maximum(size, jnp.maximum(jnp.abs(low), jnp.abs(high)))
-        return jnp.any(width) & (count < 200)
-
-    low, high, _ = loops.while_loop(unfinished, step, (low, high, jnp.asarray(0, jnp.int32)))
-    return 0.5 * (low + high)
-
-
 def _find_shift(reg: Bound, x: Array) -> Array:
     """The constant that brings x to the boundary: at least to below 0, at most to that of the robust set."""
     x = jnp.where(jnp.isneginf(reg.log_prior), -jnp.inf, x)
     low, high = -jnp.max(x, axis=0), -maximise(reg, x)[0]
     size = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    shift = _bisect(lambda c: _excess(reg, x + c[None]), low, jnp.maximum(high, low), size)
-    return jnp.where(jnp.isnan(high), jnp.nan, shift)
+    ends = roots.bisect(lambda c: _excess(reg, x + c[None]) > 0, low, jnp.maximum(high, low), size, (reg, x))
+    return jnp.where(jnp.isnan(high), jnp.nan, 0.5 * (ends[0] + ends[1]))
 
 
 def _shift(reg: Bound, x: Array) -> Array:
@@ -336,8 +317,8 @@ def _find_unnormalised_reach(reg: Bound, x: Array) -> Array:
     """As for the robust set, which holds this one."""
     high = reach.reach(reg, x)
     top = jnp.where(reach.proper(high), high, 1)
-    t = _bisect(lambda t: _excess(reg, t[None] * x), jnp.zeros_like(top), top, jnp.zeros_like(top))
-    return jnp.where(reach.proper(high), t, high)
+    ends = roots.bisect(lambda t: _excess(reg, t[None] * x) > 0, jnp.zeros_like(top), top, like=(reg, x))
+    return jnp.where(reach.proper(high), 0.5 * (ends[0] + ends[1]), high)
 
 
 _unnormalised_reach_root = reach.implicit_root(

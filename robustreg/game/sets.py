@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg._core import checks, loops, pytrees
+from robustreg._core import checks, pytrees, roots
 from robustreg.regularisers.bound import maximise
 from robustreg.solvers import bellman
 
@@ -194,24 +194,26 @@ class Box(Whole):
         def at(c: Array) -> Array:
             return jnp.clip(x - c[None], -bound, bound)
 
-        def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-            c, low, high, fine, count = state
+        def measure(c: Array, _: None) -> tuple[Array, Array, None]:
             dr = at(c)
             excess, normal = maximise(reg, dr)
-            low, high = jnp.where(excess > 0, c, low), jnp.where(excess <= exact, c, high)
-            slope = pytrees.total(jnp.where(jnp.abs(dr) < bound, normal, 0))
-            newton = c + excess / jnp.where(slope > 0, slope, 1)
-            inside = (slope > 0) & (newton > low) & (newton < high)
-            fine = fine | (jnp.abs(excess) <= exact)
-            return jnp.where(fine, c, jnp.where(inside, newton, 0.5 * (low + high))), low, high, fine, count + 1
+            return -excess, pytrees.total(jnp.where(jnp.abs(dr) < bound, normal, 0)), None
 
         # All entries at the upper bound are outside, all at the lower one inside.
         low = -pytrees.largest(jnp.where(masked, -jnp.inf, bound - x))
         high = pytrees.largest(jnp.where(masked, -jnp.inf, x + bound))
         hopeless = jnp.isnan(pytrees.total(jnp.where(masked, 0, x)))
-        start = (maximise(reg, x)[0], low, high, hopeless, jnp.asarray(0, jnp.int32))
-        c, _, high, fine, _ = loops.while_loop(lambda state: ~jnp.all(state[3]) & (state[4] < _ROOT_STEPS), step, start)
-        dr = at(jnp.where(fine, c, high))
+        found = roots.newton(
+            measure,
+            maximise(reg, x)[0],
+            low,
+            high,
+            close=exact,
+            near=lambda c: 0.5 * float(jnp.finfo(c.dtype).eps) * jnp.abs(c),
+            turns=_ROOT_STEPS,
+            hopeless=hopeless,
+        )
+        dr = at(jnp.where(found.exact, found.x, found.high))
         # As in `boundary`.
         normal = maximise(reg, dr)[1]
         dr = jnp.where(normal == 0, jnp.maximum(dr, jnp.minimum(reg.worst_case(normal), bound)), dr)

@@ -22,14 +22,13 @@ faster for the families that it knows.
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from robustreg._core import loops
+from robustreg._core import loops, roots
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales, weighted
 
@@ -38,18 +37,6 @@ _MAX_TURNS = 90
 
 # Of `noise`: errors met are below 4 (JS, sums of KL and alpha; priors to 1e-12, beta * range to 1e6).
 _NOISE = 16.0
-
-
-class _Search(NamedTuple):
-    """For psi: the place, its bracket, `log p` there, the last step, what is done, `[...]` (`[A, ...]`); turns."""
-
-    psi: Array
-    low: Array
-    high: Array
-    logs: Array
-    moved: Array
-    done: Array
-    count: Array
 
 
 def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
@@ -73,28 +60,36 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
     low, high = top(jnp.zeros_like(q)), top(jnp.where(masked, 0, reference))
     find = functools.partial(_logs, reg, gap, masked)
     hopeless = ~(jnp.isfinite(low) & jnp.isfinite(high))
-    start = _Search(
+
+    def measure(psi: Array, logs: Array) -> tuple[Array, Array, Array]:
+        logs = find(psi, logs)
+        policy = jnp.exp(logs)
+        total = reduce.total(policy)
+        return -jnp.log(total), reduce.total(reg.yields(policy)) / total, logs
+
+    unit = float(jnp.finfo(q.dtype).eps)
+    end = roots.newton(
+        measure,
         high,
         low,
         high,
-        jnp.where(masked, 0, reference),
-        jnp.full_like(low, jnp.inf),
-        hopeless,
-        jnp.zeros((), jnp.int32),
+        close=4 * unit,
+        near=lambda psi: unit * jnp.abs(psi),
+        turns=_MAX_TURNS,
+        hopeless=hopeless,
+        carried=jnp.where(masked, 0, reference),
+        like=(reg, gap),
     )
-    end = loops.while_loop(
-        lambda s: ~jnp.all(s.done) & (s.count < _MAX_TURNS), functools.partial(_turn, reg, find), start, (reg, gap)
-    )
-    policy = jnp.exp(find(end.psi, end.logs))
+    policy = jnp.exp(find(end.x, end.carried))
     total = reduce.total(policy)
-    loss = weighted(policy, gap, reduce.total) + reg.value(policy) - end.psi * (1 - total)
+    loss = weighted(policy, gap, reduce.total) + reg.value(policy) - end.x * (1 - total)
     # One Newton step in policy space: the error of psi moves mass in proportion to dp/dm.
     w = reg.yields(policy)
     near = jnp.maximum(policy + reduce.over((1 - total) / reduce.total(w)) * w, 0)
 
     def between() -> Array:
         """Mix the sides of the bracket: where a slope is flat to rounding, p jumps from one psi to the next."""
-        many, few = (jnp.exp(find(x, end.logs)) for x in (end.low, end.high))
+        many, few = (jnp.exp(find(x, end.carried)) for x in (end.low, end.high))
         excess, short = reduce.total(many) - 1, 1 - reduce.total(few)
         share = short / jnp.where(excess + short > 0, excess + short, 1)
         return jnp.where(resolved, near, few + reduce.over(share) * (many - few))
@@ -105,30 +100,6 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
     return jnp.where(hopeless, jnp.nan, best - loss), jnp.where(reduce.over(hopeless), jnp.nan, policy)
 
 
-def _turn(reg: Bound, find: functools.partial, s: _Search) -> _Search:
-    """One step for psi."""
-    unit = float(jnp.finfo(s.psi.dtype).eps)
-    logs = find(s.psi, s.logs)
-    policy = jnp.exp(logs)
-    total = reg.reduce.total(policy)
-    excess = jnp.log(total)
-    low = jnp.where(excess > 0, s.psi, s.low)
-    high = jnp.where(excess < 0, s.psi, s.high)
-    slope = reg.reduce.total(reg.yields(policy)) / total
-    newton = s.psi + excess / slope
-    new = _next(s.psi, newton, low, high, s.moved)
-    close = jnp.abs(excess) <= 4 * unit
-    exhausted = high - low <= 2 * unit * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    done = s.done | close | exhausted
-    return _Search(jnp.where(done, s.psi, new), low, high, logs, jnp.abs(new - s.psi), done, s.count + 1)
-
-
-def _next(x: Array, newton: Array, low: Array, high: Array, moved: Array) -> Array:
-    """Newton's step where it stays in the bracket and is at most half as long as the last one, else the middle."""
-    good = (newton > low) & (newton < high) & (jnp.abs(newton - x) <= 0.5 * moved)
-    return jnp.where(good, newton, 0.5 * (low + high))
-
-
 def _logs(reg: Bound, gap: Array, masked: Array, psi: Array, start: Array) -> Array:
     """`log p` with `m(p) = -gap - psi`, `[A, ...]`, from a guess; minus infinity where there is none, or masked."""
     unit, floor = float(jnp.finfo(gap.dtype).eps), _floor(gap.dtype)
@@ -137,22 +108,21 @@ def _logs(reg: Bound, gap: Array, masked: Array, psi: Array, start: Array) -> Ar
     full = reg.marginal(jnp.zeros_like(gap)) <= target
     ones = jnp.ones_like(gap)
 
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        u, low, high, moved, done, count = state
+    def measure(u: Array, _: None) -> tuple[Array, Array, None]:
         m, rate = jax.jvp(reg.marginal, (u,), (ones,))
-        excess = m - target
-        low, high = jnp.where(excess < 0, u, low), jnp.where(excess > 0, u, high)
-        newton = u - excess / rate
-        new = jnp.where(excess == 0, u, _next(u, newton, low, high, moved))
-        near = unit * (1 + jnp.abs(u))
-        close = (jnp.abs(new - u) <= near) | (high - low <= 2 * near)
-        # (The last step is taken.)
-        return jnp.where(done, u, new), low, high, jnp.abs(new - u), done | close, count + 1
+        return m - target, rate, None
 
-    fixed = absent | full | jnp.isnan(target)
-    u = jnp.where(jnp.isfinite(start), jnp.clip(start, floor, 0), 0.5 * floor)
-    state = (u, jnp.full_like(u, floor), jnp.zeros_like(u), jnp.full_like(u, jnp.inf), fixed, jnp.zeros((), jnp.int32))
-    u = loops.while_loop(lambda s: ~jnp.all(s[4]) & (s[5] < _MAX_TURNS), step, state, (reg, gap, psi))[0]
+    u = roots.newton(
+        measure,
+        jnp.where(jnp.isfinite(start), jnp.clip(start, floor, 0), 0.5 * floor),
+        jnp.full_like(gap, floor),
+        jnp.zeros_like(gap),
+        close=0.0,
+        near=lambda u: unit * (1 + jnp.abs(u)),
+        turns=_MAX_TURNS,
+        hopeless=absent | full | jnp.isnan(target),
+        like=(reg, gap, psi),
+    ).x
     return jnp.where(absent, -jnp.inf, jnp.where(full, 0, u))
 
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from robustreg._core import loops, pytrees
+from robustreg._core import pytrees, roots
 from robustreg.regularisers import marginals
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales
@@ -146,23 +146,5 @@ def _with_norm(whole: BoundSum, norm: BoundNorm, q: Array) -> tuple[Array, Array
     # A distribution's norm is between that of the uniform one and 1.
     top = jnp.zeros_like(reduce.largest(q))
     low, high = top - math.log(n) / norm.p, top
-    start = (low, high, *(at(x)[0] for x in (low, high)), 0.5 * (low + high), jnp.zeros_like(top), ~(top == 0))
-
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        low, high, at_low, at_high, x, side, done, count = state
-        done_before = done
-        slope = at_low - at_high
-        new = jnp.where(slope > 0, low + (high - low) * at_low / jnp.where(slope > 0, slope, 1), 0.5 * (low + high))
-        new = jnp.clip(new, low, high)
-        miss = at(new)[0]
-        done = done | (jnp.abs(miss) <= 4 * unit) | (high - low <= 4 * unit) | jnp.isnan(miss)
-        above = miss > 0  # the norm is larger than s: s is to grow
-        # (Illinois: an end that stays twice counts half.)
-        at_high = jnp.where(above, jnp.where(side > 0, 0.5 * at_high, at_high), miss)
-        at_low = jnp.where(above, miss, jnp.where(side < 0, 0.5 * at_low, at_low))
-        low, high = jnp.where(above, new, low), jnp.where(above, high, new)
-        return low, high, at_low, at_high, jnp.where(done_before, x, new), jnp.where(above, 1.0, -1.0), done, count + 1
-
-    state = (*start, jnp.zeros((), jnp.int32))
-    x = loops.while_loop(lambda s: ~jnp.all(s[6]) & (s[7] < 60), step, state, (whole, q))[4]
+    x = roots.secant(lambda x: -at(x)[0], low, high, close=4 * unit, turns=60, like=(whole, q))
     return at(x)[1:]

@@ -33,7 +33,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg._core import checks, loops, pytrees
+from robustreg._core import checks, pytrees, roots
 from robustreg.problems.mdps import MDP
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import parameters
@@ -184,23 +184,14 @@ def _centre(h: Array, q: float) -> Array:
         return jnp.mean(h, axis=0)
     if q == 1:
         return jnp.median(h, axis=0)
-    unit = float(jnp.finfo(h.dtype).eps)
 
-    def halve(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        low, high, count = state
-        middle = 0.5 * (low + high)
+    def above(middle: Array) -> Array:
         x = h - middle[None]
         width = jnp.max(jnp.abs(x), axis=0)
         x = x / jnp.where(width > 0, width, 1)[None]
-        above = jnp.sum(jnp.sign(x) * jnp.abs(x) ** (q - 1), axis=0) > 0
-        return jnp.where(above, middle, low), jnp.where(above, high, middle), count + 1
+        return ~(jnp.sum(jnp.sign(x) * jnp.abs(x) ** (q - 1), axis=0) > 0)
 
-    def unfinished(state: tuple[Array, Array, Array]) -> Array:
-        low, high, count = state
-        wide = high - low > unit * jnp.maximum(jnp.abs(low), jnp.abs(high))
-        return jnp.any(wide) & (count < 100)
-
-    low, high, _ = loops.while_loop(unfinished, halve, (low, high, jnp.zeros((), jnp.int32)))
+    low, high = roots.bisect(above, low, high, like=h)
     return 0.5 * (low + high)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg._core import loops, pytrees
+from robustreg._core import pytrees, roots
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.bound import Bound
 from robustreg.solvers.chains import Written
@@ -128,16 +128,10 @@ def _projected(rows: Array, radius: Array, h: Array) -> tuple[Array, Array, Arra
         x = jnp.maximum(y - w, 0)
         return x, w[:, :, 0], jnp.sqrt(jnp.sum((x - p) ** 2, axis=2))
 
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * (low + high)
-        far = at(jnp.exp(middle) * scale)[2] > radius
-        return jnp.where(far, low, middle), jnp.where(far, middle, high)
-
     # In units of 1/range, s between what moves nothing and what leaves the lowest value alone.
     digits = jnp.finfo(p.dtype).nmant
     start = (jnp.full_like(mass, -1.4 * digits * 0.7), jnp.full_like(mass, 0.7 * digits))
-    low, _ = loops.fori_loop(0, digits + 12, halve, start, (p, v))
+    low, _ = roots.bisect(lambda s: at(jnp.exp(s) * scale)[2] > radius, *start, size=1.0, like=(p, v))
     s = jnp.where((radius > 0) & (spread > 0), jnp.exp(low) * scale, 0)
     x, w, distance = at(s)
     active = (distance >= radius * (1 - 1e-3)) & (s > 0)
