@@ -225,7 +225,16 @@ def materialised(x: Array) -> Array:
     none = jnp.isnan(first) & (first == first)
 
     def in_loop(x: Array) -> Array:
-        return loops.while_loop(lambda state: state[0], lambda state: (~state[0], -state[1]), (none, x))[1]
+        def wanted(state: tuple[Array, Array]) -> Array:
+            again, _ = state
+            return again
+
+        def turn(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            again, x = state
+            return ~again, -x
+
+        _, same = loops.while_loop(wanted, turn, (none, x))
+        return same
 
     return lax.platform_dependent(x, cpu=in_loop, default=lax.optimization_barrier)
 

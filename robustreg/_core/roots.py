@@ -7,12 +7,12 @@ whose slope costs as much as they do. All three run until every lane is done, an
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from robustreg._core import loops, pytrees
+from robustreg._core import loops
 
 
 def bisect(
@@ -44,8 +44,7 @@ def bisect(
     return loops.while_loop(lambda ends: jnp.any(wide(*ends)), halve, (low, high), like)
 
 
-@pytrees.dataclass
-class Search:
+class Search(NamedTuple):
     """Where `newton` stands.
 
     Attributes:
@@ -53,8 +52,6 @@ class Search:
         low, high: its bracket.
         moved: length of the last step.
         exact: whether the function is 0 there for all that counts.
-        done: whether the search is over.
-        count: turns, a number.
         carried: what the last evaluation left for the next one.
     """
 
@@ -63,8 +60,6 @@ class Search:
     high: Array
     moved: Array
     exact: Array
-    done: Array
-    count: Array
     carried: Any
 
 
@@ -97,22 +92,20 @@ def newton(
         like: what `measure` reads besides (see `loops`).
     """
 
-    def turn(s: Search) -> Search:
+    def turn(s: Search, done: Array) -> tuple[Search, Array]:
         value, slope, carried = measure(s.x, s.carried)
         low, high = jnp.where(value < 0, s.x, s.low), jnp.where(value > 0, s.x, s.high)
         step = s.x - value / slope
         good = (step > low) & (step < high) & (jnp.abs(step - s.x) <= 0.5 * s.moved)
         x = jnp.where(good, step, 0.5 * (low + high))
-        exact, margin = jnp.abs(value) <= close, near(s.x)
-        short = (jnp.abs(x - s.x) <= margin) | (high - low <= 2 * margin)
-        stay = s.done | exact
-        moved = jnp.abs(x - s.x)
-        return Search(jnp.where(stay, s.x, x), low, high, moved, s.exact | exact, stay | short, s.count + 1, carried)
+        moved, margin, exact = jnp.abs(x - s.x), near(s.x), jnp.abs(value) <= close
+        short = (moved <= margin) | (high - low <= 2 * margin)
+        kept = jnp.where(done | exact, s.x, x)
+        return Search(kept, low, high, moved, s.exact | exact, carried), done | exact | short
 
-    infinite = jnp.full_like(start, jnp.inf)
     none = jnp.zeros(start.shape, bool)
-    begun = Search(start, low, high, infinite, none, none if hopeless is None else hopeless, jnp.int32(0), carried)
-    return loops.while_loop(lambda s: ~jnp.all(s.done) & (s.count < turns), turn, begun, like)
+    begun = Search(start, low, high, jnp.full_like(start, jnp.inf), none, carried)
+    return loops.until_done(turn, begun, none if hopeless is None else hopeless, turns, like)
 
 
 def secant(
@@ -128,33 +121,29 @@ def secant(
         like: what `measure` reads besides (see `loops`).
     """
 
-    def turn(state: _Falsi) -> _Falsi:
-        s, fall = state, state.at_high - state.at_low
-        x = jnp.where(fall > 0, -s.at_low / jnp.where(fall > 0, fall, 1), 0.5)
-        x = jnp.clip(s.low + x * (s.high - s.low), s.low, s.high)
+    def turn(s: _Falsi, done: Array) -> tuple[_Falsi, Array]:
+        fall = s.at_high - s.at_low
+        share = jnp.where(fall > 0, -s.at_low / jnp.where(fall > 0, fall, 1), 0.5)
+        x = jnp.clip(s.low + share * (s.high - s.low), s.low, s.high)
         value = measure(x)
-        done = s.done | (jnp.abs(value) <= close) | (s.high - s.low <= close) | jnp.isnan(value)
         below = value < 0
-        return _Falsi(
-            x=jnp.where(s.done, s.x, x),
+        new = _Falsi(
+            x=jnp.where(done, s.x, x),
             low=jnp.where(below, x, s.low),
             high=jnp.where(below, s.high, x),
             at_low=jnp.where(below, value, jnp.where(s.side < 0, 0.5 * s.at_low, s.at_low)),
             at_high=jnp.where(below, jnp.where(s.side > 0, 0.5 * s.at_high, s.at_high), value),
             side=jnp.where(below, 1.0, -1.0).astype(x.dtype),
-            done=done,
-            count=s.count + 1,
         )
+        return new, done | (jnp.abs(value) <= close) | (s.high - s.low <= close) | jnp.isnan(value)
 
     middle = 0.5 * (low + high)
-    none, zero = jnp.zeros(middle.shape, bool), jnp.zeros_like(middle)
-    begun = _Falsi(middle, low, high, measure(low), measure(high), zero, none, jnp.int32(0))
-    return loops.while_loop(lambda s: ~jnp.all(s.done) & (s.count < turns), turn, begun, like).x
+    begun = _Falsi(middle, low, high, measure(low), measure(high), jnp.zeros_like(middle))
+    return loops.until_done(turn, begun, jnp.zeros(middle.shape, bool), turns, like).x
 
 
-@pytrees.dataclass
-class _Falsi:
-    """Where `secant` stands: place, bracket, the function at its ends, the end that moved last, done, turns."""
+class _Falsi(NamedTuple):
+    """Where `secant` stands: place, bracket, the function at its ends, the end that moved last."""
 
     x: Array
     low: Array
@@ -162,5 +151,3 @@ class _Falsi:
     at_low: Array
     at_high: Array
     side: Array
-    done: Array
-    count: Array

@@ -138,19 +138,18 @@ def _find(reg: Bound, x: Array, weight: Array | None) -> Array:
     unlimited, none = top <= 0, (mean >= 0) & (top > 0)
     unit = 2 * float(jnp.finfo(x.dtype).eps)
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        t, done, count = state
+    def step(t: Array, done: Array) -> tuple[Array, Array]:
         value, policy = maximise(reg.scaled(t), x)
         move = _pool(weight, value) / _gain(weight, policy, x)
         # t descends, but not to 0: any other step is rounding at the root, or NaN.
         done = done | ~((move > 0) & (move < 1))
-        return jnp.where(done, t, t * (1 - move)), done | (move <= unit), count + 1
+        return jnp.where(done, t, t * (1 - move)), done | (move <= unit)
 
     # Only where to start from: there minus infinity may be any loss beyond every other.
     floor = jnp.maximum(x, -(float(jnp.finfo(x.dtype).max) ** 0.5))
     start = jnp.maximum(_first_ratio(reg, floor, weight, best), 0)
-    state = (start, unlimited | none | ~((start > 0) & jnp.isfinite(start)), jnp.asarray(0, jnp.int32))
-    t = loops.while_loop(lambda state: ~jnp.all(state[1]) & (state[2] < _MAX_STEPS), step, state, (reg, x, weight))[0]
+    done = unlimited | none | ~((start > 0) & jnp.isfinite(start))
+    t = loops.until_done(step, start, done, _MAX_STEPS, (reg, x, weight))
 
     def level(t: Array) -> Array:
         return _pool(weight, maximise(reg.scaled(t), x)[0])

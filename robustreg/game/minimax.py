@@ -38,7 +38,7 @@ problems of three states with `Features`: 1e-3 of the rewards after 100 rounds, 
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +208,14 @@ class _Best:
     history: Array
 
 
+class _Play(NamedTuple):
+    """The loop's state: where both stand, the best bounds met, and how often they were looked at."""
+
+    position: moves.Position
+    best: _Best
+    looks: Array
+
+
 @functools.partial(jax.jit, static_argnames="rules")
 def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Tolerance, rules: moves.Rules) -> Game:
     problem = lax.optimization_barrier(bellman.bind(mdp, reg, tol.shape, adversary.batch_shape))
@@ -220,19 +228,19 @@ def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Tolerance, rule
     zero, history = jnp.zeros_like(position.logits), jnp.zeros((2, rules.records, *batch), mdp.dtype)
     best = _Best(zero, zero, -infinite, infinite, (infinite, infinite), status, history)
 
-    def running(state: tuple[Any, ...]) -> Array:
-        return jnp.any(state[1].status == _RUNNING) & (state[2] < rules.records)
+    def running(play: _Play) -> Array:
+        return jnp.any(play.best.status == _RUNNING) & (play.looks < rules.records)
 
-    def turn(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        position, best, index = state
+    def turn(play: _Play) -> _Play:
+        position, best, looks = play
         # The first look comes before the first round.
-        count = jnp.where(index == 0, 0, jnp.minimum(rules.record, rules.steps - (index - 1) * rules.record))
+        count = jnp.where(looks == 0, 0, jnp.minimum(rules.record, rules.steps - (looks - 1) * rules.record))
         after = loops.fori_loop(0, count, lambda _, x: moves.turn(setup, x), position)
         position = freeze(best.status != _RUNNING, position, after)
-        return position, _record(setup, tol, index, position, best), index + 1
+        return _Play(position, _record(setup, tol, looks, position, best), looks + 1)
 
-    position, best, index = loops.while_loop(running, turn, (position, best, jnp.asarray(0, jnp.int32)), setup)
-    return _result(best, position.steps, tol, index, rules)
+    position, best, looks = loops.while_loop(running, turn, _Play(position, best, jnp.asarray(0, jnp.int32)), setup)
+    return _result(best, position.steps, tol, looks, rules)
 
 
 def _record(setup: moves.Setup, tol: Tolerance, index: Array, position: moves.Position, best: _Best) -> _Best:

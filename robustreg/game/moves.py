@@ -9,7 +9,7 @@ the agent is about to move again.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,30 +148,35 @@ def visits(setup: Setup, policy: Array) -> Array:
     return jnp.maximum(flow, 0)
 
 
+class _Answer(NamedTuple):
+    """The adversary's play within a round: its parameters, its rule's memory, the size of its first direction."""
+
+    params: Any
+    memory: Any
+    first: Array
+
+
 def _answers(setup: Setup, position: Position, policy: Array) -> tuple[Any, Any]:
     """The adversary's steps of a round against one policy, from where it stood at the start of the round."""
     problem, adversary, batch = setup.problem, setup.adversary, setup.problem.batch
     update, seen = _per_lane(problem, setup.rules.response.update), visits(setup, policy)
     unit = float(jnp.finfo(policy.dtype).eps) ** 0.5
 
-    def answer(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        params, memory, first, done, count = state
+    def answer(state: _Answer, done: Array) -> tuple[_Answer, Array]:
+        params, memory = state.params, state.memory
         direction = adversary.ascent(problem, params, policy, seen, position.steps)
         change, moved = update(jax.tree.map(jnp.negative, direction), memory, params)
         new = optax.apply_updates(params, change)
         new = new if adversary._free else adversary.retract(problem, new)
         size = _largest(direction, batch)
-        first = jnp.where(count == 0, size, first)
+        first = jnp.where(jnp.isnan(state.first), size, state.first)
         # Below the square root of rounding, what remains after a step of Newton's is below rounding.
         enough = size <= jnp.maximum(_ANSWERED * first, unit * _largest(params, batch))
-        return freeze(done, params, new), freeze(done, memory, moved), first, done | enough, count + 1
+        return _Answer(freeze(done, params, new), freeze(done, memory, moved), first), done | enough
 
-    def unfinished(state: tuple[Any, ...]) -> Array:
-        return ~jnp.all(state[3]) & (state[4] < setup.rules.responses)
-
-    zero = jnp.zeros(batch, policy.dtype)
-    start = (position.params, position.memories[1], zero, jnp.zeros(batch, bool), jnp.asarray(0, jnp.int32))
-    params, memory, *_ = loops.while_loop(unfinished, answer, start)
+    start = _Answer(position.params, position.memories[1], jnp.full(batch, jnp.nan, policy.dtype))
+    found = loops.until_done(answer, start, jnp.zeros(batch, bool), setup.rules.responses)
+    params, memory = found.params, found.memory
     return adversary.retract(problem, params) if adversary._free else params, memory
 
 

@@ -35,27 +35,21 @@ def leading_to_an_end(transitions: Transitions, allowed: Array, ends: Array, dty
         dtype: to compute in.
     """
 
-    def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        found, _ = state
+    def spread(found: Array) -> Array:
         leads = transitions._expect(found.astype(dtype)) > 0
-        new = found | jnp.any(allowed & leads, axis=0)
-        return new, jnp.any(new & ~found)
+        return found | jnp.any(allowed & leads, axis=0)
 
-    start = jnp.any(allowed & ends, axis=0)
-    return loops.while_loop(lambda s: s[1], spread, (start, jnp.any(start)), (transitions, allowed))[0]
+    return loops.until_stable(spread, jnp.any(allowed & ends, axis=0), (transitions, allowed))
 
 
 def stays(transitions: Transitions, allowed: Array, ends: Array, dtype: Any) -> Array:
     """Find the states in which one may stay forever, `[S, *b]`; arguments as in `leading_to_an_end`."""
 
-    def shrink(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        kept, _ = state
+    def shrink(kept: Array) -> Array:
         leaves = transitions._expect((~kept).astype(dtype)) > 0
-        new = kept & jnp.any(allowed & ~ends & ~leaves, axis=0)
-        return new, jnp.any(new != kept)
+        return kept & jnp.any(allowed & ~ends & ~leaves, axis=0)
 
-    start = jnp.any(allowed & ~ends, axis=0)
-    return loops.while_loop(lambda s: s[1], shrink, (start, jnp.any(start)), (transitions, allowed))[0]
+    return loops.until_stable(shrink, jnp.any(allowed & ~ends, axis=0), (transitions, allowed))
 
 
 @jax.jit

@@ -16,7 +16,9 @@ is exact in one step for KL, monotone from the far end of the bracket for alpha 
 for the vertical tangents that alpha > 2 has at the edge of the support. (Derivatives: see `tangents`.)
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -326,16 +328,24 @@ def curvature(policy: Array, rho: Array) -> Array:
     return jnp.where(inside, policy / jnp.where(inside, rho, 1), 0)
 
 
+class _Search(NamedTuple):
+    """For the level: the place, its bracket, and how far the mass was off at the last one, `[...]` each."""
+
+    level: Array
+    low: Array
+    high: Array
+    last: Array
+
+
 def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: pytrees.Reducers) -> tuple[Array, Array, Array]:
     """The level `l` with `sum p = mass` and a bracket around it, `[...]` each: Newton, kept inside by bisection."""
-    unit = jnp.finfo(gap.dtype).eps
     at_best = jnp.where((gap == 0) & ~jnp.isneginf(log_prior), log_prior, -jnp.inf)
     # All actions together keep the sum at or above that of the best ones alone, so l <= log(mass/their priors).
     top = reduce.largest(at_best)
     top = jnp.where(jnp.isneginf(top), 0, top)
     best_prior = top + jnp.log(reduce.total(jnp.exp(at_best - reduce.over(top))))
     high = jnp.broadcast_to(jnp.maximum(jnp.log(mass) - best_prior, 0), reduce.without_actions(gap))
-    low = jnp.zeros_like(high)
+    low, h = jnp.zeros_like(high), jnp.broadcast_to(h, high.shape)
 
     def measure(level: Array) -> tuple[Array, Array]:
         ratio, rho = ratios(level, gap, h, reduce)
@@ -343,34 +353,32 @@ def _root(gap: Array, log_prior: Array, h: Array, mass: Array, reduce: pytrees.R
         total = reduce.total(policy)
         return jnp.log(total / mass), reduce.total(curvature(policy, rho)) / total
 
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        level, low, high, last, done, count = state
-        excess, slope = measure(level)
-        low = jnp.where(excess < 0, level, low)
-        high = jnp.where(excess > 0, level, high)
-        newton = level + deformed_log(deformed_exp(-excess, h) / slope, h)
-        slow = jnp.abs(excess) > 0.5 * last
-        outside = ~((newton > low) & (newton < high))
-        # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.
-        at_prior = (newton <= 0) & (low == 0) & ~slow
-        new = jnp.where(outside | slow, jnp.where(at_prior, 0, 0.5 * (low + high)), newton)
-        close = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
-        exhausted = high - low <= 2 * unit * high
-        # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
-        end = jnp.where(exhausted & (excess > resolution(gap.dtype)), low, level)
-        level = jnp.where(done, level, jnp.where(close | exhausted, end, new))
-        done = done | close | exhausted
-        return level, low, high, jnp.where(slow, jnp.inf, jnp.abs(excess)), done, count + 1
-
-    def unfinished(state: tuple[Array, ...]) -> Array:
-        return ~jnp.all(state[4]) & (state[5] < _MAX_ROOT_STEPS)
-
     # Both monotone regimes start at the far end of the bracket; for alpha > 2 the near end is the monotone one.
-    h = jnp.broadcast_to(h, high.shape)
     start = jnp.where(h > 1, low, high)
-    infinite = jnp.full_like(start, jnp.inf)
     # A NaN gap can never settle: leave it to come out as NaN instead of holding up the others.
     hopeless = jnp.any(jnp.isnan(gap), axis=reduce.axis)
-    state = (start, low, high, infinite, hopeless, jnp.asarray(0, jnp.int32))
-    level, low, high, *_ = loops.while_loop(unfinished, step, state, (gap, log_prior, mass))
-    return level, low, high
+    search = _Search(start, low, high, jnp.full_like(start, jnp.inf))
+    turn = functools.partial(_turn, measure, h)
+    found = loops.until_done(turn, search, hopeless, _MAX_ROOT_STEPS, (gap, log_prior, mass))
+    return found.level, found.low, found.high
+
+
+def _turn(measure: Callable[[Array], tuple[Array, Array]], h: Array, s: _Search, done: Array) -> tuple[_Search, Array]:
+    """Take one step for the level; `measure` gives the logarithm of the mass, over what it should be, and its slope."""
+    unit = jnp.finfo(s.level.dtype).eps
+    excess, slope = measure(s.level)
+    low = jnp.where(excess < 0, s.level, s.low)
+    high = jnp.where(excess > 0, s.level, s.high)
+    newton = s.level + deformed_log(deformed_exp(-excess, h) / slope, h)
+    slow = jnp.abs(excess) > 0.5 * s.last
+    outside = ~((newton > low) & (newton < high))
+    # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.
+    at_prior = (newton <= 0) & (low == 0) & ~slow
+    new = jnp.where(outside | slow, jnp.where(at_prior, 0, 0.5 * (low + high)), newton)
+    close = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
+    exhausted = high - low <= 2 * unit * high
+    # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
+    end = jnp.where(exhausted & (excess > resolution(s.level.dtype)), low, s.level)
+    level = jnp.where(done, s.level, jnp.where(close | exhausted, end, new))
+    last = jnp.where(slow, jnp.inf, jnp.abs(excess))
+    return _Search(level, low, high, last), done | close | exhausted

@@ -151,8 +151,7 @@ def _root(gap: Array, radius: Array, p: float, reduce: pytrees.Reducers) -> Arra
     """The depth y with `||(y - gap)_+||_p = radius`, `[...]`, for gaps `[A, ...]` of which the least is 0."""
     unit = float(jnp.finfo(gap.dtype).eps)
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        y, done, count = state
+    def step(y: Array, done: Array) -> tuple[Array, Array]:
         ahead = jnp.maximum(reduce.over(y) - gap, 0)
         top = jnp.where(y > 0, y, 1)  # the largest of them
         share = ahead / reduce.over(top)
@@ -162,10 +161,10 @@ def _root(gap: Array, radius: Array, p: float, reduce: pytrees.Reducers) -> Arra
         # d norm/dy = sum share^(p-1) / norm^(p-1).
         new = y - (norm * top - radius) * norm ** (p - 1) / jnp.where(slope > 0, slope, 1)
         new = jnp.minimum(jnp.maximum(new, 0), y)
-        return jnp.where(done, y, new), done | ~(y - new > 2 * unit * y), count + 1
+        return jnp.where(done, y, new), done | ~(y - new > 2 * unit * y)
 
-    start = (radius, ~(jnp.isfinite(radius) & (radius > 0)), jnp.zeros((), jnp.int32))
-    y = loops.while_loop(lambda s: ~jnp.all(s[1]) & (s[2] < _MAX_TURNS), step, start, (gap, radius))[0]
+    done = ~(jnp.isfinite(radius) & (radius > 0))
+    y = loops.until_done(step, radius, done, _MAX_TURNS, (gap, radius))
     return jnp.where(jnp.any(jnp.isnan(gap), axis=reduce.axis), jnp.nan, y)
 
 

@@ -274,7 +274,8 @@ def _home(chain: bellman.Chain, lost: Array) -> Array:
         return jnp.any((left > tiny) & ~lost) & (count < 4 * n)
 
     def move(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return 0.5 * (state[0] + chain.transpose(state[0])), state[1] + 1
+        mu, count = state
+        return 0.5 * (mu + chain.transpose(mu)), count + 1
 
     mu, _ = loops.while_loop(unsettled, move, (found, jnp.asarray(0, jnp.int32)), (chain, lost))
     return jnp.moveaxis(jax.nn.one_hot(jnp.argmax(mu, axis=0), n, dtype=mu.dtype), -1, 0)

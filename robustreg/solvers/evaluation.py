@@ -115,16 +115,12 @@ def _cost(problem: bellman.BoundProblem, policy: Array, free: bool) -> tuple[Arr
     infinite = jnp.isposinf(problem.regulariser.value(lax.stop_gradient(policy)))
     onwards = (policy > 0) & (problem.discount > 0)[None, None]
 
-    def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        ruined, _ = state
+    def spread(ruined: Array) -> Array:
         # Products of probabilities may underflow to 0: an action and a successor count by being possible at all.
         leads = problem.transitions._expect(ruined.astype(policy.dtype)) > 0
-        new = ruined | jnp.any(onwards & leads, axis=0)
-        return new, jnp.any(new & ~ruined)
+        return ruined | jnp.any(onwards & leads, axis=0)
 
-    ruined, _ = loops.while_loop(
-        lambda state: state[1], spread, (infinite, jnp.any(infinite)), (onwards, problem.transitions)
-    )
+    ruined = loops.until_stable(spread, infinite, (onwards, problem.transitions))
     # The derivative there is that of another policy, which has one: a gradient that nobody asks for is then 0, not NaN.
     prior = jax.nn.softmax(jnp.broadcast_to(lax.stop_gradient(problem.regulariser.log_prior), policy.shape), axis=0)
     cost = problem.regulariser.value(jnp.where(ruined[None], prior, policy))

@@ -33,7 +33,8 @@ close by only. Up to 512 states H is written out; beyond, its system is solved b
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,83 +153,97 @@ def _visitable(problem: bellman.BoundProblem, allowed: Array, initial: Array) ->
     def leads_out(inside: Array) -> Array:
         return (p._expect((~inside).astype(dtype)) > 0) & ahead[None, None]
 
-    def narrow(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        inside, _ = state
-        new = inside & jnp.any(allowed & ~leads_out(inside), axis=0)
-        return new, jnp.any(new != inside)
+    def narrow(inside: Array) -> Array:
+        return inside & jnp.any(allowed & ~leads_out(inside), axis=0)
 
-    start = jnp.any(allowed, axis=0)
-    inside, _ = loops.while_loop(lambda s: s[1], narrow, (start, jnp.any(start)), (p, allowed, initial))
+    inside = loops.until_stable(narrow, jnp.any(allowed, axis=0), (p, allowed, initial))
     pairs = allowed & ~leads_out(inside) & inside[None]
 
-    def spread(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        reached, _ = state
+    def spread(reached: Array) -> Array:
         found = (p._push((pairs & reached[None]).astype(dtype)) > 0) & ahead[None]
-        return reached | found, jnp.any(found & ~reached)
+        return reached | found
 
     begun = initial > 0
-    reached, _ = loops.while_loop(lambda s: s[1], spread, (begun, jnp.any(begun)), (p, pairs))
+    reached = loops.until_stable(spread, begun, (p, pairs))
     return pairs & reached[None], jnp.all(inside | ~begun, axis=0)
 
 
 # ---- Newton's method
 
 
+class _Search(NamedTuple):
+    """Newton's method on its way: V `[S, *B]`, the beta it is at `[1, *B]`, steps since progress, steps, status."""
+
+    v: Array
+    beta: Array
+    idle: Array
+    steps: Array
+    status: Array
+
+
 def minimise(problem: Dual, sound: Array, limit: Array) -> tuple[Array, Array, Array]:
     """Find the V of least dual value, `[S, *B]`; steps taken and status, `[*B]`."""
-    beta, batch, dtype = problem.regulariser.beta, sound.shape, problem.reward.dtype
+    batch, dtype = sound.shape, problem.reward.dtype
     reward = jnp.broadcast_to(problem.reward, problem.kept.shape)
     spread = jnp.max(jnp.where(problem.kept, reward, -jnp.inf), axis=(0, 1))
     spread = spread - jnp.min(jnp.where(problem.kept, reward, jnp.inf), axis=(0, 1))
-    first = jnp.minimum(beta, (1 / jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1))[None])
-    unit = float(jnp.finfo(dtype).eps)
-    count, start = jnp.zeros(batch, jnp.int32), jnp.zeros((problem.kept.shape[1], *batch), dtype)
-    status = jnp.where(sound, RUNNING, int(Status.NONFINITE_INPUT))
+    scale = jnp.where(jnp.isfinite(spread) & (spread > 0), spread, 1)
+    first = jnp.minimum(problem.regulariser.beta, (1 / scale)[None])
+    count, v = jnp.zeros(batch, jnp.int32), jnp.zeros((problem.kept.shape[1], *batch), dtype)
+    status = jnp.where(sound, RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
 
-    def at(now: Array) -> Dual:
-        return dataclasses.replace(problem, regulariser=dataclasses.replace(problem.regulariser, beta=now))
+    def running(state: _Search) -> Array:
+        return jnp.any(state.status == RUNNING)
 
-    def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        v, now, idle, steps, status = state
-        here = at(now)
-        level, mu = here.conjugate(v)
-        g, before = here.violation(mu), here.dual(v, level)
-        step = -_inverse(here, mu, g, jnp.sum(jnp.abs(g), axis=0) * 1e-3 * now[0])
-        promised = jnp.sum(g * step, axis=0)
-        bad = ~(jnp.all(jnp.isfinite(step), axis=0) & (promised < 0))
-        step = jnp.where(bad[None], -g / now, step)
-        promised = jnp.where(bad, -jnp.sum(g * g, axis=0) / now[0], promised)
-        noise = 8 * unit * (jnp.abs(before) + jnp.max(jnp.abs(v), axis=0) + 1 / now[0])
-
-        def shorter(search: tuple[Array, ...]) -> tuple[Array, ...]:
-            length, enough, halvings = search
-            new = v + length[None] * step
-            fine = here.dual(new, here.conjugate(new)[0]) <= before + _ARMIJO * length * promised + noise
-            fine = enough | fine
-            return jnp.where(fine, length, 0.5 * length), fine, halvings + 1
-
-        search = (jnp.ones(batch, dtype), status != RUNNING, jnp.asarray(0, jnp.int32))
-        length, enough, _ = loops.while_loop(
-            lambda s: ~jnp.all(s[1]) & (s[2] < _HALVINGS), shorter, search, (here, v, step)
-        )
-        new = v + jnp.where(enough, length, 0)[None] * step
-        new = new - _middle(new)[None]
-        # Newton's decrement is twice what is left; a beta that still grows only has to be followed.
-        left = -promised * now[0]
-        last = (now >= beta)[0]
-        near = (left <= 0.5) & (length == 1)
-        done = last & ((-promised <= noise) | (left <= (8 * unit) ** 0.75))
-        idle = jnp.where(last & (done | ~enough), idle + 1, 0)
-        end = jnp.where(steps + 1 >= limit, int(Status.MAX_STEPS), RUNNING)
-        end = jnp.where(idle > 1, int(Status.STAGNATED), end)
-        now = jnp.where((near | ~enough)[None], jnp.minimum(_GROWTH * now, beta), now)
-        fresh = (new, now, idle, steps + 1, jnp.where(jnp.isfinite(before), end, int(Status.NONFINITE)))
-        return freeze(status != RUNNING, state, fresh)
-
-    state = (start, first, count, count, status.astype(jnp.int32))
-    state = loops.while_loop(lambda s: jnp.any(s[4] == RUNNING), turn, state, (problem, limit))
+    start, turn = _Search(v, first, count, count, status), functools.partial(_turn, problem, limit)
+    found = loops.while_loop(running, turn, start, (problem, limit))
     # Ended for want of progress: what it is worth the bounds say.
-    return state[0], state[3], jnp.where(state[4] == int(Status.STAGNATED), RUNNING, state[4])
+    return found.v, found.steps, jnp.where(found.status == int(Status.STAGNATED), RUNNING, found.status)
+
+
+def _turn(problem: Dual, limit: Array, state: _Search) -> _Search:
+    """Take one step of Newton's at the state's own beta, shortened until the dual value falls."""
+    v, now, wanted = state.v, state.beta, problem.regulariser.beta
+    here = dataclasses.replace(problem, regulariser=dataclasses.replace(problem.regulariser, beta=now))
+    level, mu = here.conjugate(v)
+    g, before = here.violation(mu), here.dual(v, level)
+    step = -_inverse(here, mu, g, jnp.sum(jnp.abs(g), axis=0) * 1e-3 * now[0])
+    promised = jnp.sum(g * step, axis=0)
+    bad = ~(jnp.all(jnp.isfinite(step), axis=0) & (promised < 0))
+    step = jnp.where(bad[None], -g / now, step)
+    promised = jnp.where(bad, -jnp.sum(g * g, axis=0) / now[0], promised)
+    unit = float(jnp.finfo(v.dtype).eps)
+    noise = 8 * unit * (jnp.abs(before) + jnp.max(jnp.abs(v), axis=0) + 1 / now[0])
+    length, enough = _shortened(here, v, step, before, promised, noise, state.status != RUNNING)
+    new = v + jnp.where(enough, length, 0)[None] * step
+    new = new - _middle(new)[None]
+    # Newton's decrement is twice what is left; a beta that still grows only has to be followed.
+    left = -promised * now[0]
+    last = (now >= wanted)[0]
+    near = (left <= 0.5) & (length == 1)
+    done = last & ((-promised <= noise) | (left <= (8 * unit) ** 0.75))
+    idle = jnp.where(last & (done | ~enough), state.idle + 1, 0)
+    end = jnp.where(state.steps + 1 >= limit, int(Status.MAX_STEPS), RUNNING)
+    end = jnp.where(idle > 1, int(Status.STAGNATED), end)
+    now = jnp.where((near | ~enough)[None], jnp.minimum(_GROWTH * now, wanted), now)
+    fresh = _Search(new, now, idle, state.steps + 1, jnp.where(jnp.isfinite(before), end, int(Status.NONFINITE)))
+    return freeze(state.status != RUNNING, state, fresh)
+
+
+def _shortened(
+    here: Dual, v: Array, step: Array, before: Array, promised: Array, noise: Array, skip: Array
+) -> tuple[Array, Array]:
+    """Halve a step until the dual value falls by a share of what was promised; its length and whether it is enough."""
+
+    def shorter(search: tuple[Array, Array], _: Array) -> tuple[tuple[Array, Array], Array]:
+        length, enough = search
+        new = v + length[None] * step
+        fine = here.dual(new, here.conjugate(new)[0]) <= before + _ARMIJO * length * promised + noise
+        fine = enough | fine
+        return (jnp.where(fine, length, 0.5 * length), fine), fine
+
+    start = (jnp.ones(skip.shape, v.dtype), skip)
+    return loops.until_done(shorter, start, skip, _HALVINGS, (here, v, step))
 
 
 def _middle(v: Array) -> Array:
@@ -280,8 +295,8 @@ def _iterated(problem: Dual, mu: Array, b: Array, damping: Array) -> Array:
     def dot(x: Array, y: Array) -> Array:
         return jnp.sum(x * y, axis=0)
 
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, p, rz, done, count = state
+    def step(state: tuple[Array, ...], done: Array) -> tuple[tuple[Array, ...], Array]:
+        x, r, p, rz = state
         hp = apply(p)
         curve = dot(p, hp)
         done = done | ~(curve > 0)
@@ -290,14 +305,13 @@ def _iterated(problem: Dual, mu: Array, b: Array, damping: Array) -> Array:
         z = r / scale
         new = dot(r, z)
         done = done | ~(new > target)
-        return x, r, jnp.where(done[None], p, z + (new / rz)[None] * p), jnp.where(done, rz, new), done, count + 1
+        return (x, r, jnp.where(done[None], p, z + (new / rz)[None] * p), jnp.where(done, rz, new)), done
 
     b = jnp.where(out, 0, b)
     z = b / scale
     rz = dot(b, z)
     target = 1e-24 * rz if b.dtype.itemsize > 4 else 1e-12 * rz
-    start = (jnp.zeros_like(b), b, z, rz, ~(rz > 0), jnp.asarray(0, jnp.int32))
-    x = loops.while_loop(lambda s: ~jnp.all(s[4]) & (s[5] < _CG), step, start, (problem, mu, b))[0]
+    x, *_ = loops.until_done(step, (jnp.zeros_like(b), b, z, rz), ~(rz > 0), _CG, (problem, mu, b))
     return jnp.where(out, 0, x)
 
 

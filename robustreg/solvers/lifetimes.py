@@ -99,23 +99,26 @@ def _eliminated(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Arr
 
     start = (w.reshape(n, -1), todo.reshape(-1))
 
+    def unfinished(state: tuple[Array, Array]) -> Array:
+        _, todo = state
+        return jnp.any(todo)
+
     def loop() -> tuple[Array, Array]:
-        return loops.while_loop(lambda state: jnp.any(state[1]), one, start, chain)
+        return loops.while_loop(unfinished, one, start, chain)
 
     # See `linear._eliminated` for why the loop alone will not do.
-    return loops.cond(jnp.any(todo), loop, lambda: start, chain)[0].reshape(w.shape)
+    w, _ = loops.cond(jnp.any(todo), loop, lambda: start, chain)
+    return w.reshape(ones.shape)
 
 
 def _swept(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
     """Add up steps until what a sweep adds is less than half a step, in the lanes in `todo`."""
 
-    def sweep(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        w, todo, count = state
+    def sweep(w: Array, done: Array) -> tuple[Array, Array]:
         new = ones + apply(w)
-        return jnp.where(todo[None], new, w), todo & (jnp.max(new - w, axis=0) > 0.25), count + 1
+        return jnp.where(done[None], w, new), done | ~(jnp.max(new - w, axis=0) > 0.25)
 
-    start = (jnp.where(todo[None], ones, w), todo, jnp.asarray(0, jnp.int32))
-    return loops.while_loop(lambda s: jnp.any(s[1]) & (s[2] < _SWEEPS), sweep, start, chain)[0]
+    return loops.until_done(sweep, jnp.where(todo[None], ones, w), ~todo, _SWEEPS, chain)
 
 
 def of_all(
@@ -148,19 +151,19 @@ def of_all(
     allowed, prior = ~jnp.isneginf(log_prior), jax.nn.softmax(log_prior, axis=0)
     endless = active & jnp.any(episodes.stays(transitions, allowed, ends, dtype), axis=0)
 
-    def turn(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        w, bound, active, found, count = state
+    def turn(state: tuple[Array, ...], done: Array) -> tuple[tuple[Array, ...], Array]:
+        w, bound, found = state
         ahead = jnp.where(allowed, transitions._expect(w), -jnp.inf)
         margin, enough = believed(w, jnp.max(ahead, axis=0), terms)
-        enough = enough & active & ~endless
+        enough = enough & ~done & ~endless
         bound = jnp.where(enough, jnp.max(w, axis=0) / jnp.where(enough, margin, 1), bound)
-        left = active & ~enough
+        left = ~done & ~enough
         longest = jax.nn.one_hot(jnp.argmax(ahead, axis=0), ahead.shape[0], axis=0, dtype=dtype)
         new, solved = of_chain(chain_of(jnp.where(endless, prior, longest)), left, terms)
         new = jnp.where(solved[None], new, jnp.where((left & endless)[None], jnp.inf, w))
-        return new, bound, left & solved & ~endless, found | enough, count + 1
+        return (new, bound, found | enough), ~(left & solved & ~endless)
 
     none, infinite = jnp.zeros(active.shape, bool), jnp.full(active.shape, jnp.inf, dtype)
-    start = (jnp.ones(shape, dtype), infinite, active, none, jnp.asarray(0, jnp.int32))
-    state = loops.while_loop(lambda s: jnp.any(s[2]) & (s[4] < _ROUNDS), turn, start, (transitions, log_prior, ends))
-    return state[1], state[3], jnp.where((active & ~state[3])[None], jnp.where(endless[None], state[0], jnp.inf), 1)
+    start = (jnp.ones(shape, dtype), infinite, none)
+    w, bound, found = loops.until_done(turn, start, ~active, _ROUNDS, (transitions, log_prior, ends))
+    return bound, found, jnp.where((active & ~found)[None], jnp.where(endless[None], w, jnp.inf), 1)

@@ -17,6 +17,7 @@ Lanes are frozen, bit for bit, when they have reached their target; the loop end
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -264,8 +265,12 @@ def _eliminated(
     todo = ~solved & jnp.isfinite(_norm(b, transpose))
     start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), todo.reshape(flat[1:]))
 
+    def unfinished(state: tuple[Array, ...]) -> Array:
+        *_, todo = state
+        return jnp.any(todo)
+
     def loop() -> tuple[Array, ...]:
-        return loops.while_loop(lambda state: jnp.any(state[3]), one, start, (chain, right))
+        return loops.while_loop(unfinished, one, start, (chain, right))
 
     # Not the loop alone: with one lane its matrix does not depend on the turn, and the compiler would write it out
     # before the loop, at every call.
@@ -304,6 +309,13 @@ def _swept(
     return new, jnp.where(worth, now, error), solved | (worth & (now <= enough))
 
 
+class _Improved(NamedTuple):
+    """A solution and what it leaves of the right-hand side, `[S, *B]` each."""
+
+    x: Array
+    r: Array
+
+
 def _refined(
     chain: bellman.Chain, apply: Operator, b: Array, accuracy: Array, mode: Array, image: Array, mass: Array
 ) -> Array:
@@ -322,8 +334,8 @@ def _refined(
     def size(r: Array) -> Array:
         return jnp.sum(jnp.abs(r), axis=0)
 
-    def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, active, count = state
+    def improve(state: _Improved, done: Array) -> tuple[_Improved, Array]:
+        x, r, active = state.x, state.r, ~done
         reduction = jnp.maximum(0.5 * goal / size(r), floor)  # of the 2-norm, by a recursion that drifts
         reduction = jnp.where(active, reduction, 1)
         step = krylov.bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, idle_steps(b.shape[0]), not chain.ends)
@@ -331,12 +343,11 @@ def _refined(
         new, new_r = balance(new, new_r)
         better = active & (size(new_r) < size(r))
         # What did not halve what was left has met rounding, or a chain that is not its kind.
-        again = better & (size(new_r) < 0.5 * size(r)) & (size(new_r) > goal) & (count < _ROUNDS - 1)
+        again = better & (size(new_r) < 0.5 * size(r)) & (size(new_r) > goal)
         x, r = jnp.where(better[None], new, x), jnp.where(better[None], new_r, r)
-        return x, r, again, count + 1
+        return _Improved(x, r), ~again
 
     floor = 4 * float(jnp.finfo(b.dtype).eps)
     goal = accuracy * size(b)
-    x, r = balance(jnp.zeros_like(b), b)
-    start = (x, r, size(r) > goal, jnp.asarray(0, jnp.int32))
-    return loops.while_loop(lambda state: jnp.any(state[2]), improve, start, (chain, mode, image, mass))[0]
+    start = _Improved(*balance(jnp.zeros_like(b), b))
+    return loops.until_done(improve, start, ~(size(start.r) > goal), _ROUNDS, (chain, mode, image, mass)).x

@@ -138,22 +138,17 @@ def horizon(transitions: Transitions, regulariser: Bound, discount: Array, compl
     discount, complement = jnp.broadcast_to(discount, own), jnp.broadcast_to(complement, own)
     plain = 1 / complement
 
-    def sweep(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        w, bound, active, count = state
+    def sweep(state: tuple[Array, Array], done: Array) -> tuple[tuple[Array, Array], Array]:
+        w, bound = state
         ahead = 1 + discount[None, None] * transitions._expect(w)
         new = jnp.maximum(jnp.max(jnp.where(masked, 1, ahead), axis=0), w)
         rise = jnp.max(new - w, axis=0)
         # (The last factor is for rounding: some units for every sweep.)
         found = jnp.max(w, axis=0) / jnp.maximum(1 - rise, 0.5) * (1 + 1e-3)
-        bound = jnp.where(active & (rise <= 0.5), found, bound)
-        active = active & ~(rise <= 0.5) & (jnp.max(new, axis=0) < 0.5 * plain)
-        return new, bound, active, count + 1
+        bound = jnp.where(~done & (rise <= 0.5), found, bound)
+        return (new, bound), done | (rise <= 0.5) | ~(jnp.max(new, axis=0) < 0.5 * plain)
 
-    start = (jnp.ones((transitions.n_states, *own), discount.dtype), plain, (complement < _LONG) & (complement > 0))
-    w, bound, *_ = loops.while_loop(
-        lambda state: jnp.any(state[2]) & (state[3] < _SWEEPS),
-        sweep,
-        (*start, jnp.asarray(0, jnp.int32)),
-        (transitions, masked),
-    )
+    start = (jnp.ones((transitions.n_states, *own), discount.dtype), plain)
+    worth = (complement < _LONG) & (complement > 0)
+    _, bound = loops.until_done(sweep, start, ~worth, _SWEEPS, (transitions, masked))
     return jnp.minimum(bound, plain)

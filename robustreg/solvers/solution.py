@@ -122,7 +122,8 @@ class Answer:
         if not status.size:
             return f"{head}, no lanes)"
         names = ", ".join(f"{s.name}: {int((status == s).sum())}" for s in Status if (status == s).any())
-        steps = f", steps<={np.asarray(self.steps).max()}" if hasattr(self, "steps") else ""
+        taken = getattr(self, "steps", None)
+        steps = "" if taken is None else f", steps<={np.asarray(taken).max()}"
         return f"{head}, {names}{steps}, gap<={gap.max():.3g})"
 
     def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
