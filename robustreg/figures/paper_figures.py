@@ -12,20 +12,27 @@ import numpy as np
 
 from robustreg.figures.paper_numbers import Numbers
 from robustreg.figures.style import (
+    AMBER,
+    BLUE,
     DIFFERENCES,
+    GREEN,
+    GREY,
     INK,
+    PURPLE,
     VALUES,
+    VERMILION,
     Marks,
     colour_bar,
     diverging,
     draw_arrows,
+    draw_decision,
     dress,
     inhabited,
     new_figure,
+    rewards_alike,
     shown_number,
 )
 
-BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY = "#0072b2", "#d55e00", "#009e73", "#8f5a8a", "#b8860b", "#5a5a5a"
 SERIES = ((BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (AMBER, "v", "-"))
 BETA = "β, inverse strength (1/reward units)"
 _MOVES = {"↑": (0, -1), "→": (1, 0), "↓": (0, 1), "←": (-1, 0)}
@@ -33,30 +40,14 @@ _MOVES = {"↑": (0, -1), "→": (1, 0), "↓": (0, 1), "←": (-1, 0)}
 
 def decision(numbers: Numbers, title: str = "") -> Any:
     """Rows: strengths. Columns: reward, policy, worst case, and what it leaves, with the level of indifference."""
-    rows, actions = len(numbers["beta"]), np.arange(numbers["reward"].size)
+    rows = len(numbers["beta"])
     figure = new_figure(13.0, 2.9 * rows + 0.8)
     panels = figure.subplots(rows, 4, squeeze=False, sharex=True, sharey="col")
     heads = ("reward r = Q", "policy π", "worst case Δ", "perturbed reward r − Δ")
-    seen = np.array([0.0, *numbers["reward"], *numbers["perturbed"].ravel()])
     for k, (row, strength) in enumerate(zip(panels, _strengths(numbers))):
-        taken = numbers["perturbation"][k]
-        heights = (numbers["reward"], numbers["policy"][k], taken, numbers["perturbed"][k])
-        colours = (GREY, GREEN, np.where(taken > 0, VERMILION, BLUE), GREY)
-        for axes, height, colour, unit in zip(
-            row, heights, colours, ("reward units", "probability") + 2 * ("reward units",)
-        ):
-            axes.bar(actions, height, color=colour, width=0.72)
-            axes.axhline(0.0, color=INK, linewidth=0.8)
-            axes.set_ylabel(unit)
-            axes.set_xticks(actions, [str(a) for a in actions])
-            _plain(axes)
-        for axes in row[[0, 3]]:
-            axes.set_ylim(seen.min() - 0.08 * np.ptp(seen) * (seen.min() < 0), seen.max() + 0.3 * np.ptp(seen))
-        row[1].set_ylim(0.0, 1.05)
-        level = float(numbers["value"][k])
-        label = f"indifferent at {shown_number(level, '.3g')}"
-        row[3].axhline(level, color=AMBER, linewidth=2.2, linestyle="--", label=label)
-        row[3].legend(frameon=False, loc="upper center")
+        shown = numbers["reward"], numbers["policy"][k], numbers["perturbation"][k]
+        draw_decision(row, *shown, "indifferent at %s", [str(a) for a in range(numbers["reward"].size)])
+        rewards_alike(row[[0, 3]], numbers["reward"], numbers["perturbed"])
         row[0].set_ylabel(f"{strength}\n\nreward units")
     for axes, head in zip(panels[0], heads):
         axes.set_title(head)

@@ -26,6 +26,7 @@ from robustreg.figures.style import (
     colour_bar,
     diverging,
     draw_arrows,
+    draw_decision,
     dress,
     heading,
     inhabited,
@@ -33,7 +34,7 @@ from robustreg.figures.style import (
     legend_of,
     literal,
     new_figure,
-    shown_number,
+    rewards_alike,
     write_figures,
     write_numbers,
 )
@@ -241,32 +242,13 @@ def decision_bars(
         actions: names of the actions.
     """
     worth, probability, taken = (np.asarray(x).reshape(-1) for x in (q, policy, perturbation))
-    panels = (
-        ("action values Q", worth, "#5a5a5a", "reward units"),
-        ("policy π", probability, "#6a51a3", "probability"),
-        ("perturbation Δ\n(red: taken, blue: given)", taken, np.where(taken > 0, "#b2182b", "#2166ac"), "reward units"),
-        ("Q − Δ: indifferent", worth - taken, "#5a5a5a", "reward units"),
-    )
     figure = new_figure(12.0, 3.4)
-    all_axes = figure.subplots(1, 4)
-    for axes, (name, height, colour, unit) in zip(all_axes, panels):
-        axes.bar(np.arange(worth.size), height, color=colour, width=0.7)
-        names = list(actions) or [str(a) for a in range(worth.size)]
-        label_some(axes.xaxis, names, max(1, 30 // (max(map(len, names)) + 1)))
-        axes.axhline(0.0, color=INK, linewidth=0.8)
-        axes.set(title=name, xlabel="action", ylabel=unit, xlim=(-0.6, worth.size - 0.4))
-        axes.spines[["top", "right"]].set_visible(False)
-    left = (worth - taken)[np.isfinite(taken)]
-    seen = np.array([0.0, *worth, *left])
-    margin = 0.08 * np.ptp(seen) or 1.0
-    for axes in all_axes[[0, 3]]:
-        axes.set_ylim(seen.min() - margin * (seen.min() < 0), seen.max() + margin)
-    # All of the axis, unless every bar would be too low to be seen.
-    all_axes[1].set_ylim(0.0, 1.0 if probability.max() > 0.1 else 1.1 * probability.max())
-    level = float(probability[np.isfinite(taken)] @ left)
-    label = f"V = {shown_number(level, '.3g')}"
-    all_axes[3].axhline(level, color="#b8860b", linewidth=1.5, linestyle="--", label=label)
-    all_axes[3].legend(frameon=False, loc="best")
+    row = figure.subplots(1, 4)
+    draw_decision(row, worth, probability, taken, "V = %s", list(actions) or [str(a) for a in range(worth.size)])
+    rewards_alike(row[[0, 3]], worth, worth - taken)
+    heads = ("action values Q", "policy π", "perturbation Δ\n(red: taken, blue: given)", "Q − Δ: indifferent")
+    for axes, head in zip(row, heads):
+        axes.set(title=head, xlabel="action")
     figure.suptitle(literal(title))
     return figure
 

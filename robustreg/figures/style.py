@@ -19,6 +19,8 @@ Marks = Mapping[str, Sequence[int]]
 Grid = tuple[int, int]
 
 VALUES, DIFFERENCES, INK = "cividis", "RdBu_r", "#1a1a1a"
+# Of Okabe and Ito.
+BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY = "#0072b2", "#d55e00", "#009e73", "#8f5a8a", "#b8860b", "#5a5a5a"
 # Marked cells: a letter, its colour, and the fill of cells that nobody acts in (None: an ordinary cell).
 STYLES = {
     "start": ("S", "black", None),
@@ -104,6 +106,45 @@ def label_some(axis: Any, labels: Sequence[str], most: int) -> None:
     """
     step = max(1, -(-len(labels) // max(1, most)))
     axis.set_ticks(range(0, len(labels), step), [literal(label) for label in labels[::step]])
+
+
+def draw_decision(
+    row: Sequence[Any], reward: np.ndarray, policy: np.ndarray, taken: np.ndarray, level: str, names: Sequence[str]
+) -> None:
+    """Draw a decision as bars: reward, policy, what is taken of the reward, and what is left with its mean as a line.
+
+    Args:
+        row: four axes.
+        reward: of each action, `[A]`, in reward units.
+        policy: `[A]`.
+        taken: `[A]`, in reward units; NaN of actions that nobody may take.
+        level: what to call the line; `%s` is its number.
+        names: of the actions.
+    """
+    left = reward - taken
+    colours = (GREY, GREEN, np.where(taken > 0, VERMILION, BLUE), GREY)
+    units = ("reward units", "probability", "reward units", "reward units")
+    for axes, height, colour, unit in zip(row, (reward, policy, taken, left), colours, units):
+        axes.bar(np.arange(reward.size), height, color=colour, width=0.72)
+        axes.axhline(0.0, color=INK, linewidth=0.8)
+        axes.set(ylabel=unit, xlim=(-0.6, reward.size - 0.4))
+        label_some(axes.xaxis, names, max(1, 30 // (max(map(len, names)) + 1)))
+        axes.spines[["top", "right"]].set_visible(False)
+    # All of the axis, unless every bar would be too low to be seen.
+    row[1].set_ylim(0.0, 1.05 if policy.max() > 0.1 else 1.1 * policy.max())
+    known = np.isfinite(taken)
+    mean = float(policy[known] @ left[known])
+    label = level % shown_number(mean, ".3g")
+    row[3].axhline(mean, color=AMBER, linewidth=2.0, linestyle="--", label=label)
+    row[3].legend(frameon=False, loc="best")
+
+
+def rewards_alike(axes: Sequence[Any], *shown: np.ndarray) -> None:
+    """Give axes of rewards one scale that holds 0 and all that is shown, with room for a legend above."""
+    seen = np.concatenate([[0.0], *(x[np.isfinite(x)].ravel() for x in shown)])
+    span = float(np.ptp(seen)) or 1.0
+    for each in axes:
+        each.set_ylim(seen.min() - 0.08 * span * (seen.min() < 0), seen.max() + 0.3 * span)
 
 
 def draw_arrows(axes: Any, policy: np.ndarray, steps: ArrayLike, grid: Grid, marks: Marks, **style: Any) -> None:
