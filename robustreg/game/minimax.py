@@ -53,9 +53,9 @@ from robustreg.game.sets import Adversary, Whole, is_masked
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, methods
-from robustreg.solvers.evaluation import unlimited
-from robustreg.solvers.loop import freeze, iterate
+from robustreg.solvers import bellman
+from robustreg.solvers.evaluation import search, unlimited
+from robustreg.solvers.loop import freeze
 from robustreg.solvers.plain import FixedPolicy, HardMax
 from robustreg.solvers.solution import Answer, Status
 from robustreg.solvers.tolerance import Tolerance
@@ -69,8 +69,6 @@ _RUNNING = -1
 _ACCURACY = 0.1
 # Without a tol, a gap of so many times the rounding in its bounds is as small as it gets.
 _ROUNDING = 8.0
-# One policy's equation is linear: a Krylov solve may go to the end at once.
-_EVALUATION = methods.Newton(forcing=1e-8, inner_steps=1000)
 
 Scheme = Literal["alternating", "simultaneous", "extragradient"]
 
@@ -288,7 +286,7 @@ def _primal(setup: moves.Setup, position: moves.Position, policy: Array, accurac
     # The price is computed with an error of its own, which must not be in the agent's favour.
     cost = cost + jnp.where(jnp.isfinite(cost), problem.regulariser.value_error(policy), 0)
     fixed = FixedPolicy(policy, cost, unlimited(problem), never)
-    value, error, noise = _value(setup, fixed, problem.reward, position.value, accuracy, _EVALUATION)
+    value, error, noise = _value(setup, fixed, problem.reward, position.value, accuracy)
     return value - error - extra, noise
 
 
@@ -297,17 +295,15 @@ def _dual(setup: moves.Setup, position: moves.Position, dr: Array, accuracy: Tol
     problem = setup.problem
     masked = jnp.where(is_masked(problem), -jnp.inf, 0).astype(dr.dtype)
     free = HardMax(unlimited(problem), masked)
-    solver = methods.automatic(problem)
-    value, error, noise = _value(setup, free, problem.reward - dr, position.value, accuracy, solver)
+    value, error, noise = _value(setup, free, problem.reward - dr, position.value, accuracy)
     return value + error, noise
 
 
 def _value(
-    setup: moves.Setup, operator: Bound, reward: Array, start: Array, accuracy: Tolerance, solver: methods.Solver
+    setup: moves.Setup, operator: Bound, reward: Array, start: Array, accuracy: Tolerance
 ) -> tuple[Array, Array, Array]:
     """Value from the start of an operator's fixed point, a bound on its error, and the rounding in that, `[*B]`."""
-    problem = bellman.with_operator(setup.problem, operator, reward)
-    loop = iterate(problem, solver, accuracy, jnp.asarray(np.iinfo(np.int32).max, jnp.int32), start)
+    loop = search(bellman.with_operator(setup.problem, operator, reward), accuracy, start)
     return _from_start(setup, loop.h + loop.c[None]), loop.half_width, loop.noise
 
 

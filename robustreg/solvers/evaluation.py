@@ -172,16 +172,14 @@ def fixed_point(
     if single:
         problem, _ = undiscounted.own_horizon(problem, operator.policy)
     problem = bellman.with_operator(problem, operator, reward)
-    dtype = problem.dtype
-    goal, limit = Tolerance.read(tol, dtype).broadcast(problem.batch), jnp.asarray(10_000, jnp.int32)
+    goal = Tolerance.read(tol, problem.dtype).broadcast(problem.batch)
     if start is not None:
         start = jnp.broadcast_to(start, (problem.n_states, *problem.batch))
     begun, start, wanted = undiscounted.begin(problem, start)
     if single:  # no other policy has to end
         begun, wanted = problem, None
     problem, fixed = begun, lax.stop_gradient(begun)
-    solver = _evaluation(fixed) if single else methods.automatic(fixed)
-    loop = lax.stop_gradient(iterate(fixed, solver, undiscounted.asked(wanted, goal), limit, start))
+    loop = lax.stop_gradient(search(fixed, undiscounted.asked(wanted, goal), start))
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
     status = undiscounted.verdict(loop.status, wanted, lost, half_width, goal)
     fixed = dataclasses.replace(fixed, horizon=lax.stop_gradient(problem.horizon))
@@ -190,6 +188,13 @@ def fixed_point(
     found = loops.alike((problem, h, c, zero, None, zero, failed))
     h = implicit.attach(linear.Method(), *found)[0]
     return pytrees.batch_first(implicit.mark(h + c[None], failed), 1)
+
+
+def search(problem: bellman.BoundProblem, tol: Tolerance, start: Array) -> Loop:
+    """Run the loop on a problem whose regulariser may be one policy, from a start `[S, *B]`; see `loop.iterate`."""
+    single = isinstance(problem.regulariser, FixedPolicy)
+    solver = _evaluation(problem) if single else methods.automatic(problem)
+    return iterate(problem, solver, tol, jnp.asarray(10_000, jnp.int32), start)
 
 
 def _evaluation(problem: bellman.BoundProblem) -> Solver:
