@@ -124,7 +124,7 @@ def test_a_lane_that_breaks_down_costs_the_others_nothing():
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_large_chains_are_swept(monkeypatch, dtype):
     """Where a matrix would not fit: sweeps as long as they can help, else NaN."""
-    monkeypatch.setattr(linear, "DENSE", 8)
+    monkeypatch.setattr(elimination, "STATES", 8)
     jax.clear_caches()
     P, g, reward, m = problem(13, dtype)
     visits = exact(P, g, np.full((len(P), 13), 1 / 13), True)
@@ -138,7 +138,8 @@ def test_large_chains_are_swept(monkeypatch, dtype):
 
 def test_without_any_other_way_there_is_no_number(monkeypatch):
     """What neither way solves is NaN: in an occupancy, in a gradient, and in its error bound, which is infinite."""
-    for name, value in (("DENSE", 0), ("_SWEEPS", 0), ("KRYLOV_STEPS", 1), ("_ROUNDS", 1)):
+    monkeypatch.setattr(elimination, "STATES", 0)
+    for name, value in (("_SWEEPS", 0), ("KRYLOV_STEPS", 1), ("_ROUNDS", 1)):
         monkeypatch.setattr(linear, name, value)
     jax.clear_caches()
     P = deterministic(np.array([[2, 0, 3, 5, 4, 4]]))[0]

@@ -12,7 +12,7 @@ import pytest
 from cases import ACTIONS, garnet, random_reward
 
 import robustreg as rr
-from robustreg.solvers import linear
+from robustreg.solvers import elimination, linear
 
 pytestmark = pytest.mark.slow
 
@@ -382,7 +382,7 @@ def test_the_adjoint_reports_its_error(monkeypatch):
     other = differentiated(x, probe)[1][0]
     np.testing.assert_allclose(other["reward"], gradient["reward"], rtol=1e-8, atol=1e-10)
     # With no other way left either, there is no gradient.
-    monkeypatch.setattr(linear, "DENSE", 0)
+    monkeypatch.setattr(elimination, "STATES", 0)
     monkeypatch.setattr(linear, "_SWEEPS", 0)
     jax.clear_caches()
     _, (poor, error) = differentiated(x, probe)

@@ -76,10 +76,10 @@ class _ListOutputs(argparse.Action):
     """Print the outputs of a sweep and end, as `--help` does: nothing else is asked of the command line then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from robustreg.sweeps.outputs import MEANINGS
+        from robustreg.sweeps.outputs import OUTPUTS
 
-        width = max(map(len, MEANINGS))
-        print(*(f"{name:{width}}  {meaning}" for name, meaning in MEANINGS.items()), sep="\n")
+        width = max(map(len, OUTPUTS))
+        print(*(f"{name:{width}}  {output.meaning}" for name, output in OUTPUTS.items()), sep="\n")
         parser.exit()
 
 

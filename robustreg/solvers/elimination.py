@@ -23,6 +23,8 @@ from jax import Array, lax
 
 from robustreg._core import loops
 
+# States up to which a chain is written out to be eliminated: a matrix of 32 MiB in float64.
+STATES = 2048
 # States eliminated together: enough to make the updates matrix products, few enough for the loop inside a block.
 _BLOCK = 32
 

@@ -18,7 +18,7 @@ from robustreg.regularisers import masks
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity as balls
-from robustreg.solvers import bellman, implicit, linear, methods, readings, undiscounted
+from robustreg.solvers import bellman, elimination, implicit, linear, methods, readings, undiscounted
 from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.loop import Loop, iterate
 from robustreg.solvers.methods import Solver
@@ -203,7 +203,7 @@ def _evaluation(problem: bellman.BoundProblem) -> Solver:
     A step or two more take off what rounding left. Where `_settled` can eliminate, a chain that needs many is not its
     kind.
     """
-    few = problem.n_states <= linear.DENSE
+    few = problem.n_states <= elimination.STATES
     return methods.Newton(
         forcing=100 * float(jnp.finfo(problem.dtype).eps),
         inner_steps=linear.KRYLOV_STEPS,

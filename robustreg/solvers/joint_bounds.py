@@ -73,7 +73,7 @@ def _own_occupancy(problem: Dual, policy: Array) -> tuple[Array, Array]:
     longest = 1 / jnp.broadcast_to(problem.complement, problem.discount.shape)
     chain = bellman.Chain(transitions, p, problem.discount, rate, longest, backwards, False)
     start = problem.complement[None] * problem.initial
-    if n <= linear.DENSE:
+    if n <= elimination.STATES:
         matrix = chain.matrix().reshape(-1, n, n)
         right = jnp.moveaxis(start, 0, -1).reshape(-1, n)
         exits = jnp.moveaxis(rate, 0, -1).reshape(-1, n)

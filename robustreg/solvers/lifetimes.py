@@ -32,8 +32,6 @@ from robustreg.solvers import elimination, krylov
 
 # The margin that is enough, rounds of policy iteration, and caps on the steps of a system and on sweeps.
 _MARGIN, _ROUNDS, _STEPS, _SWEEPS = 0.5, 100, 500, 100_000
-# States up to which a matrix is written out, as in `linear`.
-_DENSE = 2048
 
 
 def rounding(terms: float, w: Array) -> Array:
@@ -73,14 +71,14 @@ def of_chain(chain: Any, active: Array, terms: float) -> tuple[Array, Array]:
     # A residual of a thousandth of a step in the largest entry, or of what this precision has.
     close = max(1e-3, 10 * float(jnp.finfo(dtype).eps)) / n**0.5
     reduction = jnp.where(active, close, 1).astype(dtype)
-    idle = max(32, n // 8) if n <= _DENSE else _STEPS
+    idle = max(32, n // 8) if n <= elimination.STATES else _STEPS
 
     def apply(x: Array) -> Array:
         return lax.optimization_barrier(chain.apply(x))
 
     w = krylov.bicgstab(apply, ones, ones[0], reduction, _STEPS, idle)
     todo = active & ~believed(w, apply(w), terms)[1]
-    w = (_eliminated if n <= _DENSE else _swept)(chain, apply, ones, w, todo)
+    w = (_eliminated if n <= elimination.STATES else _swept)(chain, apply, ones, w, todo)
     margin, found = believed(w, apply(w), terms)
     found = found & active
     return jnp.where(found[None], w / jnp.where(found, margin, 1)[None], 1), found

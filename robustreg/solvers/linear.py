@@ -29,14 +29,14 @@ from robustreg.solvers import bellman, elimination, krylov
 Operator = Callable[[Array], Array]
 # Caps on the steps of one Krylov solve of `_refined`, and on the solves: two are typical.
 KRYLOV_STEPS, _ROUNDS = 1000, 8
-# States up to which a lane that Krylov solves fail on is written out and eliminated: a matrix of 32 MiB in float64.
-# Beyond, it is swept, at most so often: enough for a discount of .9999 in float64.
-DENSE, _SWEEPS = 2048, 400_000
+# A lane that Krylov solves fail on is eliminated if it is small enough, else swept, at most so often: enough for a
+# discount of .9999 in float64.
+_SWEEPS = 400_000
 
 
 def idle_steps(n_states: int) -> int:
     """Krylov steps without progress after which elimination, where it stands by, is the better way to go on."""
-    return max(32, n_states // 8) if n_states <= DENSE else KRYLOV_STEPS
+    return max(32, n_states // 8) if n_states <= elimination.STATES else KRYLOV_STEPS
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:
@@ -207,7 +207,7 @@ def _checked(chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy
     error, left = _proved(chain, apply, b, x, transpose)
     reached = (accuracy > 0) & (left <= 1.01 * accuracy * _norm(b, transpose))
     solved = (error <= enough) | reached | nothing
-    again = _eliminated if b.shape[0] <= DENSE else _swept
+    again = _eliminated if b.shape[0] <= elimination.STATES else _swept
     x, error, solved = again(chain, apply, b, x, error, solved, transpose)
     return x, jnp.where(nothing, 0, error), solved
 
@@ -230,7 +230,7 @@ def eliminate(chain: bellman.Chain, b: Array, x: Array, solved: Array) -> tuple[
         x, `[S, *B]`, and which lanes are solved now, `[*B]`.
     """
     b = jnp.broadcast_to(b, x.shape)
-    if b.shape[0] > DENSE:
+    if b.shape[0] > elimination.STATES:
         return x, solved
     x, _, solved = _eliminated(chain, chain.apply, b, x, jnp.zeros_like(b[0]), solved, False)
     return x, solved

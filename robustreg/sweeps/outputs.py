@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,42 +73,65 @@ class Cell:
         return self.optimum - self.nominal_return
 
 
-# What a sweep can put into its table, computed on the device from one chunk: shape [lanes, ...].
-OUTPUTS: dict[str, Callable[[Cell], jax.Array]] = {
-    "objective": lambda cell: cell.solution.objective,
-    "nominal_return": lambda cell: cell.nominal_return,
-    "regulariser_cost": lambda cell: cell.nominal_return - cell.solution.objective,
-    "price_of_robustness": Cell.price,
-    "worst_case_return": Cell.worst_case_return,
-    "policy_entropy": Cell.entropy,
-    "gap": lambda cell: cell.solution.gap,
-    "steps": lambda cell: cell.solution.steps,
-    "status": lambda cell: cell.solution.status,
-    "value": lambda cell: cell.solution.value,
-    "policy": lambda cell: cell.solution.policy,
-    "perturbation": lambda cell: cell.solution.perturbation,
-    "occupancy": lambda cell: cell.visits,
-}
+class Output(NamedTuple):
+    """A column that a sweep can put into its table.
 
-# What each of them means, its unit and the axes that it adds; `robustreg sweep --list-outputs` prints it.
-MEANINGS: dict[str, str] = {
-    "objective": "what the policy guarantees: the regularised value of the start, in reward units",
-    "nominal_return": "what the policy earns undisturbed, in reward units",
-    "regulariser_cost": "nominal_return - objective: the discounted cost of the regulariser, in reward units",
-    "price_of_robustness": "what the best unregularised policy earns on top of nominal_return, in reward units",
-    "worst_case_return": "what the policy earns under its worst perturbation: objective, by another way",
-    "policy_entropy": "of the policy, in nats, averaged over the states as it visits them",
-    "gap": "certified width of the interval around the value: largest over states, in reward units",
-    "steps": "iterations of the solver",
-    "status": "code of rr.Status: 0 is CONVERGED",
-    "value": "regularised value of every state [S], in reward units",
-    "policy": "probability of every action in every state [S, A]",
-    "perturbation": "the adversary's worst case [S, A], subtracted from the reward",
-    "occupancy": "discounted visits of every state and action [S, A]; they sum to 1/(1 - discount) if no episode ends",
-}
+    Attributes:
+        compute: from the cells of a chunk, on the device, `[lanes, ...]`.
+        meaning: what it is, its unit and the axes that it adds.
+        nominal: whether the policy's return by the reward of the problem is needed.
+        visited: whether its visits are.
+    """
 
-NOMINAL = {"nominal_return", "regulariser_cost", "price_of_robustness"}
-VISITED = {"worst_case_return", "policy_entropy", "occupancy"}
+    compute: Callable[[Cell], jax.Array]
+    meaning: str
+    nominal: bool = False
+    visited: bool = False
+
+
+OUTPUTS: dict[str, Output] = {
+    "objective": Output(
+        lambda cell: cell.solution.objective,
+        "what the policy guarantees: the regularised value of the start, in reward units",
+    ),
+    "nominal_return": Output(
+        lambda cell: cell.nominal_return, "what the policy earns undisturbed, in reward units", nominal=True
+    ),
+    "regulariser_cost": Output(
+        lambda cell: cell.nominal_return - cell.solution.objective,
+        "nominal_return - objective: the discounted cost of the regulariser, in reward units",
+        nominal=True,
+    ),
+    "price_of_robustness": Output(
+        Cell.price,
+        "what the best unregularised policy earns on top of nominal_return, in reward units",
+        nominal=True,
+    ),
+    "worst_case_return": Output(
+        Cell.worst_case_return,
+        "what the policy earns under its worst perturbation: objective, by another way",
+        visited=True,
+    ),
+    "policy_entropy": Output(
+        Cell.entropy, "of the policy, in nats, averaged over the states as it visits them", visited=True
+    ),
+    "gap": Output(
+        lambda cell: cell.solution.gap,
+        "certified width of the interval around the value: largest over states, in reward units",
+    ),
+    "steps": Output(lambda cell: cell.solution.steps, "iterations of the solver"),
+    "status": Output(lambda cell: cell.solution.status, "code of rr.Status: 0 is CONVERGED"),
+    "value": Output(lambda cell: cell.solution.value, "regularised value of every state [S], in reward units"),
+    "policy": Output(lambda cell: cell.solution.policy, "probability of every action in every state [S, A]"),
+    "perturbation": Output(
+        lambda cell: cell.solution.perturbation, "the adversary's worst case [S, A], subtracted from the reward"
+    ),
+    "occupancy": Output(
+        lambda cell: cell.visits,
+        "discounted visits of every state and action [S, A]; they sum to 1/(1 - discount) if no episode ends",
+        visited=True,
+    ),
+}
 OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")
 
 

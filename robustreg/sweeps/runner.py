@@ -33,7 +33,7 @@ from robustreg.solvers.loop import check_arguments, solve
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.plain import regulariser_or_none
 from robustreg.solvers.solution import Status
-from robustreg.sweeps.outputs import NOMINAL, OUTPUTS, OUTPUTS_BY_DEFAULT, VISITED, Cell, best_return
+from robustreg.sweeps.outputs import OUTPUTS, OUTPUTS_BY_DEFAULT, Cell, best_return
 from robustreg.sweeps.plan import Plan, checked_part, digest, layout_of, make_plan, per_lane, problem, relaid
 from robustreg.sweeps.progress import reporter
 from robustreg.sweeps.store import Fields, Store, open_folder
@@ -304,8 +304,8 @@ def _cells(
     """Outputs of one chunk, `[length, width, ...]` each; `lanes` and `begins` as `Plan` makes them."""
     n = next(iter(lanes.values())).shape[1]
     past = jnp.full((_PAST, n, mdp.n_states), jnp.nan, mdp.dtype)
-    priced, visited = "price_of_robustness" in outputs, bool(VISITED & set(outputs))
-    followed = bool(NOMINAL & set(outputs)) and not visited
+    priced, visited = "price_of_robustness" in outputs, any(OUTPUTS[name].visited for name in outputs)
+    followed = any(OUTPUTS[name].nominal for name in outputs) and not visited
 
     def place(past: tuple[jax.Array, ...], here: Any) -> tuple[Any, dict[str, jax.Array]]:
         """Solve the cells at one place of every path, started from those at the places before."""
@@ -321,7 +321,7 @@ def _cells(
         if followed:
             nominals = jnp.concatenate([per_lane(cell.nominal, n)[None], nominals[:-1]])
         xs = jnp.concatenate([x[None], xs[:-1]])
-        return (values, nominals, xs, optimum), {name: per_lane(OUTPUTS[name](cell), n) for name in outputs}
+        return (values, nominals, xs, optimum), {name: per_lane(OUTPUTS[name].compute(cell), n) for name in outputs}
 
     return jax.lax.scan(place, (past, past, past[..., 0], past[0, :, 0]), (lanes, begins))[1]
 
