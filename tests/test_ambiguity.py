@@ -1,6 +1,8 @@
 """Uncertain transitions: the norms, the operator, the worst model, published distances, what is refused."""
 
-from typing import Any
+import dataclasses
+import itertools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import pytest
 from scipy import optimize
 
 import robustreg as rr
-from robustreg.solvers import ambiguity
+from robustreg.cli import commands
+from robustreg.solvers import ambiguity, bellman
 from robustreg.solvers.exact_balls import ExactBall
 
 G = 0.9
@@ -81,11 +84,13 @@ CASES = [
     (rr.kl(5.0), "sa", "kappa", np.inf),
     (None, "sa", "exact", 1),
     (rr.kl(5.0), "sa", "exact", 2),
+    (rr.alpha(2.0, 5.0), "sa", "exact", np.inf),
+    (rr.kl(5.0), "sa", "exact", "kl"),
 ]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_the_worst_model_attains_the_robust_value(grid, case):
+def test_the_worst_model_attains_the_robust_value(grid, case: Any):
     """In it the policy is worth the value; the certified interval holds that of plain sweeps; other noise does less."""
     reg, rectangular, form, p = CASES[case]
     radius = 0.2 if form == "exact" else 0.004
@@ -110,10 +115,18 @@ def test_the_worst_model_attains_the_robust_value(grid, case):
     P, rng = np.asarray(grid.transitions.probabilities), np.random.default_rng(1)
     if form == "exact":
         assert transitions.min() > -1e-12 and np.abs(transitions.sum(-1) - 1).max() < 1e-9
-        assert np.linalg.norm(transitions - P, p, axis=-1).max() <= radius * (1 + 1e-6)
+        assert size_of(transitions, P, p).max() <= radius * (1 + 1e-6)
     for _ in range(20):
         if form == "exact":  # on the way to other distributions
-            other = rng.dirichlet(np.full(25, 0.05), P.shape[:2]) - P
+            other = rng.dirichlet(np.full(25, 0.05), P.shape[:2])
+            if p == "kl":  # convex: a part of the way costs no more than that part
+                other = np.where(P > 0, other, 0) + 1e-9 * P
+                other = other / other.sum(-1, keepdims=True)
+                moved = P + (radius / np.maximum(size_of(other, P, p), radius))[..., None] * (other - P)
+                model = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, moved), paid)
+                assert (model >= worst - 1e-9).all()
+                continue
+            other = other - P
         else:
             other = rng.standard_normal(P.shape)
             other -= other.mean(-1, keepdims=True) if form == "kappa" else 0
@@ -124,31 +137,87 @@ def test_the_worst_model_attains_the_robust_value(grid, case):
         assert (model >= value - 1e-9).all()
 
 
-@pytest.mark.parametrize("p", [1, 2])
-def test_worst_rows(p):
-    """Against a linear program (p = 1) and SLSQP; derivatives in rows, values and radius by differences."""
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, np.inf])
+def test_one_step_against_convex_programs(p):
+    """Both rectangularities, noise with and without a sum of 0, beside a ball of rewards: the best policy by a solver.
+
+    The program is over the policy, charged for the norm of V which a minimiser of its own has found.
+    """
+    rng, n, k, b, a = np.random.default_rng(2), 6, 4, 0.01, 0.2
+    P, r, v = rng.dirichlet(np.ones(n), (n, k)), rng.standard_normal((n, k)), 3 * rng.standard_normal(n)
+    m, q = rr.mdp(P, r, discount=G), p / (p - 1) if 1 < p < np.inf else (np.inf if p == 1 else 1)
+    for form, rectangular in itertools.product(("r2", "kappa"), ("s", "sa")):
+        size = np.linalg.norm(v, q)
+        if form == "kappa":
+            away = optimize.minimize_scalar(lambda w: np.linalg.norm(v - w, q), bounds=(v.min(), v.max()))
+            size = min([np.linalg.norm(v - w, q) for w in (*v, (v.max() + v.min()) / 2)] + [cast("Any", away).fun])
+        reg = rr.norm_ball(a, p)
+        problem = bellman.bind(m, reg, ambiguity=rr.TransitionBall(b, p, rectangular, form))
+        found = np.asarray(bellman.backup(problem, jnp.asarray(v), jnp.zeros(()))[0])
+        radius = a + (G * b * size if rectangular == "s" else 0)
+        for s in range(n):
+            worth = r[s] + G * P[s] @ v - (G * b * size if rectangular == "sa" else 0)
+            if p == 1:  # the norm is the largest entry: one more unknown
+                above = np.c_[np.eye(k), -np.ones(k)]
+                best = -optimize.linprog(np.r_[-worth, radius], above, np.zeros(k), np.r_[np.ones(k), 0][None], [1]).fun
+            elif p == np.inf:
+                best = worth.max() - radius
+            else:
+                best = -optimize.minimize(
+                    lambda pi, w=worth, c=radius: c * (pi**q).sum() ** (1 / q) - pi @ w,
+                    np.full(k, 1 / k),
+                    bounds=[(1e-14, 1)] * k,
+                    constraints=[{"type": "eq", "fun": lambda pi: pi.sum() - 1}],
+                    options={"ftol": 1e-13, "maxiter": 500},
+                ).fun
+            assert abs(found[s] - best) < 1e-6
+
+
+def size_of(x: Any, p: Any, kind: Any) -> Any:
+    """By how much rows differ: in a norm, or the relative entropy."""
+    if kind != "kl":
+        return np.linalg.norm(x - p, kind, axis=-1)
+    return np.where(x > 0, x * np.log(np.where(x > 0, x, 1) / np.where(p > 0, p, 1)), 0).sum(-1)
+
+
+@pytest.mark.parametrize("p", [1, 2, np.inf, "kl"])
+def test_worst_rows(p: Any):
+    """Against a linear program (p = 1, infinity) and SLSQP; derivatives in rows, values and radius by differences.
+
+    A row of mass .9 as well, as of a pair that may end the episode, and one with an entry of 0.
+    """
     rng, n, e = np.random.default_rng(0), 6, 1e-6
     for radius in (0.02, 0.3, 1.2):
         rows, h = rng.dirichlet(np.full(n, 0.5), (1, n)), rng.standard_normal(n)
+        rows[0, 1] *= 0.9
+        rows[0, 2] = np.where(np.arange(n) == 3, 0, rows[0, 2]) / np.delete(rows[0, 2], 3).sum()
+        sums = rows[0].sum(-1)
         ball = ExactBall(jnp.full((1, 1), radius), jnp.asarray(rows), p)
-        x, least = np.asarray(ball._worst(jnp.asarray(h))[0])[0], np.asarray(ball._least(jnp.asarray(h)))[0]
-        assert x.min() >= 0 and np.abs(x.sum(-1) - 1).max() < 1e-12
-        assert np.linalg.norm(x - rows[0], p, axis=-1).max() <= radius * (1 + 1e-9)
-        for row, found in zip(rows[0], least):
+        x, least = np.asarray(ball._worst(jnp.asarray(h)).x)[0], np.asarray(ball._least(jnp.asarray(h)))[0]
+        assert x.min() >= 0 and np.abs(x.sum(-1) - sums).max() < 1e-12
+        assert size_of(x, rows[0], p).max() <= radius * (1 + 1e-9)
+        for row, found, mass in zip(rows[0], least, sums):
             if p == 1:
                 one, zero = np.eye(n), np.zeros(n)
                 sides = np.block([[one, -one], [-one, -one], [np.zeros((1, n)), np.ones((1, n))]])
                 costs, total = np.r_[h, zero], np.r_[np.ones(n), zero][None]
-                best = optimize.linprog(costs, sides, np.r_[row, -row, radius], total, [1]).fun
+                best = optimize.linprog(costs, sides, np.r_[row, -row, radius], total, [mass]).fun
                 assert abs(found - best) < 1e-12
+            elif p == np.inf:
+                bounds = [(max(y - radius, 0), y + radius) for y in row]
+                assert abs(found - optimize.linprog(h, A_eq=np.ones((1, n)), b_eq=[mass], bounds=bounds).fun) < 1e-12
             else:
-                inside = {"type": "ineq", "fun": lambda y, row=row, b=radius: b**2 - ((y - row) ** 2).sum()}
-                whole = {"type": "eq", "fun": lambda y: y.sum() - 1}
-                options: Any = {"bounds": [(0, 1)] * n, "constraints": [whole, inside], "options": {"ftol": 1e-12}}
-                best = optimize.minimize(lambda y, h=h: y @ h, row, **options)
+                limit = {2: radius**2, "kl": radius}[p]
+
+                def room(y, row=row, limit=limit):
+                    return limit - (size_of(np.maximum(y, 0), row, "kl") if p == "kl" else ((y - row) ** 2).sum())
+
+                whole = {"type": "eq", "fun": lambda y, mass=mass: y.sum() - mass}
+                options: Any = {"constraints": [whole, {"type": "ineq", "fun": room}], "options": {"ftol": 1e-12}}
+                bounds = [(0, 1 if p == 2 or y > 0 else 0) for y in row]
+                best = optimize.minimize(lambda y, h=h: y @ h, row, bounds=bounds, **options)
                 assert abs(found - best.fun) < 1e-6  # (the ball is theirs to 1e-7)
         direction, dh = rows * (rng.standard_normal(rows.shape)), rng.standard_normal(n)
-        direction -= direction.sum(-1, keepdims=True) * rows
 
         def at(t, rows=rows, direction=direction, h=h, dh=dh, radius=radius):
             moved = ExactBall(jnp.full((1, 1), radius + 0.3 * t), jnp.asarray(rows) + t * direction, p)
@@ -196,6 +265,76 @@ def test_per_state_and_per_pair_radii(grid, tmp_path):
     assert np.abs(rr.solve(grid, None, ambiguity=none).value - rr.nominal_optimum(grid)).max() < 1e-9
 
 
+def test_a_sweep_over_radii(grid, tmp_path):
+    """Cells are single solves; without any radius the problem is the plain one; a folder is resumed, not mixed up."""
+    ball = rr.TransitionBall(0.0, 1, "sa", "exact")
+    radii = np.array([0.0, 0.1, 0.3])
+    asked: Any = {"outputs": ("objective", "worst_case_return", "regulariser_cost"), "ambiguity": ball, "out": tmp_path}
+    table = rr.sweep(grid, rr.kl(5.0), {"ambiguity": radii}, **asked)
+    each = rr.solve(grid, rr.kl(5.0), ambiguity=dataclasses.replace(ball, radius=radii))
+    assert np.abs(table["objective"] - each.objective).max() < 1e-9 and (np.diff(table["objective"]) < -1e-3).all()
+    assert np.abs(table["worst_case_return"] - table["objective"]).max() < 1e-8
+    assert abs(table["objective"][0] - rr.solve(grid, rr.kl(5.0)).objective) < 1e-9
+    again = rr.sweep(grid, rr.kl(5.0), {"ambiguity": radii}, resume=True, part=None, **asked)
+    assert np.array_equal(again["objective"], table["objective"])
+    other: Any = asked | {"ambiguity": dataclasses.replace(ball, p=2.0)}
+    with pytest.raises(ValueError, match="another sweep"):
+        rr.sweep(grid, rr.kl(5.0), {"ambiguity": radii}, resume=True, **other)
+    with pytest.raises(ValueError, match="unknown leaf 'ambiguity'"):
+        rr.sweep(grid, rr.kl(5.0), {"ambiguity": radii})
+    with pytest.raises(ValueError, match="largest radius"):
+        rr.sweep(grid, rr.kl(5.0), {"ambiguity": radii}, ambiguity=rr.TransitionBall(0.0))
+    with pytest.raises(ValueError, match="no batch axes"):
+        rr.sweep(grid, rr.kl(5.0), {"beta": radii + 1}, ambiguity=dataclasses.replace(ball, radius=radii))
+
+
+CONFIG = """
+[problem]
+kind = "chain"
+[regulariser]
+kind = "none"
+[ambiguity]
+radius = 0.1
+p = inf
+rectangular = "sa"
+"""
+
+
+def test_the_command_line(tmp_path, capsys):
+    """An [ambiguity] table is solved for, shown, certified from the file, and refused where it is none."""
+    path = tmp_path / "robust.toml"
+    path.write_text(CONFIG.replace("p = inf", "p = 1").replace('"sa"', '"sa"\nform = "exact"'))
+    assert commands.main(["solve", str(path), "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "TransitionBall(radius=0.1, p=1, sa, exact)" in shown
+    ball = rr.TransitionBall(0.1, 1, "sa", "exact")
+    wanted = rr.solve(rr.problems.chain(), None, ambiguity=ball).objective
+    assert np.isclose(rr.load(tmp_path / "result.npz").objective, wanted, rtol=1e-6)
+    assert commands.main(["certify", str(tmp_path / "result.npz")]) == 0
+    shown = capsys.readouterr().out
+    assert "TransitionBall" in shown and "holds" in shown
+    np.savez(tmp_path / "reward.npz", reward=np.zeros((1, 1)))
+    assert commands.main(["certify", str(path), "--deployed", str(tmp_path / "reward.npz")]) == 2
+    assert "take the table out" in capsys.readouterr().err
+    for old, new, told in (
+        ("p = inf", 'p = "2"', "from 1 to infinity or \"kl\", got '2'"),
+        ("p = inf", "p = 0.5", "[ambiguity] the p of a TransitionBall"),
+        ('"sa"', '"state"', "[ambiguity] rectangular"),
+        ("radius = 0.1", "", "needs radius"),
+        ("radius = 0.1", "radius = 5.0", "[ambiguity] a radius of 5 is too large"),
+        ("radius = 0.1", "radius = [0.001, 0.0015]", "batch of sets"),
+        ("radius = 0.1", 'radius = 0.1\nkind = "ball"', "unknown key 'kind'"),
+        ("radius = 0.1", "radius = 0.1\nsize = 1", "unknown key 'size'"),
+        ('[ambiguity]\nradius = 0.1\np = inf\nrectangular = "sa"', "ambiguity = 0.1", "expected a table"),
+    ):
+        text = CONFIG.replace(old, new)
+        assert text != CONFIG
+        # A key without a table comes before the tables.
+        path.write_text("ambiguity = 0.1\n" + CONFIG.split("[ambiguity]")[0] if new == "ambiguity = 0.1" else text)
+        assert commands.main(["solve", str(path)]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_what_is_refused(grid):
     """Radii without a contraction, with the largest that passes; names and numbers out of range."""
     most = (1 / G - 1) / 5
@@ -210,6 +349,9 @@ def test_what_is_refused(grid):
         (rr.TransitionBall(0.1, 2, "state"), "rectangular"),
         (rr.TransitionBall(0.1, 2, "s", "ball"), "form"),
         (rr.TransitionBall(0.1, 2, "s", "exact"), "sa"),
+        (rr.TransitionBall(0.1, 3, "sa", "exact"), "exact"),
+        (rr.TransitionBall(0.1, "kl", "sa"), "no norm"),
+        (rr.TransitionBall(0.1, "l1"), "or .kl."),
         (rr.TransitionBall(0.1, per_state=np.ones(3)), "per_state"),
         (rr.TransitionBall(0.1, per_pair=np.ones((25, 4))), "sa"),
     ):

@@ -182,7 +182,7 @@ def _merge(options: argparse.Namespace) -> int:
 def _sweep_arguments(run: config.SweepJob) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Tell what `sweep` is given, by position and by name."""
     job = run.job
-    limits = {"solver": job.solver, "tol": job.tol, "max_steps": job.max_steps}
+    limits = {"solver": job.solver, "tol": job.tol, "max_steps": job.max_steps, "ambiguity": job.ambiguity}
     return (job.problem.mdp, job.regulariser, run.grid), {**limits, **run.options}
 
 
@@ -287,10 +287,11 @@ def _device(kind: str | None) -> Any:
 def _run(job: config.Job) -> Run:
     """Solve, and tell the time that JAX spent on making a program of it from the time that the program ran."""
     begin, before = time.perf_counter(), sum(_compiling())
-    solution = rr.solve(job.problem.mdp, job.regulariser, job.solver, tol=job.tol, max_steps=job.max_steps)
+    m, reg, ball = job.problem.mdp, job.regulariser, job.ambiguity
+    solution = rr.solve(m, reg, job.solver, tol=job.tol, max_steps=job.max_steps, ambiguity=ball)
     jax.block_until_ready(solution.value)
     whole, compiling = time.perf_counter() - begin, sum(_compiling()) - before
-    certificate = rr.certify(job.problem.mdp, job.regulariser, solution)
+    certificate = rr.certify(m, reg, solution, ambiguity=ball)
     return Run(job, solution, certificate, compiling, max(whole - compiling, 0.0))
 
 
@@ -317,6 +318,7 @@ def _rows(run: Run) -> dict[str, str]:
         "actions": f"{m.n_actions}",
         "discount": f"{float(m.discount):.6g}",
         **_strength(run.job.regulariser),
+        **verdicts.ambiguity_of(run.job),
         "objective": f"{float(solution.objective):.9g}",
         "nominal return": f"{nominal:.9g}",
         "price of robustness": f"{_start(m, evaluation.nominal_optimum(m, run.job.regulariser)) - nominal:.4g}",

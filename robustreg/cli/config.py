@@ -1,6 +1,6 @@
 """TOML files to objects, through explicit registries.
 
-A configuration has three tables. `kind` picks a constructor from a registry below, and every other key is an
+A configuration has three tables or four. `kind` picks a constructor from a registry below, and every other key is an
 argument of that constructor: the allowed keys are read from its signature, so that nothing here repeats them.
 
 ```toml
@@ -19,6 +19,12 @@ beta = 30.0
 kind = "auto"
 tol = 1e-8                     # certified error of the value; without it, what the precision supports
 max_steps = 10_000
+
+[ambiguity]                    # optional: uncertain transitions; the arguments of `TransitionBall`
+radius = 0.01
+p = 2.0                        # the norm; `inf` is a number in TOML
+rectangular = "sa"             # or "s"
+form = "exact"                 # or "kappa", "r2"
 ```
 
 `robustreg sweep` wants one more table, the grid over leaves of the problem:
@@ -51,7 +57,8 @@ from robustreg.cli import problem_kinds
 from robustreg.cli.problem_kinds import PROBLEMS
 from robustreg.problems.problem import Problem
 from robustreg.regularisers import balls, entropies, families
-from robustreg.solvers import methods
+from robustreg.solvers import ambiguity, methods, plain
+from robustreg.solvers.ambiguity import TransitionBall
 
 
 class ConfigError(ValueError):
@@ -72,6 +79,7 @@ class Job:
     tol: float | None
     max_steps: int | None
     table: Mapping[str, Any]
+    ambiguity: TransitionBall | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +122,10 @@ def _sum(parts: Any) -> Any:
     )
 
 
+def _none() -> None:
+    """No regulariser: the plain maximum."""
+
+
 REGULARISERS: dict[str, Callable[..., Any]] = {
     "kl": _numeric(families.kl),
     "alpha": _numeric(families.alpha),
@@ -121,7 +133,22 @@ REGULARISERS: dict[str, Callable[..., Any]] = {
     "tsallis": _numeric(entropies.tsallis),
     "norm_ball": _norm_ball,
     "sum": _sum,
+    "none": _none,
 }
+
+
+def _transition_ball(
+    radius: Any,
+    p: Any = 2.0,
+    rectangular: str = "s",
+    form: str = "kappa",
+    per_state: Any = None,
+    per_pair: Any = None,
+) -> TransitionBall:
+    """Noise in the transitions."""
+    given = {"radius": radius, "per_state": per_state, "per_pair": per_pair}
+    arrays = {name: x for name, x in given.items() if x is not None}
+    return _numeric(functools.partial(TransitionBall, p=p, rectangular=rectangular, form=form))(**arrays)
 
 
 def _auto() -> None:
@@ -244,7 +271,7 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
             raise ConfigError(
                 f"{source}: has a [{other}] table, hence is for `robustreg {other}`; remove it for a solve"
             )
-    refuse_unknown(table, ("problem", "regulariser", "solver"), source)
+    refuse_unknown(table, ("problem", "regulariser", "solver", "ambiguity"), source)
     for name in ("problem", "regulariser"):
         if name not in table:
             raise ConfigError(f"{source}: no [{name}] table")
@@ -255,7 +282,8 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     limits = {key: options.pop(key, None) for key in ("tol", "max_steps")}
     _check_limits(limits, f"{source}: [solver]")
     problem = problem_of(table["problem"], source)
-    regulariser = construct(REGULARISERS, table["regulariser"], f"{source}: [regulariser]")
+    own = construct(REGULARISERS, table["regulariser"], f"{source}: [regulariser]")
+    regulariser: Any = plain.regulariser_or_none(problem.mdp, own)
     solver = construct(SOLVERS, options, f"{source}: [solver]", extra=tuple(limits))
     if not batch and (problem.mdp.batch_shape or regulariser.batch_shape):
         raise ConfigError(f"{source}: describes a batch of problems; `solve` takes one: give scalars")
@@ -264,7 +292,24 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
         jax.eval_shape(regulariser.argmax, jax.ShapeDtypeStruct((m.n_states, m.n_actions), m.dtype))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: [regulariser] does not fit the problem: {error}") from error
-    return Job(problem, regulariser, solver, limits["tol"], limits["max_steps"], table)
+    ball = _ambiguity(table.get("ambiguity"), problem, f"{source}: [ambiguity]")
+    return Job(problem, regulariser, solver, limits["tol"], limits["max_steps"], table, ball)
+
+
+def _ambiguity(section: Mapping[str, Any] | None, problem: Problem, where: str) -> TransitionBall | None:
+    """Build what an [ambiguity] table describes, and see that it fits the problem."""
+    if section is None:
+        return None
+    if "kind" in section:
+        raise ConfigError(f"{where} unknown key 'kind': there is one kind, a ball around every row; see form")
+    ball = construct({"ball": _transition_ball}, {"kind": "ball", **section}, where)
+    try:
+        ball = ambiguity.checked(ball, problem.mdp)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} {str(error).removeprefix('ambiguity: ')}") from error
+    if ball.batch_shape:
+        raise ConfigError(f"{where} describes a batch of sets; give a number (or radii in the grid of a [sweep])")
+    return ball
 
 
 def problem_of(section: Mapping[str, Any], source: str) -> Problem:

@@ -98,10 +98,16 @@ def load(source: str | Path, policy: Path | None = None, deployed: Path | None =
     """
     job, solution = _result(source) if _is_result(source) else (config.load(source), None)
     m = job.problem.mdp
+    if job.ambiguity is not None and (policy or deployed):
+        raise config.ConfigError(
+            f"{source}: has an [ambiguity] table, and what a policy or a deployed reward of one's own is promised is "
+            "checked for uncertain rewards alone: take the table out"
+        )
     chosen = None if policy is None else _policy(policy, m)
     met = None if deployed is None else jnp.asarray(_array(deployed, "reward", m), m.dtype)
     if solution is None:
-        solution = solve(m, job.regulariser, job.solver, tol=job.tol, max_steps=job.max_steps).raise_if_failed()
+        limits: Any = {"tol": job.tol, "max_steps": job.max_steps, "ambiguity": job.ambiguity}
+        solution = solve(m, job.regulariser, job.solver, **limits).raise_if_failed()
     return Question(job, solution, chosen, met)
 
 
@@ -112,7 +118,8 @@ def examine(question: Question) -> Verdict:
         A `Verdict`; the first claim that fails is named in its row "verdict".
     """
     m, reg = question.job.problem.mdp, question.job.regulariser
-    rows = {"problem": question.job.problem.title, "regulariser": name_of(reg), "precision": str(m.dtype)}
+    rows = {"problem": question.job.problem.title, "regulariser": name_of(reg), **ambiguity_of(question.job)}
+    rows["precision"] = str(m.dtype)
     found, arrays, failure = _solved(question) if question.policy is None else _own(question)
     rows |= found
     verdict = "holds: the guarantee is certified"
@@ -134,7 +141,7 @@ Found = tuple[dict[str, str], dict[str, Any], str]
 def _solved(question: Question) -> Found:
     """The certificate of a solution, and what is wrong with it."""
     m, sol = question.job.problem.mdp, question.solution
-    proof = certify(m, question.job.regulariser, sol)
+    proof = certify(m, question.job.regulariser, sol, ambiguity=question.job.ambiguity)
     rounding, failure = float(proof.rounding), ""
     # A file may claim any tolerance. It counts as far as the configuration asks for it, or, if that asks for none, as
     # a solve may have stopped there: its half-width is then at most twice the rounding.
@@ -220,6 +227,16 @@ def name_of(reg: Regulariser) -> str:
     return f"{type(reg).__name__}({', '.join(f'{name}={value}' for name, value in numbers_of(reg).items())})"
 
 
+def ambiguity_of(job: config.Job) -> dict[str, str]:
+    """Write the uncertain transitions of a job, a row for a table; none where there are none."""
+    ball = job.ambiguity
+    if ball is None:
+        return {}
+    scales = [name for name in ("per_state", "per_pair") if getattr(ball, name) is not None]
+    numbers = [f"radius={float(ball.radius):g}", f"p={ball.p:g}", ball.rectangular, ball.form, *scales]
+    return {"ambiguity": f"TransitionBall({', '.join(numbers)})"}
+
+
 # ---- files
 
 
@@ -258,7 +275,8 @@ def _result(source: str | Path) -> tuple[config.Job, Solution]:
 
 def _expect_solution(source: str | Path, job: config.Job, found: Solution) -> None:
     """Refuse a solution whose arrays do not have the shapes that a solve of its configuration gives."""
-    wanted = jax.eval_shape(lambda: solve(job.problem.mdp, job.regulariser, job.solver, tol=job.tol))
+    m, reg, ball = job.problem.mdp, job.regulariser, job.ambiguity
+    wanted = jax.eval_shape(lambda: solve(m, reg, job.solver, tol=job.tol, ambiguity=ball))
     for field in dataclasses.fields(Solution):
         shapes = [[x.shape for x in jax.tree.leaves(getattr(s, field.name))] for s in (found, wanted)]
         if shapes[0] != shapes[1]:

@@ -55,17 +55,18 @@ class TransitionBall:
     Attributes:
         radius: of the noise on a row of P (on all rows of a state together, if rectangular is "s"), `[*B]`, finite and
             not negative.
-        p: norm of the ball, from 1 to infinity.
+        p: norm of the ball, from 1 to infinity (1 is twice the total variation), or "kl": a bound on the relative
+            entropy of a row to that of P ("exact" alone).
         rectangular: "s" where the actions of a state share the radius, "sa" where every pair has its own.
         form: "kappa", for noise that sums to 0 (the value's deviation from a constant is penalised), "r2", for any
             noise (the value itself is, so that adding a constant to the reward is no longer harmless), or "exact", for
-            rows that stay probabilities ("sa" with p = 1 or 2; see `exact_balls`).
+            rows that stay probabilities ("sa" with p = 1, 2, infinity or "kl"; see `exact_balls`).
         per_state: `[*B, S]`, not negative; multiplies the radius. None is 1.
         per_pair: `[*B, S, A]`, not negative; multiplies the radius ("sa" alone). None is 1.
     """
 
     radius: Any
-    p: float = pytrees.static(default=2.0)
+    p: float | str = pytrees.static(default=2.0)
     rectangular: str = pytrees.static(default="s")
     form: str = pytrees.static(default="kappa")
     per_state: Any = None
@@ -82,18 +83,23 @@ class TransitionBall:
 
     def bind(self, batch_ndim: int, dtype: Any, transitions: Transitions) -> "BoundBall | ExactBall":
         """Lay it out for the kernels, with bound transitions: radius `[A or 1, S or 1, *b]`."""
-        bound = self._laid_out(batch_ndim, dtype, transitions.n_states)
         if self.form != "exact":
-            return bound
-        return ExactBall(bound.radius, exact_balls.written_out(transitions, batch_ndim, dtype), self.p)
+            return self._laid_out(batch_ndim, dtype, transitions.n_states)
+        return ExactBall(
+            self._radii(batch_ndim, dtype), exact_balls.written_out(transitions, batch_ndim, dtype), self.p
+        )
 
     def _laid_out(self, batch_ndim: int, dtype: Any, n_states: int) -> "BoundBall":
+        radius = self._radii(batch_ndim, dtype)
+        return BoundBall(radius, float(self.p), self.rectangular, self.form, n_states)
+
+    def _radii(self, batch_ndim: int, dtype: Any) -> Array:
         radius = pytrees.lanes_last(jnp.asarray(self.radius, dtype)[..., None, None], batch_ndim, 2)
         for scale, core in ((self.per_state, 1), (self.per_pair, 2)):
             if scale is not None:
                 laid = pytrees.lanes_last(jnp.asarray(scale, dtype), batch_ndim, core)
                 radius = radius * (laid[None] if core == 1 else laid)
-        return BoundBall(radius, self.p, self.rectangular, self.form, n_states)
+        return radius
 
 
 @pytrees.dataclass
@@ -230,13 +236,15 @@ def checked(ball: Any, mdp: MDP) -> TransitionBall:
     """
     if not isinstance(ball, TransitionBall):
         raise TypeError(f"ambiguity must be a robustreg.TransitionBall, got {type(ball).__name__}")
-    if not isinstance(ball.p, (int, float)) or not ball.p >= 1:
-        raise ValueError(f"the p of a TransitionBall must be a number from 1 to infinity, got {ball.p!r}")
+    if ball.p != "kl" and not (isinstance(ball.p, (int, float)) and ball.p >= 1):
+        raise ValueError(f'the p of a TransitionBall must be a number from 1 to infinity or "kl", got {ball.p!r}')
     for name, value, allowed in (("rectangular", ball.rectangular, _KINDS), ("form", ball.form, _FORMS)):
         if value not in allowed:
             raise ValueError(f"{name} of a TransitionBall must be one of {allowed}, got {value!r}")
-    if ball.form == "exact" and (ball.rectangular != "sa" or ball.p not in (1, 2)):
-        raise ValueError('form "exact" is there for rectangular="sa" and p = 1 or 2')
+    if ball.form == "exact" and (ball.rectangular != "sa" or ball.p not in exact_balls.KINDS):
+        raise ValueError('form "exact" is there for rectangular="sa" and p = 1, 2, infinity or "kl"')
+    if ball.form != "exact" and ball.p == "kl":
+        raise ValueError('p="kl" is no norm: it is there for form="exact" and rectangular="sa"')
     if ball.per_pair is not None and ball.rectangular == "s":
         raise ValueError('a radius per pair asks for rectangular="sa": in "s" the actions of a state share one')
     sizes: dict[str, Any] = {}
@@ -249,7 +257,7 @@ def checked(ball: Any, mdp: MDP) -> TransitionBall:
         parameters.refuse(name, x, lambda v: ~((v >= 0) & (v < jnp.inf)), "must be finite and not negative")
         if x.shape[x.ndim - len(core) :] != core:
             raise ValueError(f"{name} of the ball has shape {x.shape}; expected [*B, {', '.join(map(str, core))}]")
-    ball = dataclasses.replace(ball, p=float(ball.p), **sizes)
+    ball = dataclasses.replace(ball, p=ball.p if ball.p == "kl" else float(ball.p), **sizes)
     _refuse_radius(ball, mdp.discount, mdp.n_states)
     return ball
 

@@ -4,16 +4,20 @@ For every pair, with rows p of P that sum to 1 - termination, and values v of th
 
     min <x, v>      such that     x >= 0,  sum x = sum p,  ||x - p|| <= b.
 
-*p = 1* (total variation): mass b/2 goes from the best successors to the worst state, the very best first.
+*p = 1* (twice the total variation): mass b/2 goes from the best successors to the worst state, the very best first.
+*p = infinity* (an interval around every entry): the lowest values get what they may have, the very lowest first.
 *p = 2*: `x = (p - s (v - w))_+` for the w that keeps the mass and the s for which the ball ends; s by bisection, w by
-sorting. Any state may be a successor, also one that P never leads to.
+sorting. In these balls any state may be a successor, also one that P never leads to.
+*p = "kl"* has the relative entropy `sum x log(x/p) <= b` for a norm: `x ~ p exp(-s v)`, s by bisection.
 
 T is a minimum of operators of Markov chains: monotone, a contraction by g, and it commutes with constants up to g, so
 that the certificate is that of `bellman` as it stands. K is the chain of the worst rows. Rows are written out: memory
 and time of a backup grow with the square of S.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -39,12 +43,12 @@ class ExactBall:
     Attributes:
         radius: `[A or 1, S or 1, *b]`.
         rows: of P, `[A, S, S, *b]`.
-        p: 1 or 2.
+        p: 1, 2, infinity or "kl".
     """
 
     radius: Array
     rows: Array
-    p: float = pytrees.static()
+    p: float | str = pytrees.static()
 
     keeps_constants = True
 
@@ -64,63 +68,103 @@ class ExactBall:
 
     def noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
-        return self._worst(h)[0] - self.rows
+        return self._worst(h).x - self.rows
 
     def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
         """Find what K loses against that of P."""
-        lost = self.rows - self._worst(h)[0]
+        lost = self.rows - self._worst(h).x
         return Written(discount[None, None] * jnp.sum(policy[:, :, None] * lost, axis=0))
 
-    def _worst(self, h: Array) -> tuple[Array, Array, Array]:
-        """The worst rows `[A, S, S, *B]`, and the multipliers of ball and mass `[A, S, *B]`, as constants."""
-        fixed = lax.stop_gradient((self.rows, self.radius, h))
-        if self.p == 1:
-            x = _shifted(*fixed)
-            return x, jnp.zeros_like(x[:, :, 0]), jnp.zeros_like(x[:, :, 0])
-        return lax.stop_gradient(_projected(*fixed))
+    def _worst(self, h: Array) -> "Rows":
+        """Find the worst rows, as constants."""
+        return lax.stop_gradient(_WORST[self.p](*lax.stop_gradient((self.rows, self.radius, h))))
 
     def _least(self, h: Array) -> Array:
-        """`<x, h>` of the worst rows, `[A, S, *B]`, with its derivatives.
-
-        In the 1-norm x is piecewise linear in p and b; in the 2-norm the multipliers tell (envelope theorem).
-        """
-        if self.p == 1:
-            return jnp.sum(_shifted(self.rows, self.radius, lax.stop_gradient(h)) * h[None, None], axis=2)
-        x, force, price = self._worst(h)
-        square, mass = jnp.sum((x - self.rows) ** 2, axis=2), jnp.sum(self.rows, axis=2)
-        distance = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-        # Both brackets are 0, or their multipliers are: what counts is how they move.
-        moves = force * (distance - self.radius) + price * mass
+        """`<x, h>` of the worst rows, `[A, S, *B]`, with its derivatives."""
+        if self.p in (1, math.inf):  # x is piecewise linear in p and b
+            x = _WORST[self.p](self.rows, self.radius, lax.stop_gradient(h)).x
+            return jnp.sum(x * h[None, None], axis=2)
+        # Of the others the multipliers tell how the minimum moves (envelope theorem).
+        x, slope, force = self._worst(h)
+        moves = jnp.sum(slope * self.rows, axis=2) - force * self.radius
         least = jnp.sum(x * h[None, None], axis=2) + moves - lax.stop_gradient(moves)
         # (A radius of 0 leaves nothing to choose: the row itself.)
         return jnp.where(self.radius > 0, least, jnp.sum(self.rows * h[None, None], axis=2))
 
 
-def _shifted(rows: Array, radius: Array, h: Array) -> Array:
-    """The worst rows in the 1-norm, `[A, S, S, *B]`: from the highest values to the lowest."""
-    shape = jnp.broadcast_shapes(rows.shape, h.shape)
-    order = jnp.broadcast_to(jnp.argsort(-h, axis=0)[None, None], shape)
-    p = jnp.take_along_axis(jnp.broadcast_to(rows, shape), order, axis=2)
+class Rows(NamedTuple):
+    """The worst rows, `[A, S, S, *B]`, with the derivatives of `<x, v>` in p, `[A, S, S, *B]`, and -b, `[A, S, *B]`.
+
+    (The last two are left at 0 where x itself can be differentiated.)
+    """
+
+    x: Array
+    slope: Array
+    force: Array
+
+
+def _shifted(rows: Array, radius: Array, h: Array) -> Rows:
+    """The worst rows in the 1-norm: from the highest values to the lowest."""
+    p, order, shape = _sorted(rows, -h)
     # What lies at the lowest value stays there.
     high = p.at[:, :, -1].set(0)
     before = jnp.cumsum(high, axis=2) - high
     gone = jnp.clip(jnp.broadcast_to(0.5 * radius[:, :, None], shape) - before, 0, high)
-    x = (high - gone).at[:, :, -1].set(p[:, :, -1] + jnp.sum(gone, axis=2))
-    return jnp.take_along_axis(x, jnp.argsort(order, axis=2), axis=2)
+    return _back((high - gone).at[:, :, -1].set(p[:, :, -1] + jnp.sum(gone, axis=2)), order)
 
 
-def _projected(rows: Array, radius: Array, h: Array) -> tuple[Array, Array, Array]:
-    """The worst rows in the 2-norm, projections of `p - s v` for the s that the ball allows, and both multipliers."""
+def _filled(rows: Array, radius: Array, h: Array) -> Rows:
+    """The worst rows with intervals around their entries: the lowest values get all that they may have."""
+    p, order, shape = _sorted(rows, h)
+    b = jnp.broadcast_to(radius[:, :, None], shape)
+    least = jnp.maximum(p - b, 0)
+    room = p + b - least
+    before = jnp.cumsum(room, axis=2) - room
+    return _back(least + jnp.clip(jnp.sum(p - least, axis=2, keepdims=True) - before, 0, room), order)
+
+
+def _sorted(rows: Array, key: Array) -> tuple[Array, Array, tuple[int, ...]]:
+    """Rows in the order of a key of their successors, that order, and their shape."""
+    shape = jnp.broadcast_shapes(rows.shape, key.shape)
+    order = jnp.broadcast_to(jnp.argsort(key, axis=0)[None, None], shape)
+    return jnp.take_along_axis(jnp.broadcast_to(rows, shape), order, axis=2), order, shape
+
+
+def _back(x: Array, order: Array) -> Rows:
+    """Rows in their own order again."""
+    zero = jnp.zeros_like(x)
+    return Rows(jnp.take_along_axis(x, jnp.argsort(order, axis=2), axis=2), zero, zero[:, :, 0])
+
+
+def _spread(rows: Array, radius: Array, h: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Rows and values in one shape, sums and radii, and one over the range of the values (1 where it is 0)."""
     shape = jnp.broadcast_shapes(rows.shape, h.shape)
     p, v = jnp.broadcast_to(rows, shape), jnp.broadcast_to(h[None, None], shape)
     mass = jnp.sum(p, axis=2)
-    radius = jnp.broadcast_to(radius, mass.shape)
-    spread = jnp.max(v, axis=2) - jnp.min(v, axis=2)
-    scale = 1 / jnp.where(spread > 0, spread, 1)
-    n = jnp.arange(1, shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
+    width = jnp.max(v, axis=2) - jnp.min(v, axis=2)
+    return p, v, mass, jnp.broadcast_to(radius, mass.shape), jnp.where(width > 0, 1 / jnp.where(width > 0, width, 1), 0)
+
+
+def _strength(beyond: Callable[[Array], Array], radius: Array, scale: Array, like: Any) -> Array:
+    """The s at which the ball ends, 0 where nothing is to be moved.
+
+    In units of 1/range it lies between what moves nothing and what leaves the lowest value alone.
+    """
+    digits = jnp.finfo(radius.dtype).nmant
+    ends = jnp.full_like(radius, -0.98 * digits), jnp.full_like(radius, 0.7 * digits)
+    low, _ = roots.bisect(lambda s: beyond(jnp.exp(s) * scale), *ends, size=1.0, like=like)
+    return jnp.where(radius > 0, jnp.exp(low) * scale, 0)
+
+
+def _projected(rows: Array, radius: Array, h: Array) -> Rows:
+    """The worst rows in the 2-norm: projections of `p - s v`."""
+    p, v, mass, radius, scale = _spread(rows, radius, h)
+    # From the lowest value: w is then of the size of p, and not of that of s v, in which p would be lost.
+    lowest = jnp.min(v, axis=2, keepdims=True)
+    n = jnp.arange(1, p.shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
 
     def at(s: Array) -> tuple[Array, Array, Array]:
-        y = p - s[:, :, None] * v
+        y = p - s[:, :, None] * (v - lowest)
         down = -jnp.sort(-y, axis=2)
         level = (jnp.cumsum(down, axis=2) - mass[:, :, None]) / n
         count = jnp.maximum(jnp.sum(down > level, axis=2, keepdims=True), 1)
@@ -128,15 +172,49 @@ def _projected(rows: Array, radius: Array, h: Array) -> tuple[Array, Array, Arra
         x = jnp.maximum(y - w, 0)
         return x, w[:, :, 0], jnp.sqrt(jnp.sum((x - p) ** 2, axis=2))
 
-    # In units of 1/range, s between what moves nothing and what leaves the lowest value alone.
-    digits = jnp.finfo(p.dtype).nmant
-    start = (jnp.full_like(mass, -1.4 * digits * 0.7), jnp.full_like(mass, 0.7 * digits))
-    low, _ = roots.bisect(lambda s: at(jnp.exp(s) * scale)[2] > radius, *start, size=1.0, like=(p, v))
-    s = jnp.where((radius > 0) & (spread > 0), jnp.exp(low) * scale, 0)
+    s = _strength(lambda s: at(s)[2] > radius, radius, scale, (p, v))
     x, w, distance = at(s)
     active = (distance >= radius * (1 - 1e-3)) & (s > 0)
     force = jnp.where(active, radius / jnp.where(s > 0, s, 1), 0)
-    # On the support x = p - s v - w: the price of mass is -w/s, and the value itself where nothing moves.
-    top = jnp.argmax(x, axis=2)[:, :, None]
-    still = jnp.take_along_axis(v, top, axis=2)[:, :, 0]
-    return x, force, jnp.where(active, -w / jnp.where(s > 0, s, 1), still)
+    # On the support x = p - s (v - lowest) - w, which tells the price of mass; it is the value where nothing moves.
+    price = jnp.where(active, lowest[:, :, 0] - w / jnp.where(s > 0, s, 1), _value_there(x, v))
+    towards = (p - x) / jnp.where(distance > 0, distance, 1)[:, :, None]
+    return Rows(x, force[:, :, None] * towards + price[:, :, None], force)
+
+
+def _tilted(rows: Array, radius: Array, h: Array) -> Rows:
+    """The worst rows by relative entropy, `p exp(-s v)` with the mass of p."""
+    p, v, mass, radius, scale = _spread(rows, radius, h)
+    fall = v - jnp.min(jnp.where(p > 0, v, jnp.inf), axis=2, keepdims=True)
+
+    def at(s: Array) -> tuple[Array, Array]:
+        """What entries are multiplied by, and the relative entropy."""
+        # (An entry of 0 stays 0, at whatever value.)
+        tilt = -s[:, :, None] * jnp.where(p > 0, fall, 0)
+        total = jnp.sum(p * jnp.exp(tilt), axis=2)
+        logs = tilt - jnp.log(jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), 1))[:, :, None]
+        return jnp.exp(logs), jnp.sum(p * jnp.exp(logs) * logs, axis=2)
+
+    s = _strength(lambda s: at(s)[1] > radius, radius, scale, (p, v))
+    factor, entropy = at(s)
+    x = p * factor
+    # A ball that holds the lowest value alone does not bind.
+    active = (entropy >= radius * (1 - 1e-3)) & (s > 0)
+    force = jnp.where(active, 1 / jnp.where(s > 0, s, 1), 0)
+    # L = <x, v> + force (sum x log(x/p) - b) + w (sum p - sum x): its slope in x is 0, in p it is w - force x/p.
+    w = _value_there(x, v + force[:, :, None] * (1 + jnp.log(jnp.maximum(factor, jnp.finfo(p.dtype).tiny))))
+    return Rows(x, w[:, :, None] - force[:, :, None] * factor, force)
+
+
+def _value_there(x: Array, v: Array) -> Array:
+    """The value at the largest entry of a row, `[A, S, *B]`."""
+    return jnp.take_along_axis(v, jnp.argmax(x, axis=2)[:, :, None], axis=2)[:, :, 0]
+
+
+_WORST: dict[float | str, Callable[[Array, Array, Array], Rows]] = {
+    1: _shifted,
+    2: _projected,
+    math.inf: _filled,
+    "kl": _tilted,
+}
+KINDS = tuple(_WORST)

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import math
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,10 +25,11 @@ from robustreg._core import checks
 from robustreg.problems.mdps import MDP
 from robustreg.problems.mdps import mdp as make_mdp
 from robustreg.problems.successors import Successors
-from robustreg.problems.transitions import MatrixFree
 from robustreg.regularisers import balls, parameters
 from robustreg.regularisers import families as regs
 from robustreg.regularisers.regulariser import Regulariser
+from robustreg.solvers import ambiguity
+from robustreg.solvers.ambiguity import TransitionBall
 
 # Outputs with an entry per state, and but for the value per action.
 ARRAYS = ("value", "policy", "perturbation", "occupancy")
@@ -46,10 +46,6 @@ _BUSY = 2**22
 _ROOM = 2**28
 # Cells of one sweep: their numbers alone take a gigabyte.
 _MOST = 2**27
-# Where an object lies is another in every process. (Functions of a matrix-free kernel are known by their names.)
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-# Where a class of ours is defined may change from release to release, and a folder is still the same sweep.
-_HOME = re.compile(r"<class 'robustreg\.(?:\w+\.)*(\w+)'>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +61,7 @@ class Plan:
 
     mdp: MDP
     reg: Regulariser
+    ball: TransitionBall | None
     values: Mapping[str, np.ndarray]
     coordinates: Mapping[str, np.ndarray]
     outputs: tuple[str, ...]
@@ -121,15 +118,22 @@ def _filled(layout: np.ndarray, begins: np.ndarray) -> np.ndarray:
 
 
 def make_plan(
-    mdp: MDP, reg: Regulariser, grid: Any, outputs: Sequence[str], zipped: bool, chunk: int | None, devices: Any
+    mdp: MDP,
+    reg: Regulariser,
+    grid: Any,
+    outputs: Sequence[str],
+    zipped: bool,
+    chunk: int | None,
+    devices: Any,
+    ball: TransitionBall | None = None,
 ) -> Plan:
     """Check a grid and lay it out; arguments as in `robustreg.sweep`, with the devices that it may run on.
 
     Raises:
         ValueError: for names, shapes and values that do not fit.
     """
-    values = {name: _axis(name, x, mdp, reg) for name, x in dict(grid).items()}
-    if reg.batch_shape or len(mdp.batch_shape) > 1:
+    values = {name: _axis(name, x, mdp, reg, ball) for name, x in dict(grid).items()}
+    if reg.batch_shape or (ball is not None and ball.batch_shape) or len(mdp.batch_shape) > 1:
         raise ValueError("the problem of a sweep has no batch axes, but for one of the MDP: put them into the grid")
     if mdp.batch_shape:
         values = {"mdp": np.arange(mdp.batch_shape[0])} | values
@@ -147,7 +151,8 @@ def make_plan(
     paths = _paths(_keys(coordinates, lines, zipped, shape), lines, length)
     width = int(np.clip(-(-len(paths) // chunks), fewest, min(widest, len(paths))))
     width = -(-len(paths) // -(-len(paths) // width))  # as many in the last chunk as in the others
-    return Plan(mdp, reg, values, coordinates, tuple(outputs), zipped, shape, paths, lines.shape[1], length, width)
+    where = paths, lines.shape[1], length, width
+    return Plan(mdp, reg, ball, values, coordinates, tuple(outputs), zipped, shape, *where)
 
 
 def checked_part(part: Any, name: str = "part") -> tuple[int, int] | None:
@@ -189,7 +194,7 @@ def relaid(plan: Plan, layout: Mapping[str, Any]) -> Plan:
 
 def layout_of(plan: Plan) -> dict[str, Any]:
     """Tell which cells are solved together, as JSON: results depend on it in their last digits."""
-    return {"length": plan.length, "width": plan.width, "paths": _hash(plan.paths)}
+    return {"length": plan.length, "width": plan.width, "paths": hash_of(plan.paths)}
 
 
 def _lines(values: Mapping[str, np.ndarray], zipped: bool, shape: tuple[int, ...]) -> np.ndarray:
@@ -266,11 +271,11 @@ def _paths(keys: Mapping[str, np.ndarray], lines: np.ndarray, length: int) -> np
     return padded.reshape(-1, len(parts[0]))[by]
 
 
-def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
+def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser, ball: TransitionBall | None) -> np.ndarray:
     """Values of one leaf `[n, ...]`, checked by the factory that makes it."""
     own = reg._scalars  # (Parts of a sum, and what stands for none, have no leaves of one name.)
     shared = ("state_scale", *(("prior",) if reg.has_reference else ())) if own else ()
-    allowed = MDP_LEAVES + tuple(sorted((*own, *shared)))
+    allowed = MDP_LEAVES + tuple(sorted((*own, *shared))) + (() if ball is None else ("ambiguity",))
     if name not in allowed:
         raise ValueError(f"unknown leaf {name!r} in the grid; there are: {', '.join(allowed)}")
     values = checks.number(name, x)
@@ -281,6 +286,8 @@ def _axis(name: str, x: Any, mdp: MDP, reg: Regulariser) -> np.ndarray:
         return values
     if name in MDP_LEAVES:
         _check_mdp(name, values if name != "initial" else x, mdp)
+    elif ball is not None and name == "ambiguity":
+        ambiguity.checked(dataclasses.replace(ball, radius=values), mdp)
     elif name in own:
         checked: Any = {"alpha": parameters.order, "beta": functools.partial(parameters.strength, "beta")}
         checked.get(name, {"radius": balls.norm_ball}.get(name, functools.partial(parameters.number, name)))(x)
@@ -325,38 +332,8 @@ def _memory(device: Any) -> int:
     return (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
 
 
-def digest(plan: Plan, options: tuple) -> dict[str, Any]:
-    """Everything that results depend on but for the layout, as JSON: what two runs must share to share a folder."""
-    leaves, structure = jax.tree.flatten((plan.mdp, plan.reg))
-    solver, tol, max_steps = options
-    return {
-        "data": _hash(*leaves, *plan.values.values()),
-        "structure": hashlib.sha256(_lasting(str(structure)).encode()).hexdigest(),
-        "grid": {name: list(x.shape) for name, x in plan.values.items()},
-        "zipped": plan.zipped,
-        "outputs": list(plan.outputs),
-        "solver": repr(solver),
-        "tol": None if tol is None else float(tol),
-        "max_steps": max_steps,
-        "dtype": str(plan.mdp.dtype),
-        "kernel": _probed(plan.mdp.transitions),
-    }
-
-
-def _lasting(structure: str) -> str:
-    """The text of a tree's structure without what differs between processes and between releases."""
-    return _HOME.sub(r"\1", _ADDRESS.sub("", structure))
-
-
-def _probed(kernel: Any) -> list[float]:
-    """Tell what a matrix-free kernel does, in two numbers: the arrays that its function closes over are no leaves."""
-    if not isinstance(kernel, MatrixFree):
-        return []
-    ahead = np.asarray(kernel.expect(jnp.cos(jnp.arange(kernel.n_states))), np.float64).ravel()
-    return [float(ahead.sum()), float(ahead @ np.sin(np.arange(ahead.size)))]
-
-
-def _hash(*arrays: Any) -> str:
+def hash_of(*arrays: Any) -> str:
+    """Return what tells arrays from others: a hash of dtypes, shapes and entries."""
     code = hashlib.sha256()
     for x in map(np.asarray, arrays):
         code.update(f"{x.dtype}{x.shape}".encode() + np.ascontiguousarray(x).tobytes())

@@ -29,12 +29,15 @@ import numpy as np
 from robustreg._core import checks, settings
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
+from robustreg.solvers import ambiguity as balls
+from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.loop import check_arguments, solve
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.plain import regulariser_or_none
 from robustreg.solvers.solution import Status
+from robustreg.sweeps.digests import digest
 from robustreg.sweeps.outputs import OUTPUTS, OUTPUTS_BY_DEFAULT, Cell, best_return
-from robustreg.sweeps.plan import Plan, checked_part, digest, layout_of, make_plan, per_lane, problem, relaid
+from robustreg.sweeps.plan import Plan, checked_part, layout_of, make_plan, per_lane, problem, relaid
 from robustreg.sweeps.progress import reporter
 from robustreg.sweeps.store import Fields, Store, open_folder
 from robustreg.sweeps.table import Table
@@ -59,6 +62,7 @@ def sweep(
     resume: bool = False,
     part: tuple[int, int] | None = (0, 1),
     progress: bool | Callable[[dict[str, Any]], None] = False,
+    ambiguity: TransitionBall | None = None,
     shard: Any = (0, 1),
 ) -> Table:
     """Solve a problem at every cell of a grid.
@@ -66,11 +70,12 @@ def sweep(
     Args:
         mdp, reg: the problem. One batch axis of the MDP (many MDPs) becomes an axis "mdp" of the grid by itself.
         grid: values by leaf: "beta", "alpha", "discount" `[n]`; "prior" `[n, (S,) A]`, "reward" `[n, S, A]`,
-            "initial" `[n, S]`, "state_scale" `[n, S]`. A leaf with axes of its own is numbered in the table.
+            "initial" `[n, S]`, "state_scale" `[n, S]`, "ambiguity" `[n]` (radii). A leaf with axes of its own is
+            numbered in the table.
         outputs: names from `robustreg.sweeps.OUTPUTS`. With `tol`, the nominal return and what is made of it are
             right to `tol` as well.
         zipped: pair the values instead of combining each with each.
-        solver, tol, max_steps: as in `solve`.
+        solver, tol, max_steps, ambiguity: as in `solve`.
         chunk: lanes solved together; None chooses by size of the problem and the device, or as the folder was begun.
             Up to 64 times that is a file. Parts of a sweep that are made on unlike machines need one and the same.
         devices: local devices to share the work; None: all of the kind that holds the problem. Results are the same
@@ -89,7 +94,7 @@ def sweep(
         TypeError, ValueError: for names, shapes and values that do not fit, and a folder that holds another sweep.
         SweepError: where results cannot be written; everything written before is kept.
     """
-    run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices)
+    run = prepare(mdp, reg, grid, outputs, zipped, solver, tol, max_steps, chunk, devices, ambiguity)
     older = not (isinstance(shard, tuple) and shard == (0, 1))
     part = checked_part(shard, "shard") if older else checked_part(part)
     resume = checks.flag("resume", resume)
@@ -175,13 +180,14 @@ def prepare(
     max_steps: int | None = None,
     chunk: int | None = None,
     devices: Sequence[Any] | None = None,
+    ambiguity: TransitionBall | None = None,
 ) -> Run:
     """Check the arguments of `sweep` that say what is solved, and where."""
     if not isinstance(grid, Mapping):
         raise TypeError(
             f"grid must map names of leaves to values, as {{'beta': [1.0, 2.0]}}, got {type(grid).__name__}"
         )
-    if checks.is_traced(mdp, reg, tol, *grid.values()):
+    if checks.is_traced(mdp, reg, tol, ambiguity, *grid.values()):
         raise TypeError("sweep needs values, so it cannot run inside jit, vmap or grad: call solve there")
     own: Any = regulariser_or_none(mdp, reg)
     check_arguments(mdp, own, solver, tol)
@@ -199,12 +205,13 @@ def prepare(
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}; there are: {', '.join(OUTPUTS)}")
     where = _devices(mdp, devices)
-    plan = make_plan(mdp, own, grid, outputs, zipped, chunk, where)
+    ball = None if ambiguity is None else balls.checked(ambiguity, mdp)
+    plan = make_plan(mdp, own, grid, outputs, zipped, chunk, where, ball)
     # An array of the working precision: a Python float would be traced as weakly typed, and compile anew.
     asked = None if tol is None else np.asarray(tol, mdp.dtype)
     # Leaves that do not fit each other are found before a folder is made; the program that is traced is used later.
     _cells.eval_shape(
-        mdp._with_sparsity(), plan.reg, asked, plan.lanes(0), plan.begins, solver, max_steps, _named(plan)
+        mdp._with_sparsity(), plan.reg, ball, asked, plan.lanes(0), plan.begins, solver, max_steps, _named(plan)
     )
     return Run(plan, solver, asked, max_steps, where, chunk is not None)
 
@@ -240,7 +247,7 @@ def _fed(devices: Sequence[Any], jobs: int) -> list[Any]:
 def _work(run: Run, jobs: list[int], put: Callable[[int, Fields], None], report: Any, check: Any) -> None:
     """Solve chunks, as many at a time as devices and cores take, and hand each to `put`, in the calling thread."""
     threads_of = _fed(run.devices, len(jobs))
-    problem = run.plan.mdp._with_sparsity(), run.plan.reg, run.tol
+    problem = run.plan.mdp._with_sparsity(), run.plan.reg, run.plan.ball, run.tol
     placed = {device: jax.device_put(problem, device) for device in set(threads_of)}
     todo, stop = queue.SimpleQueue(), threading.Event()
     for job in jobs:
@@ -294,6 +301,7 @@ def _solve_chunk(run: Run, placed: Any, device: Any, job: int) -> Fields:
 def _cells(
     mdp: MDP,
     reg: Regulariser,
+    ball: TransitionBall | None,
     tol: Any,
     lanes: dict[str, jax.Array],
     begins: jax.Array,
@@ -311,11 +319,12 @@ def _cells(
         """Solve the cells at one place of every path, started from those at the places before."""
         lanes, begins = here
         m, r = problem(mdp, reg, lanes)
+        b = ball if ball is None or "ambiguity" not in lanes else dataclasses.replace(ball, radius=lanes["ambiguity"])
         x = jnp.log(lanes.get("beta", jnp.ones(n, mdp.dtype)))
         values, nominals, xs, optimum = *(jnp.where(begins, jnp.nan, v) for v in past[:2]), *past[2:]
         if priced:  # the same all along a line
             optimum = jax.lax.cond(begins, lambda: per_lane(best_return(m, r), n), lambda: optimum)
-        sol = solve(m, r, solver, tol=tol, max_steps=max_steps, init=_continued(values, xs, x))
+        sol = solve(m, r, solver, tol=tol, max_steps=max_steps, init=_continued(values, xs, x), ambiguity=b)
         cell = Cell(m, sol, optimum if priced else None, visited, _continued(nominals, xs, x), tol)
         values = jnp.concatenate([per_lane(sol.value, n)[None], values[:-1]])
         if followed:
