@@ -76,7 +76,7 @@ def test_norms_and_their_centres(p):
             assert np.linalg.norm(slope[:, i], p) <= 1 + 1e-9 and abs(slope[:, i] @ v - value[i]) < 1e-9
 
 
-CASES = [
+CASES: list[tuple[Any, str, str, Any]] = [
     (None, "s", "kappa", 2.0),
     (None, "sa", "r2", 1.0),
     (rr.norm_ball(0.1), "s", "r2", 2.0),
