@@ -89,9 +89,11 @@ def _empirical(reg: Any, perturbation: ArrayLike, log_ratio: Any, weights: Any) 
     if isinstance(reg, Sum):
         raise TypeError("a sum of regularisers has several references: estimate the slack of one of its parts")
     leaves: dict[str, Any] = {name: leading(getattr(reg, name), rank) for name in reg._scalars}
-    scale = None if reg.state_scale is None else leading(reg.state_scale, rank)[..., None]
+    for name in ("state_scale", "alpha_per_state"):
+        if (own := getattr(reg, name, None)) is not None:
+            leaves[name] = leading(own, rank)[..., None]
     prior = jax.nn.log_softmax(logs, axis=-1)[..., None, :]
-    return dataclasses.replace(reg, **leaves, state_scale=scale, log_prior=prior), samples[..., None, :]
+    return dataclasses.replace(reg, **leaves, log_prior=prior), samples[..., None, :]
 
 
 def sampled_slack(

@@ -41,8 +41,10 @@ def order_and_strength(reg: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
             f"a {type(reg).__name__} has no order alpha: of log-ratios alone only kl and alpha can tell a perturbation"
         )
     beta, order = reg.beta, reg.order
-    if reg.state_scale is not None:
-        beta, order = beta[..., None] * reg.state_scale, order[..., None]
+    scale, own = reg.state_scale, getattr(reg, "alpha_per_state", None)
+    if scale is not None or own is not None:
+        beta = beta[..., None] * (1 if scale is None else scale)
+        order = order[..., None] + (0 if own is None else own)
     # The regulariser's axes lead, as everywhere.
     beta, order = (leading(x, len(shape)) for x in (beta, order))
     beta, order = expect_alike(shape, "the shape of log_ratio", beta=beta, alpha=order)

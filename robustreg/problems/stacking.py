@@ -190,6 +190,8 @@ def _regulariser(regs: Sequence[Any], sizes: Sequence[tuple[int, int]], n_states
         scales = [jnp.ones(1, dtype) if reg.state_scale is None else reg.state_scale for reg in regs]
         wide = [jnp.broadcast_to(x, (s,)) if x.shape == (1,) else x for x, (s, _) in zip(scales, sizes)]
         leaves["state_scale"] = jnp.stack([_fit(x[:, None], n_states, 1, 0)[:, 0] for x in wide])
+    if any(getattr(reg, "alpha_per_state", None) is not None for reg in regs):
+        raise ValueError("stack does not take alpha_per_state: stack the problems by order, or solve them one by one")
     if any(reg.log_prior is not None for reg in regs):
         leaves["log_prior"] = jnp.stack(
             [_fit(_logs(reg, *size, dtype), n_states, n_actions, -jnp.inf) for reg, size in zip(regs, sizes)]

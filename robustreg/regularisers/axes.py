@@ -20,6 +20,7 @@ class Leaves(NamedTuple):
     beta: Shape
     state_scale: Shape | None
     prior: Shape | None
+    alpha_per_state: Shape | None = None
 
     @property
     def states(self) -> int | None:
@@ -28,11 +29,16 @@ class Leaves(NamedTuple):
         Raises:
             ValueError: `state_scale` and the prior disagree.
         """
-        found = {shape[-1] for shape in (self.state_scale, (self.prior or ())[:-1]) if shape}
+        own = {
+            "state_scale": self.state_scale,
+            "alpha_per_state": self.alpha_per_state,
+            "prior": self.prior and self.prior[:-1],
+        }
+        found = {shape[-1] for shape in own.values() if shape}
         if len(found - {1}) > 1:
+            shown = " and ".join(f"{name} {list(getattr(self, name))}" for name, shape in own.items() if shape)
             raise ValueError(
-                f"state_scale {list(self.state_scale or ())} and prior {list(self.prior or ())} are for different "
-                "numbers of states; expected [*B, S] and [S, A] or [*B, S, A]"
+                f"{shown} are for different numbers of states; expected [*B, S] and [S, A] or [*B, S, A] (the prior)"
             )
         return max(found, default=None)
 
@@ -47,6 +53,7 @@ class Leaves(NamedTuple):
             "alpha": self.alpha,
             "beta": self.beta,
             "state_scale": self.state_scale and self.state_scale[:-1],
+            "alpha_per_state": self.alpha_per_state and self.alpha_per_state[:-1],
             "prior": self.prior and self.prior[:-2],
         }
         own = {name: shape for name, shape in own.items() if shape}

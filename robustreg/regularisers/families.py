@@ -172,16 +172,23 @@ class KL(Divergence):
 
 @pytrees.dataclass
 class Alpha(Divergence):
-    """`Omega(p) = D_alpha[p0 : p]/beta`. Build it with `alpha`, which validates; `alpha [*B]`, the rest as in KL."""
+    """`Omega(p) = D_alpha[p0 : p]/beta`. Build it with `alpha`, which validates.
+
+    Attributes:
+        alpha: `[*B]`.
+        beta, log_prior, state_scale: as in `Regulariser`.
+        alpha_per_state: added to alpha, `[*B, S]`, or None.
+    """
 
     alpha: Array
     beta: Array
     log_prior: Array | None = None
     state_scale: Array | None = None
+    alpha_per_state: Array | None = None
 
     @property
     def order(self) -> Array:
-        """Alpha, `[*B]`."""
+        """Alpha, `[*B]`, without what is added per state."""
         return self.alpha
 
     @property
@@ -189,7 +196,10 @@ class Alpha(Divergence):
         return "alpha", "beta"
 
     def _bound(self, beta: Array, log_prior: Array, place: Any, dtype: Any) -> Bound:
-        return BoundAlpha(place(self.alpha.astype(dtype)[..., None], 1), beta, log_prior)
+        order = place(self.alpha.astype(dtype)[..., None], 1)
+        if self.alpha_per_state is not None:
+            order = order + place(self.alpha_per_state.astype(dtype), 1)
+        return BoundAlpha(order, beta, log_prior)
 
 
 def kl(
@@ -202,7 +212,10 @@ def kl(
     """KL regulariser `KL(p : p0)/beta` (entropy regularisation up to a constant for a uniform prior).
 
     Args:
-        beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker.
+        beta: inverse strength in 1/reward units, `[*B]`, positive and finite; larger is weaker. (The soft minimum,
+            `log sum p0 exp(-beta q)/(-beta)`, of who fears the action rather than chooses it, is the same turned
+            round: `-reg.conjugate(-q)` with policy `reg.argmax(-q)`, and over many steps `-rr.solve(m, reg).value` for
+            an `m` with the reward negated.)
         prior: reference policy p0, `[A]`, `[S, A]` or `[*B, S, A]`; None is uniform. 0 masks an action. What its sum
             misses of 1 by rounding is divided out.
         log_prior: its logarithm or logits instead of it, normalised here; minus infinity masks an action. Give at most
@@ -228,6 +241,7 @@ def alpha(
     log_prior: ArrayLike | None = None,
     *,
     state_scale: ArrayLike | None = None,
+    alpha_per_state: ArrayLike | None = None,
 ) -> Alpha:
     """Alpha-divergence regulariser `D_alpha[p0 : p]/beta` [Cichocki and Amari 2010].
 
@@ -242,6 +256,7 @@ def alpha(
         log_prior: its logarithm or logits instead of it, normalised here; minus infinity masks an action. Give at most
             one of the two.
         state_scale: `[*B, S]`, multiplies beta per state.
+        alpha_per_state: `[*B, S]`, added to alpha per state.
 
     Returns:
         An `Alpha`, whose arguments are pytree leaves.
@@ -252,7 +267,8 @@ def alpha(
             two ways. Inside `jax.jit` values cannot be looked at: rows of a prior that miss 1 by more than 1e-3 (or
             those 4 units) and rows that mask every action become NaN there.
     """
-    return _fitting(Alpha(parameters.order(alpha), *_common(beta, prior, log_prior, state_scale)))
+    common = _common(beta, prior, log_prior, state_scale)
+    return _fitting(Alpha(parameters.order(alpha), *common, parameters.order_per_state(alpha_per_state)))
 
 
 def _common(beta: Any, prior: Any, log_prior: Any, state_scale: Any) -> tuple[Array, Array | None, Array | None]:

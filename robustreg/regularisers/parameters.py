@@ -62,10 +62,10 @@ def _entry(name: str, where: tuple[int, ...]) -> str:
     return f"{name}[{', '.join(map(str, where))}]" if where else name
 
 
-def order(x: ArrayLike) -> Array:
-    """Read the order alpha: finite."""
-    x = number("alpha", x)
-    refuse("alpha", x, lambda v: ~np.isfinite(v), "must be finite")
+def order(x: ArrayLike, name: str = "alpha") -> Array:
+    """Read the order alpha, or what is added to it: finite."""
+    x = number(name, x)
+    refuse(name, x, lambda v: ~np.isfinite(v), "must be finite")
     return x
 
 
@@ -75,6 +75,10 @@ def strength(name: str, x: ArrayLike) -> Array:
     remedy = "must be positive and finite"
     if name == "beta":
         remedy += "; `nominal_optimum` solves without a regulariser, `evaluate` values the prior as a policy"
+        if not checks.is_traced(x) and (np.asarray(x, np.float64) < 0).any():
+            remedy += (
+                ", and a negative beta is the soft minimum: `-reg.conjugate(-q)` and `-solve(...).value` of -reward"
+            )
     refuse(name, x, lambda v: ~((v > 0) & np.isfinite(v)), remedy)
     return x
 
@@ -87,6 +91,16 @@ def state_scale(x: ArrayLike | None) -> Array | None:
     if scale.ndim == 0:
         raise ValueError("state_scale needs a state axis, [*B, S]; a scalar belongs into beta")
     return scale
+
+
+def order_per_state(x: ArrayLike | None) -> Array | None:
+    """Read `alpha_per_state`: an order with a state axis."""
+    if x is None:
+        return None
+    own = order(x, "alpha_per_state")
+    if own.ndim == 0:
+        raise ValueError("alpha_per_state needs a state axis, [*B, S]; a scalar belongs into alpha")
+    return own
 
 
 def log_prior(prior: ArrayLike | None, log_prior: ArrayLike | None) -> Array | None:

@@ -89,7 +89,7 @@ class Regulariser:
     @property
     def _leaves(self) -> axes.Leaves:
         """Shapes of the leaves."""
-        parts = (getattr(self, name, None) for name in ("alpha", "beta", "state_scale", "log_prior"))
+        parts = (getattr(self, name, None) for name in ("alpha", "beta", "state_scale", "log_prior", "alpha_per_state"))
         return axes.Leaves(*(x if x is None else x.shape for x in parts))  # type: ignore[arg-type]  # beta is there
 
     @property

@@ -164,7 +164,8 @@ def bind(
     mdp, regulariser = loops.alike((mdp._canonical(), regulariser))
     n, dtype = len(batch), mdp.dtype
     bound = masks.restricted(regulariser, mdp.available).bind(n, dtype, mdp.n_actions)
-    if bound.beta.shape[0] not in (1, mdp.n_states) or bound.log_prior.shape[1] not in (1, mdp.n_states):
+    sizes = {bound.log_prior.shape[1], *(shape[0] for shape in bound.shapes)}
+    if sizes - {1, mdp.n_states}:
         raise ValueError(f"the regulariser has per-state parameters for another number of states than {mdp.n_states}")
     discount, complement = (pytrees.lanes_last(x, n, 0) for x in (mdp.discount, _complement(mdp)))
     if averaged:  # c, the gain, is then taken off in full at every step

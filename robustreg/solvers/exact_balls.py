@@ -188,7 +188,7 @@ def _tilted(rows: Array, radius: Array, h: Array) -> Rows:
     fall = v - jnp.min(jnp.where(p > 0, v, jnp.inf), axis=2, keepdims=True)
 
     def at(s: Array) -> tuple[Array, Array]:
-        """What entries are multiplied by, and the relative entropy."""
+        """Return what entries are multiplied by, and the relative entropy."""
         # (An entry of 0 stays 0, at whatever value.)
         tilt = -s[:, :, None] * jnp.where(p > 0, fall, 0)
         total = jnp.sum(p * jnp.exp(tilt), axis=2)

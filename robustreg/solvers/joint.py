@@ -99,9 +99,10 @@ def solve_occupancy(
     checks.expect_type(mdp, MDP, "first argument", "mdp")
     if type(reg) not in (KL, Alpha):
         raise TypeError(f"solve_occupancy takes rr.kl(beta) or rr.alpha(alpha, beta), got {type(reg).__name__}")
-    if reg.log_prior is not None or reg.state_scale is not None:
-        name = "a prior" if reg.log_prior is not None else "a state_scale"
-        raise ValueError(f"reg has {name}, but the reference occupancy stands in its place: pass {name[2:]}=None")
+    names = {"log_prior": "prior", "state_scale": "state_scale", "alpha_per_state": "alpha_per_state"}
+    for field, name in names.items():
+        if getattr(reg, field, None) is not None:
+            raise ValueError(f"reg has a {name}, but the reference occupancy stands in its place: pass {name}=None")
     if mdp.termination is not None:
         raise ValueError(
             "solve_occupancy takes no termination, with which occupancies do not sum to 1: lead episodes that end to a "

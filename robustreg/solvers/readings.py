@@ -31,7 +31,7 @@ def refuse_states_as_lanes(mdp: MDP, reg: Any = None, *others: tuple[int, ...]) 
         parts: axes.Leaves = reg._leaves
         batched |= {"beta": parts.beta, "alpha": parts.alpha or (), "prior": (parts.prior or ())[:-2]}
         # Who scales states says with it that beta does not.
-        batched |= {"state_scale": parts.state_scale or ()}
+        batched |= {"state_scale": parts.state_scale or (), "alpha_per_state": parts.alpha_per_state or ()}
     rest = (mdp.transitions.batch_shape, mdp.reward.shape[:-2], mdp.initial.shape[:-1], *others)
     masks = tuple(x.shape[:-2] for x in (mdp.termination, mdp.available) if x is not None)
     found = [name for name, shape in batched.items() if shape]

@@ -95,6 +95,8 @@ def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
         or n_states > _STATES
     ):
         return None
+    if type(reg) is BoundAlpha and reg.alpha.shape[0] > 1:
+        return None
     dense = isinstance(rows, Dense) and n_states <= _DENSE_STATES
     if not dense and not (isinstance(rows, BoundSuccessors) and rows.fan_out <= _SLOTS):
         return None
