@@ -135,7 +135,8 @@ def test_allowed_keys_are_the_constructors_arguments():
             message = refusal(**{table: {"kind": kind, "nonsense": 1}})
             assert f"file.toml: [{table}] kind {kind!r} unknown key 'nonsense'; allowed: " in message
             allowed = message.split("allowed: ")[1].split(", ")
-            assert allowed == sorted(set(inspect.signature(constructor).parameters) - {"dtype"})
+            known = sorted(set(inspect.signature(constructor).parameters) - {"dtype"})
+            assert allowed == (known or ["no keys"])
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_allowed_keys_are_the_constructors_arguments():
         ({"solver": {"tol": 0.0}}, r"\[solver\] tol is 0.0; expected a positive number"),
         ({"solver": {"tol": float("nan")}}, r"tol is nan"),
         ({"solver": {"max_steps": True}}, r"max_steps is True; expected a positive whole number"),
-        ({"plot": {}}, r"file.toml unknown key 'plot'; allowed: problem, regulariser, solver"),
+        ({"plot": {}}, r"file.toml unknown key 'plot'; allowed: ambiguity, problem, regulariser, solver"),
         ({"solver": "newton"}, r"solver is 'newton'; expected a table \[solver\]"),
         ({"regulariser": {"kind": "kl", "beta": "5"}}, r"beta is '5'; expected a number"),
         ({"regulariser": {"kind": "kl", "beta": -1}}, r"beta is -1"),
