@@ -27,26 +27,32 @@ test_chains""".split()
 
 def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="of the cases of each test, run every N-th")
+    parser.addoption("--sample", type=int, default=1, metavar="M", help="of the tests of each file, run every M-th")
+    parser.addoption("--turn", type=int, default=0, metavar="K", help="which of them: N (M) turns in a row run all")
+
+
+def _share(groups, step, turn):
+    """Members of groups, every `step`-th of each; where a group has fewer, one."""
+    return {member for group in groups for member in group[turn % min(step, len(group)) :: step]}
 
 
 @pytest.hookimpl(trylast=True)  # after `-m` has taken its own away
 def pytest_collection_modifyitems(config, items):
-    """Begin with the files that take longest (for several processes, with `--no-loadscope-reorder`).
-
-    With `--every N` all tests run, but of those with many cases only the first, the (N+1)-th, and so on.
-    """
+    """Begin with the files that take longest (for several processes, with `--no-loadscope-reorder`); take a share."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
-    met: dict[str, int] = {}
-    left_out = []
+    every, sample, turn = (config.getoption(name) for name in ("every", "sample", "turn"))
+    cases, tests = {}, {}
     for item in items:
         test = item.nodeid.partition("[")[0]
-        met[test] = met.get(test, -1) + 1
-        if met[test] % config.getoption("every"):
-            left_out.append(item)
+        cases.setdefault(test, []).append(item)
+        tests.setdefault(item.path, {})[test] = None
+    chosen = _share([list(found) for found in tests.values()], sample, turn)
+    kept = _share([cases[test] for test in cases if test in chosen], every, turn)
+    left_out = [item for item in items if item not in kept]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        items[:] = [item for item in items if item in kept]
 
 
 def pytest_configure(config):

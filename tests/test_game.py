@@ -105,8 +105,6 @@ def test_lanes_freeze_and_are_lost_alone(cases):
         assert np.array_equal(np.asarray(getattr(game, name))[:, same], np.asarray(getattr(lost, name))[:, same]), name
     with pytest.raises(rr.SolveError, match=r"NONFINITE_INPUT: lane \[0, 1\]"):
         lost.raise_if_failed()
-    with pytest.raises(rr.SolveError, match="MAX_STEPS"):
-        rr.solve_game(m, reg, tol=1e-300, **PLAY).raise_if_failed()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -116,7 +114,7 @@ def test_without_tol_only_rounding_is_convergence(dtype):
     short, long = (rr.solve_game(m, reg, steps=steps) for steps in (1, 60))
     assert (np.asarray(short.relative_gap) > 0.2).all() and not short.converged.any()
     assert (np.asarray(short.status) == rr.Status.MAX_STEPS).all()
-    with pytest.raises(rr.SolveError, match=r"MAX_STEPS: lane \[0\] \(relative gap 0.30\d\): play more steps, or give"):
+    with pytest.raises(rr.SolveError, match=r"MAX_STEPS: lane \[0\] and 1 more \(relative gap 0.30\d\): play more steps, or give"):
         short.raise_if_failed()
     assert long.raise_if_failed().converged.all()
     assert (np.asarray(long.relative_gap) < 1000 * np.finfo(dtype).eps).all()
@@ -313,6 +311,8 @@ def test_float32_keeps_its_precision():
     m, reg = problem(stack([garnet_case(1)]), lanes(alpha=(1.0, 2.0), beta=(2.0,), discount=(0.9,)), dtype=np.float32)
     game = rr.solve_game(m, reg, steps=40)
     assert game.primal.dtype == np.float32 and (np.asarray(game.gap) <= 1e-4).all()
+    with pytest.raises(rr.SolveError, match="MAX_STEPS"):  # of what no game can reach
+        rr.solve_game(m, reg, steps=40, tol=1e-30).raise_if_failed()
 
 
 @pytest.mark.slow
@@ -325,7 +325,7 @@ def test_defaults_reach_a_relative_gap_of_1e_4(name):
     elif name == "grid":
         m = rr.problems.grid_world(CELLS, 0.99, slip=0.05, step=-0.1, water=-1.0, goal=5.0)
     else:
-        m = rr.problems.garnets(64, 64, 4, 5, 0.99)
+        m = rr.problems.garnets(12, 64, 4, 5, 0.99)
     column = (slice(None), None) if name == "garnets" else slice(None)
     reg = rr.alpha(alpha=INDEX["alpha"][column], beta=INDEX["beta"][column])
     game = rr.solve_game(m, reg, tol=1e-4).raise_if_failed()
