@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg.solvers import bellman, elimination, krylov, linear
+from robustreg.solvers import bellman, elimination, evaluation, krylov, linear, methods
 from robustreg.solvers.plain import no_regulariser
 
 DISCOUNTS = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6)
@@ -213,6 +213,23 @@ def test_a_value_that_the_loop_knows_to_three_digits_is_eliminated_for(seed):
     value = np.asarray(rr.evaluate(m, np.ones((count, n, 1), np.float32)))
     truth = np.linalg.solve(np.eye(n) - 0.99 * P, reward)[..., 0]
     assert (np.abs(value - truth).max(-1) <= 2e-3 * np.abs(truth).max(-1)).all()
+
+
+def test_a_search_that_was_cut_short_is_finished_by_elimination(monkeypatch):
+    """float32: what the loop knows to four digits, where rounding leaves six, is not handed out as it is."""
+    hasty = methods.Newton(forcing=0.02, max_steps=3)
+    monkeypatch.setattr(evaluation, "_evaluation", lambda problem: hasty)
+    rng, n, count = np.random.default_rng(0), 30, 40
+    P = rng.dirichlet(np.ones(n), (count, n)).astype(np.float32)
+    P[: count // 2] = deterministic(np.argsort(rng.random((count // 2, n)), -1))
+    reward, g = rng.normal(size=(count, n)).astype(np.float32), 0.95
+    m = rr.mdp(P[:, :, None], reward[:, :, None], g, layout="sas")
+    jax.clear_caches()
+    found = np.asarray(rr.evaluate(m, np.ones((count, n, 1), np.float32)))
+    jax.clear_caches()
+    truth = np.linalg.solve(np.eye(n) - g * P.astype(float), reward[..., None].astype(float))[..., 0]
+    size = np.abs(truth).max(-1)
+    assert (np.abs(found - truth).max(-1) <= 16 * np.finfo(np.float32).eps / (1 - g) * size).all()
 
 
 def test_a_lane_that_krylov_steps_do_not_help_holds_up_no_other(monkeypatch):

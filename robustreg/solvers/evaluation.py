@@ -224,7 +224,9 @@ def _settled(problem: bellman.BoundProblem, loop: Loop) -> tuple[Array, Array, A
     poor = (loop.status != int(Status.CONVERGED)) & (loop.half_width > half * size)
     if isinstance(problem.regulariser, FixedPolicy) and problem.ball is None:
         reward, policy = problem.regulariser.maximiser(problem.reward)
-        certain = lost | (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size)
+        # A lane that ended for want of steps, or of progress, may have digits left that rounding does not take.
+        fine = (loop.status == int(Status.CONVERGED)) | (loop.half_width <= 2 * loop.noise)
+        certain = lost | (fine & (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size))
         value = h + c[None]
         exact, solved = linear.eliminate(bellman.chain(problem, policy), reward, value, certain)
         better = solved & ~certain
