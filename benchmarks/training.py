@@ -16,7 +16,17 @@ to a certified error of 1e-6 at every step:
 * PyTorch: unrolled, on the CPU, in float64.
 
 The last two run where they are installed. `error` is the largest deviation of the weights after all steps from those
-of solves at full precision, relative to the largest weight.
+of solves at full precision, relative to the largest weight (Adam divides gradients by their size: small ones count).
+
+Typical printout (2 shared CPU cores, JAX 0.12.0):
+
+    S=256 discount 0.99, 1828 sweeps from zero
+                           ms per step   spread  of cold  compile s    error
+      cold                       0.457    0.082    1.00x        1.9  0.00089
+      warm                       0.236    0.024    0.52x        1.8   0.0018
+      argument                   0.243    0.025    0.53x        2.1   0.0018
+      by hand, implicit          4.278    0.178    9.36x       0.27   0.0013
+      unrolled                  16.882    1.241   36.92x       0.28   0.0013
 """
 
 import argparse
