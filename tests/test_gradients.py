@@ -148,7 +148,7 @@ def test_reverse_mode_is_the_transpose_of_forward_mode(tangents):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed_forms(kind):
-    """Gradients of the objective against THEORY's formulas; that in the reward is the occupancy to rounding."""
+    """Gradients of the objective against their formulas; that in the reward is the occupancy to rounding."""
     got = {name: np.asarray(g) for name, g in gradient_of_the_objective(kind)(arrays()).items()}
     total = np.zeros_like(leaves()["P"])
     for i in range(LANES):

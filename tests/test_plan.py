@@ -183,6 +183,6 @@ def test_a_line_starts_anew():
 def test_where_a_class_is_defined_is_not_part_of_a_sweep():
     """Modules move from release to release, and addresses from process to process."""
     structure = str(jax.tree.structure((rr.problems.chain(3, 0.9), rr.alpha(2.0, 1.0))))
-    assert "robustreg.problems" in structure and "robustreg." not in plan._lasting(structure)
-    assert "MDP" in plan._lasting(structure) and "Alpha" in plan._lasting(structure)
-    assert plan._lasting("f at 0x7f00") == "f"
+    assert "robustreg.problems" in structure and "robustreg." not in digests._lasting(structure)
+    assert "MDP" in digests._lasting(structure) and "Alpha" in digests._lasting(structure)
+    assert digests._lasting("f at 0x7f00") == "f"

@@ -44,7 +44,7 @@ def _worst_model(mdp: MDP, reg: Regulariser, value: Array, policy: Array, ball: 
     v = jnp.broadcast_to(pytrees.lanes_last(value, n, 1), (mdp.n_states, *batch))
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), (mdp.n_actions, mdp.n_states, *batch))
     reward = problem.reward - problem.regulariser.worst_case(p)
-    noise = problem.ball.noise(p, v, jnp.zeros(batch, v.dtype))
+    noise = problem.ball.worst_noise(p, v, jnp.zeros(batch, v.dtype))
     unit = jnp.eye(mdp.n_states, dtype=v.dtype).reshape(mdp.n_states, *[1] * n, mdp.n_states)
     rows = problem.transitions._add_lane_axis()._expect(jnp.broadcast_to(unit, (mdp.n_states, *batch, mdp.n_states)))
     rows = rows + jnp.moveaxis(noise, 2, -1)

@@ -154,7 +154,7 @@ def solve_game(
         agent: optax transformation of the agent's natural gradient, in logits; each lane by itself. None:
             `optax.chain(optax.clip(5.0), optax.sgd(1.0))`. Make it once: every new one compiles anew.
         adversary: the set to play from: None for the whole robust set, `Box`, `StatesOnly`, `Features` or
-            `SharedBudget` from `robustreg.game.sets`.
+            `SharedBudget`, of `robustreg.game`.
         response: optax transformation of the adversary's natural gradient. None: `optax.sgd(1.0)`, Newton's step.
         scheme: "alternating": the adversary answers the agent's new policy; "simultaneous": the old one;
             "extragradient": both move from where they are by the directions at where they would be. (Optimistic play is

@@ -1,4 +1,4 @@
-"""MDPs from elsewhere.
+"""MDPs of Gymnasium's toy-text environments, and transitions from SciPy's sparse matrices.
 
 * Gymnasium's toy-text environments carry their model as `P[s][a]`, a list of `(probability, successor,
   reward, terminated)`. Two things make a naive reading wrong: a successor may be listed several times, and

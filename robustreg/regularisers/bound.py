@@ -1,4 +1,4 @@
-"""A regulariser laid out for the kernels, and the maximum that everything rests on.
+"""A regulariser in the axes that solvers compute in, and the maximum over policies that everything rests on.
 
 What users hold is a `Regulariser`: leaves with batch axes in front. `Regulariser.bind` makes a `Bound` of it, whose
 leaves broadcast against arrays with actions on one axis, `[A, S, *B]` in a solve. That is what solvers, adversaries and

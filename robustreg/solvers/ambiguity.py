@@ -10,7 +10,7 @@ Kumar, Levy, Wang and Mannor 2022]. What that costs is a norm of the value,
 times the discount. If every pair has its own budget (`sa`), it is taken off q(s,a). If the actions of a state share one
 (`s`), it is weighted by `||pi||_q`: the ball is then a *regulariser* of that radius, added to the one there is, and the
 step is that of `norms`. "kappa" leaves rows that sum to what they did, though not positive ones: both are cautious
-closed forms of the exact set, r2 by far the more (THEORY's grid: 4 times).
+closed forms of the exact set, r2 by far the more (`benchmarks/robust.py`).
 
 **The operator.** T is still a maximum of one-step returns, but no longer monotone. Moving V by x moves the norm by at
 most `S^(1/q) x`, so that T contracts by
@@ -142,7 +142,7 @@ class BoundBall:
         cost = discount[None, None] * self.radius * self.norm(h, c)[0][None, None]
         return (reg, q - cost) if self.rectangular == "sa" else (_with_radius(reg, cost[0], self.p), q)
 
-    def noise(self, policy: Array, h: Array, c: Array) -> Array:
+    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
         share = jnp.ones_like(policy) if self.rectangular == "sa" else _norm(policy, self.q)[1]
         return (-self.radius * share)[:, :, None] * self.norm(h, c)[1][None, None]

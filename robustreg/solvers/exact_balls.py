@@ -66,7 +66,7 @@ class ExactBall:
         plain = jnp.sum(self.rows * h[None, None], axis=2)
         return reg, q - discount[None, None] * (plain - self._least(h))
 
-    def noise(self, policy: Array, h: Array, c: Array) -> Array:
+    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
         return self._worst(h).x - self.rows
 

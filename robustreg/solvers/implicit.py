@@ -14,9 +14,11 @@ The derivatives are those of `V = Omega*(r + g P V)` as it is written: in P they
 normalised, with the constant in the successor that this formula gives; `termination` and `complement` do not occur in
 it (what ends an episode is missing from the rows of P), so that the derivative in `discount` is the whole of it.
 
-**Lanes that failed** have no derivative, and must not spoil that of what they share with the others. A NaN in such a
-lane would, times a cotangent of 0. So their linear map is that of a harmless problem, and `mark`, at the very end,
-makes NaN of whatever somebody does want to know of them: of outputs, of tangents, and of cotangents that are not 0.
+**Lanes that failed.** A lane that only missed its tolerance (MAX_STEPS, STAGNATED) keeps its value and its gradients.
+One without a finite fixed point (NONFINITE, NONFINITE_INPUT) has no derivative, and must not spoil that of what it
+shares with the others. A NaN in such a lane would, times a cotangent of 0. So their linear map is that of a harmless
+problem, and `mark`, at the very end, makes NaN of whatever somebody does want to know of them: of outputs, of tangents,
+and of cotangents that are not 0.
 """
 
 import dataclasses

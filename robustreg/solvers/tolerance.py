@@ -1,4 +1,4 @@
-"""How close an answer is to come, lane by lane; that nobody said so is data like the number."""
+"""The accuracy that was asked for in each lane; where none was, that is an array too, `given`."""
 
 import jax.numpy as jnp
 import numpy as np

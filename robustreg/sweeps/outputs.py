@@ -81,12 +81,14 @@ class Output(NamedTuple):
         meaning: what it is, its unit and the axes that it adds.
         nominal: whether the policy's return by the reward of the problem is needed.
         visited: whether its visits are.
+        axes: that it adds to those of the table, "S" for states and "A" for actions.
     """
 
     compute: Callable[[Cell], jax.Array]
     meaning: str
     nominal: bool = False
     visited: bool = False
+    axes: str = ""
 
 
 OUTPUTS: dict[str, Output] = {
@@ -121,15 +123,20 @@ OUTPUTS: dict[str, Output] = {
     ),
     "steps": Output(lambda cell: cell.solution.steps, "iterations of the solver"),
     "status": Output(lambda cell: cell.solution.status, "code of rr.Status: 0 is CONVERGED"),
-    "value": Output(lambda cell: cell.solution.value, "regularised value of every state [S], in reward units"),
-    "policy": Output(lambda cell: cell.solution.policy, "probability of every action in every state [S, A]"),
+    "value": Output(
+        lambda cell: cell.solution.value, "regularised value of every state [S], in reward units", axes="S"
+    ),
+    "policy": Output(lambda cell: cell.solution.policy, "probability of every action in every state [S, A]", axes="SA"),
     "perturbation": Output(
-        lambda cell: cell.solution.perturbation, "the adversary's worst case [S, A], subtracted from the reward"
+        lambda cell: cell.solution.perturbation,
+        "the adversary's worst case [S, A], subtracted from the reward",
+        axes="SA",
     ),
     "occupancy": Output(
         lambda cell: cell.visits,
         "discounted visits of every state and action [S, A]; they sum to 1/(1 - discount) if no episode ends",
         visited=True,
+        axes="SA",
     ),
 }
 OUTPUTS_BY_DEFAULT = ("objective", "gap", "steps", "status")

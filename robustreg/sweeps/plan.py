@@ -30,9 +30,8 @@ from robustreg.regularisers import families as regs
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity
 from robustreg.solvers.ambiguity import TransitionBall
+from robustreg.sweeps.outputs import OUTPUTS
 
-# Outputs with an entry per state, and but for the value per action.
-ARRAYS = ("value", "policy", "perturbation", "occupancy")
 MDP_LEAVES = ("discount", "reward", "initial")
 # Cells of a path, at least (on a CPU) and at most. The first cells of a path have no predecessors to start from, so
 # short paths gain little; of a long one that is interrupted all cells are lost.
@@ -237,7 +236,7 @@ def _sizes(
         room = min(_memory(device) for device in devices) // 10
     length = int(np.clip(-(-size // (_CHUNKS * usual)), min(shortest, line), _LONGEST))
     # Array outputs of a chunk are on the device until it is done.
-    entries = sum({"value": 1}.get(name, mdp.n_actions) for name in outputs if name in ARRAYS)
+    entries = sum({"": 0, "S": 1, "SA": mdp.n_actions}[OUTPUTS[name].axes] for name in outputs)
     most = max(1, int(room // max(1, entries * mdp.n_states * mdp.dtype.itemsize)))
     widest = min(widest, most)
     return min(fewest, widest), widest, chunks, min(length, max(1, most // widest))

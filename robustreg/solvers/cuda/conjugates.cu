@@ -1,4 +1,4 @@
-// The regularised maximum of one state's action values and its policy: `robustreg.conjugates` for one thread.
+// The regularised maximum of one state's action values and its policy: `robustreg.regularisers.conjugates` for one thread.
 
 #define INF __int_as_float(0x7f800000)
 #define NOT_A_NUMBER __int_as_float(0x7fc00000)

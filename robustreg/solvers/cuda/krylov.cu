@@ -1,4 +1,4 @@
-// Vectors over the states of a lane, spread over the threads of its block, and BiCGSTAB on them (`linear.bicgstab`).
+// Vectors over the states of a lane, spread over the threads of its block, and BiCGSTAB on them (`solvers/krylov.py`).
 //
 // COPIES threads next to each other hold the same states: one if rows are lists, one per action if they are dense. The
 // places beyond the last state are copies of state 0, which lead where it leads and to which nothing leads: that state
