@@ -12,6 +12,7 @@ import pytest
 import robustreg as rr
 
 plan: Any = import_module("robustreg.sweeps.plan")
+digests: Any = import_module("robustreg.sweeps.digests")
 engine: Any = import_module("robustreg.sweeps.runner")
 M = rr.problems.chain(discount=0.9)
 GARNETS = rr.problems.garnets(7, n_states=6, n_actions=3, branching=3, discount=0.9)
