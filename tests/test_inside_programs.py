@@ -60,7 +60,7 @@ def written_out(m):
     return P
 
 
-def by_oracle(m, beta, alpha=1.0, scale=1.0):
+def by_oracle(m, beta, alpha: Any = 1.0, scale: Any = 1.0):
     """Value, policy and objective of each strength or scale of the reward, for which nothing is compiled."""
     beta, alpha, scale = np.broadcast_arrays(beta, alpha, scale)
     reward, g = scale[:, None, None] * np.asarray(m.reward), np.broadcast_to(np.asarray(m.discount), beta.shape)
