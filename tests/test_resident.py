@@ -396,6 +396,7 @@ def test_sweeps_calibrations_and_games(twice):
     m = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
 
     def everything():
+        jax.clear_caches()  # threads of a sweep do not know where they are to solve
         table = rr.sweep(m, rr.kl(1.0), {"beta": [0.5, 5.0, 50.0], "discount": [0.5, 0.9]}, tol=1e-4)
         game = rr.solve_game(m, rr.kl(single(5.0)), tol=1e-3)
         return [table[name] for name in ("objective", "status")], game.primal, game.dual, game.status
