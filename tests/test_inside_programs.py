@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from jax import export
 from jax.sharding import Mesh, PartitionSpec
@@ -40,11 +41,32 @@ def sharded(function):
     )
 
 
-def agree(function, argument, atol=1e-9):
-    for got, want in zip(
-        jax.tree.leaves(sharded(function)(argument)), jax.tree.leaves(jax.jit(function)(argument)), strict=True
-    ):
+def agree(function, argument, atol=1e-9, reference=None):
+    """Sharded results are those of a reference, if there is none those without devices."""
+    reference = jax.jit(function)(argument) if reference is None else reference
+    found = sharded(function)(argument)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(got, want, atol=atol)
+
+
+def written_out(m):
+    """Transitions as an array `[S, A, S]`."""
+    rows = m.transitions
+    if isinstance(rows, rr.Dense):
+        return np.asarray(rows.probabilities)
+    p, lists = np.asarray(rows.probabilities), np.asarray(rows.indices)
+    P, (s, a, _) = np.zeros((*p.shape[:2], len(p))), np.indices(p.shape)
+    np.add.at(P, (s, a, lists), p)
+    return P
+
+
+def by_oracle(m, beta, alpha: Any = 1.0, scale: Any = 1.0):
+    """Value, policy and objective of each strength or scale of the reward, for which nothing is compiled."""
+    beta, alpha, scale = np.broadcast_arrays(beta, alpha, scale)
+    reward, g = scale[:, None, None] * np.asarray(m.reward), np.broadcast_to(np.asarray(m.discount), beta.shape)
+    prior = np.full((m.n_states, m.n_actions), 1 / m.n_actions)
+    value, policy = oracle.solve(written_out(m), reward, g, alpha, beta, prior)
+    return value, policy, value @ np.asarray(m.initial)
 
 
 @pytest.mark.parametrize("kind", ["successors", "ends"])
@@ -59,7 +81,9 @@ def test_shard_map_over_strengths(kind):
         s = rr.solve(m, rr.kl(beta))
         return s.value, s.policy, jax.vmap(jax.grad(objective))(beta), rr.certify(m, rr.kl(beta), s).lower
 
-    agree(everything, BETAS, 1e-7)
+    value, policy, _ = by_oracle(m, BETAS)
+    slope = (by_oracle(m, BETAS + 1e-4)[2] - by_oracle(m, BETAS - 1e-4)[2]) / 2e-4
+    agree(everything, BETAS, 1e-7, (value, policy, slope, value))
 
 
 def test_shard_map_over_rewards():
@@ -73,7 +97,15 @@ def test_shard_map_over_rewards():
         fixed = rr.evaluate(mine, policy), rr.evaluate(mine, policy, rr.kl(1.0)), rr.nominal_optimum(mine)
         return s.objective, *fixed, rr.occupancy(mine, s.policy), rr.guarantee(mine, rr.kl(1.0), s.policy)
 
-    agree(everything, np.array([0.5, 1.0]), 1e-7)
+    scale = np.array([0.5, 1.0])
+    _, best, objective = by_oracle(m, 1.5, 2.0, scale)
+    g, initial, rewards = np.full(2, 0.9), np.asarray(m.initial), scale[:, None, None] * REWARD
+    fixed = oracle.evaluate(P, rewards, g, np.full((2, 6, 2), 0.5))
+    optimum = np.stack([oracle.optimal_value(P, reward, 0.9) for reward in rewards])
+    promise = rr.guarantee(dataclasses.replace(m, reward=jnp.asarray(rewards)), rr.kl(1.0), best)
+    # (The uniform policy is the prior, and costs nothing.)
+    reference = objective, fixed, fixed, optimum, oracle.occupancy(P, initial, g, best), promise
+    agree(everything, scale, 1e-7, reference)
 
 
 def test_shard_map_of_one_step_and_the_game():
@@ -114,7 +146,7 @@ def test_a_program_for_any_number_of_lanes(kind):
     lanes = jax.ShapeDtypeStruct((n,), BETAS.dtype)
     program = export.export(jax.jit(lambda beta: rr.solve(m, rr.kl(beta)).objective))(lanes)
     for beta in (BETAS, np.linspace(0.1, 3, 7)):
-        np.testing.assert_allclose(program.call(beta), rr.solve(m, rr.kl(beta)).objective, rtol=1e-9)
+        np.testing.assert_allclose(program.call(beta), by_oracle(m, beta)[2], rtol=1e-9)
 
 
 def test_functions_that_close_over_traced_arrays():
@@ -136,12 +168,14 @@ def test_functions_that_close_over_traced_arrays():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         want, slope = jax.value_and_grad(lambda p: rr.solve(rr.mdp(p, REWARD, 0.9), rr.kl(1.0)).objective)(moved)
+    both = jax.value_and_grad(objective)
     for push in (False, True):
-        found = jax.jit(objective, static_argnums=2)(P, order, push)
+        # (Of the two, one inside jit as well.)
+        run = jax.jit(both, static_argnums=2) if push else both
+        found, got = run(jnp.asarray(P), jnp.asarray(order), push)
         np.testing.assert_allclose(found, want, rtol=1e-9)
-        got = jax.grad(objective)(jnp.asarray(P), jnp.asarray(order), push)
-        np.testing.assert_allclose(got, slope[..., order], rtol=1e-7, atol=1e-10)
-    lanes = jax.vmap(lambda p: objective(p, order, False))(jnp.stack([P, P[:, ::-1]]))
+        np.testing.assert_allclose(got, np.asarray(slope)[..., order], rtol=1e-7, atol=1e-10)
+    lanes = jax.jit(jax.vmap(lambda p: objective(p, order, False)))(np.stack([P, P[:, ::-1]]))
     np.testing.assert_allclose(lanes[0], want, rtol=1e-9)
 
 

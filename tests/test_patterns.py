@@ -134,15 +134,16 @@ def test_found_inside_a_trace_it_outlives_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grid", "random"])
 def test_derivatives_are_those_without(name, monkeypatch):
-    """First and second, in the reward and in probabilities of 0 as well."""
+    """First and second, in the reward and in probabilities of 0 as well; of alpha and, without neighbours, of KL."""
     kernel, matrix = drawn(name)
     reward = np.random.default_rng(5).normal(size=matrix.shape[:2])
     m = rr.mdp(kernel, reward, 0.9)
 
     def objective(reward, p):
         other = dataclasses.replace(m, reward=reward, transitions=rr.Successors(indices, p))
-        return rr.solve(other, rr.alpha(1.5, 3.0), tol=1e-10).objective
+        return rr.solve(other, reg, tol=1e-10).objective
 
+    reg: Any = rr.alpha(1.5, 3.0) if HAS_NEIGHBOURS[name] else rr.kl(3.0)
     indices, probabilities = (vars(m.transitions)[x] for x in ("indices", "probabilities"))
     point = (m.reward, probabilities)
     rng = np.random.default_rng(6)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import robustreg as rr
@@ -18,7 +19,7 @@ from robustreg._core import checks, settings
 
 pytestmark = pytest.mark.slow
 
-WIDE = rr.problems.garnet(7, 3, 3, 0.99)
+WIDE: Any = rr.problems.garnet(7, 3, 3, 0.99)
 with jax.enable_x64(False):
     NARROW = rr.problems.garnet(7, 3, 3, 0.99)
 REG = rr.kl(20.0)
@@ -28,42 +29,47 @@ TRUTH = np.asarray(RIGHT.value)
 COARSE = 1e-6
 
 
-def entries(m, reg):
-    """A claim of every entry: (estimate, bound on its error) against `TRUTH` where it has one, else its dtype alone."""
+def entries(m, reg, look=lambda call: call()):
+    """Of every entry its answer or, as `look` is `jax.eval_shape`, the dtype that it has; and three that claim bounds.
+
+    `look` takes a function without arguments: all arrays are as they are, and only what is computed is traced.
+    """
     sol = rr.solve(m, reg)
     policy = np.asarray(RIGHT.policy)
     with pytest.raises(ValueError, match="policy"):
         rr.evaluate(m, 2 * policy)
     proof = rr.certify(m, reg, sol)
     game = rr.solve_game(m, reg, steps=20)
-    promise = rr.guarantee(m, reg, policy)
     cells = rr.sweep(m, reg, {"beta": [20.0]}, outputs=("objective", "gap", "status", "value"))
+    calls = {
+        "evaluate": lambda: rr.evaluate(m, policy, reg),
+        "occupancy": lambda: rr.occupancy(m, policy),
+        "optimum": lambda: rr.nominal_optimum(m, reg),
+        "guarantee": lambda: rr.guarantee(m, reg, policy).guaranteed,
+        "slack": lambda: rr.aggregated_slack(m, reg, policy, sol.perturbation),
+        "expect": lambda: m.transitions.expect(sol.value),
+        "push": lambda: m.transitions.push(rr.occupancy(m, policy)),
+        "worst_case": lambda: rr.worst_case(reg, sol.policy),
+        "reg.slack": lambda: rr.slack(reg, sol.perturbation),
+        "conjugate": lambda: reg.conjugate(sol.q),
+        "argmax": lambda: reg.argmax(sol.q),
+        "value": lambda: reg.value(sol.policy),
+        "critical": lambda: rr.critical_beta(reg, sol.perturbation),
+        "calibrate": lambda: rr.calibrate(reg, jnp.stack([sol.perturbation, sol.perturbation]), 0.5),
+        "aggregated": lambda: rr.calibrate(reg, sol.perturbation[None], 0.5, mdp=m, policy=policy),
+        "support": lambda: rr.RobustSet(reg).support(sol.policy),
+        "boundary": lambda: rr.RobustSet(rr.kl(reg.beta)).boundary(0.3),
+        "attack": lambda: rr.baselines.norm_attack(sol.policy, 0.1),
+    }
     return {
         "solve": sol.value,
         "lower": sol.lower,
         "gap": sol.gap,
-        "evaluate": rr.evaluate(m, policy, reg),
-        "occupancy": rr.occupancy(m, policy),
-        "optimum": rr.nominal_optimum(m, reg),
         "certify": proof.lower,
         "rounding": proof.rounding,
         "game": game.primal,
-        "guarantee": promise.guaranteed,
-        "slack": rr.aggregated_slack(m, reg, policy, sol.perturbation),
         "sweep": cells["value"],
-        "expect": m.transitions.expect(sol.value),
-        "push": m.transitions.push(rr.occupancy(m, policy)),
-        "worst_case": rr.worst_case(reg, sol.policy),
-        "reg.slack": rr.slack(reg, sol.perturbation),
-        "conjugate": reg.conjugate(sol.q),
-        "argmax": reg.argmax(sol.q),
-        "value": reg.value(sol.policy),
-        "critical": rr.critical_beta(reg, sol.perturbation),
-        "calibrate": rr.calibrate(reg, jnp.stack([sol.perturbation, sol.perturbation]), 0.5),
-        "aggregated": rr.calibrate(reg, sol.perturbation[None], 0.5, mdp=m, policy=policy),
-        "support": rr.RobustSet(reg).support(sol.policy),
-        "boundary": rr.RobustSet(rr.kl(reg.beta)).boundary(0.3),
-        "attack": rr.baselines.norm_attack(sol.policy, 0.1),
+        **{name: look(call) for name, call in calls.items()},
     }, (sol, proof, game)
 
 
@@ -124,7 +130,7 @@ def test_arrays_given_to_methods_are_cast():
 def test_made_in_float32_and_used_where_there_is_float64():
     """A float32 MDP is one of float32, with a float64 regulariser and policy too."""
     assert NARROW.dtype == np.float32
-    found, claims = entries(NARROW, REG)
+    found, claims = entries(NARROW, REG, jax.eval_shape)
     # What takes a regulariser and an array follows the array, and that is the solution's; a boundary point has none.
     for name, x in found.items():
         assert x.dtype == (np.float64 if name == "boundary" else np.float32), name
@@ -150,7 +156,10 @@ def test_gradients_cross_the_boundary():
     def objective(reward):
         return rr.solve(dataclasses.replace(WIDE, reward=reward), REG).objective
 
-    right = jax.grad(objective)(WIDE.reward)
+    rows, (s, a, _) = WIDE.transitions, np.indices(WIDE.transitions.indices.shape)
+    P = np.zeros((7, 3, 7))
+    np.add.at(P, (s, a, np.asarray(rows.indices)), np.asarray(rows.probabilities))
+    right = oracle.occupancy(P, np.asarray(WIDE.initial), np.asarray(0.99), np.asarray(RIGHT.policy))
     with jax.enable_x64(False):
         for gradient in (jax.grad(objective), jax.jit(jax.grad(objective))):
             np.testing.assert_allclose(gradient(WIDE.reward), right, rtol=1e-3, atol=1e-4)

@@ -4,9 +4,11 @@ Values differ from the loop's by rounding: what is asserted of both is that ever
 that is known in float64, and that lanes end with the same status.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
+import types
 from typing import Any
 
 import cases
@@ -14,6 +16,7 @@ import emulated
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import robustreg as rr
@@ -28,6 +31,8 @@ WHOLE = pytest.mark.skipif(
     os.environ.get("ROBUSTREG_TEST_KERNEL") != "all" and jax.default_backend() != "gpu",
     reason="minutes of emulation: set ROBUSTREG_TEST_KERNEL=all",
 )
+# Where solves are carried out: JAX compiles anew for every value of it.
+PLACE = jax.make_user_context("")
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +46,30 @@ def carrier(tmp_path_factory):
 
 
 @pytest.fixture
-def twice(carrier, monkeypatch):
+def solving_with(monkeypatch):
+    """A context in which solves are the loop's (None) or a carrier's.
+
+    Programs of one are kept apart from those of the other, and neither has to be compiled again.
+    """
+
+    @contextlib.contextmanager
+    def within(place):
+        with monkeypatch.context() as patch, PLACE("" if place is None else type(place).__name__):
+            patch.setattr(resident_kernel, "carrier", lambda: place)
+            yield
+
+    return within
+
+
+@pytest.fixture
+def twice(carrier, solving_with):
     """Call a function with the loop, then with the kernel."""
 
     def call(function):
         found = []
         for place in (None, carrier):
-            monkeypatch.setattr(resident_kernel, "carrier", lambda place=place: place)
-            jax.clear_caches()
-            found.append(jax.block_until_ready(function()))
-        jax.clear_caches()
+            with solving_with(place):
+                found.append(jax.block_until_ready(function()))
         return found
 
     return call
@@ -66,8 +85,23 @@ def double(reg):
     return jax.tree.map(lambda x: x.astype(np.float64), reg)
 
 
+def reference(m, beta, alpha=1.0):
+    """The oracle's value of an MDP in float64 without masks, as bounds that no solve needs to be compiled for."""
+    rows, shape = m.transitions, (m.n_states, m.n_actions)
+    if isinstance(rows, rr.Dense):
+        P = np.asarray(rows.probabilities)
+    else:
+        P, (s, a) = np.zeros((*shape, m.n_states)), np.ogrid[: m.n_states, : m.n_actions]
+        for k in range(rows.indices.shape[-1]):
+            np.add.at(P, (s, a, np.asarray(rows.indices)[..., k]), np.asarray(rows.probabilities)[..., k])
+    prior = np.full(shape, 1 / m.n_actions)
+    discount, beta = np.broadcast_arrays(np.asarray(m.discount), np.asarray(beta, float))
+    value, _ = oracle.solve(P, np.asarray(m.reward), discount, alpha, beta, prior)
+    return types.SimpleNamespace(lower=value, upper=value, value=value)
+
+
 def assert_holds(sol, exact):
-    """The certified interval of every lane that has one meets the one found in float64."""
+    """The certified interval of every lane that has one meets the one found in float64, or holds the value."""
     known = np.asarray(sol.status) < rr.Status.NONFINITE_INPUT
     lower, upper = (np.asarray(x, float)[known] for x in (sol.lower, sol.upper))
     assert (lower <= np.asarray(exact.upper)[known]).all()
@@ -90,6 +124,7 @@ REGS = {
     "alpha 1.5": lambda beta: rr.alpha(single(1.5), beta),
     "alpha 2": lambda beta: rr.alpha(single(2), beta),
 }
+ORDERS = {"KL": 1.0, "alpha .5": 0.5, "alpha 1.5": 1.5, "alpha 2": 2.0}
 # Of both extremes, and where a policy is neither the prior nor nearly deterministic.
 BETAS = (1e-3, 0.3, 10.0, 1e4)
 
@@ -111,8 +146,11 @@ def test_every_case(twice, kind, name):
     beta, discount = (x.ravel() for x in np.meshgrid(BETAS, discounts))
     reg = REGS[name](single(beta))
     reg = with_prior(reg, np.log(np.where(stack.prior > 0, stack.prior, 1)) + np.where(stack.prior > 0, 0, -np.inf))
-    loop, kernel = twice(lambda: rr.solve(stack_of(stack, kind, discount, DTYPE), reg))
-    assert_alike(loop, kernel, rr.solve(stack_of(stack, kind, discount, np.float64), double(reg)))
+    m = stack_of(stack, kind, discount, DTYPE)
+    loop, kernel = twice(lambda: rr.solve(m, reg))
+    index = {"alpha": np.full(16, ORDERS[name]), "beta": np.asarray(reg.beta, float), "discount": discount}
+    value, _ = cases.truth(stack, index)
+    assert_alike(loop, kernel, types.SimpleNamespace(lower=value, upper=value))
     assert kernel.status.shape == (9, 16)
 
 
@@ -143,8 +181,12 @@ def test_grids(twice, size, name):
     """Neighbour lists that actions share, in registers; several states per thread; no episode ends."""
     discount = np.array([0.0, 0.9, 0.99, 0.999])[:, None]
     reg = REGS[name](single(np.geomspace(0.1, 300, 4)))
-    loop, kernel = twice(lambda: rr.solve(rr.problems.slippery_grid(size, discount, dtype=DTYPE), reg, tol=1e-2))
-    assert_alike(loop, kernel, rr.solve(rr.problems.slippery_grid(size, discount), double(reg)), 1e-2)
+    m = rr.problems.slippery_grid(size, discount, dtype=DTYPE)
+    loop, kernel = twice(lambda: rr.solve(m, reg, tol=1e-2))
+    same = rr.problems.slippery_grid(size, discount)
+    # (The oracle is slow where there are many states.)
+    exact = reference(same, reg.beta, ORDERS[name]) if size == 4 else rr.solve(same, double(reg))
+    assert_alike(loop, kernel, exact, 1e-2)
     assert (np.asarray(kernel.status[:3]) == 0).all()
 
 
@@ -185,7 +227,6 @@ PROBLEMS = {
     "as many states as actions": lambda dtype: rr.problems.garnet(5, 5, 2, 0.9, dtype=dtype),
     "two actions": lambda dtype: rr.problems.chain(6, 0.99, dtype=dtype),
     "deterministic ring": lambda dtype: rr.problems.ring(70, 0.99, slip=0.0, dtype=dtype),
-    "long lists": lambda dtype: rr.problems.garnet(40, 8, 8, 0.99, dtype=dtype),
     "long dense rows": lambda dtype: dense_garnet(70, 3, dtype),
     "dense rows of another size": lambda dtype: dense_garnet(33, 5, dtype),
     "one action": lambda dtype: rr.problems.garnet(33, 1, 3, 0.99, dtype=dtype),
@@ -195,17 +236,18 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_shapes(twice, problem):
     """Sizes at the edges."""
-    reg = rr.kl(single(BETAS))
-    loop, kernel = twice(lambda: rr.solve(PROBLEMS[problem](DTYPE), reg))
-    assert_alike(loop, kernel, rr.solve(PROBLEMS[problem](np.float64), double(reg)))
+    m, reg = PROBLEMS[problem](DTYPE), rr.kl(single(BETAS))
+    loop, kernel = twice(lambda: rr.solve(m, reg))
+    assert_alike(loop, kernel, reference(PROBLEMS[problem](np.float64), reg.beta))
 
 
-def test_extreme_strengths(twice):
+def test_extreme_strengths_and_long_lists(twice):
     """From policies that are the prior to rounding to policies that are deterministic to rounding."""
-    reg = rr.kl(single([1e-20, 1e-12, 1e-8, 1e-6, 1e-4, 1e6, 1e10, 1e20]))
+    reg = rr.kl(single([1e-20, 1e-12, 1e-8, 1e-6, 1e-4, *BETAS, 1e6, 1e10, 1e20]))
     discount = np.array([0.0, 0.99, 0.9999])[:, None]
-    loop, kernel = twice(lambda: rr.solve(rr.problems.garnet(30, 3, 2, discount, dtype=DTYPE), reg))
-    assert_alike(loop, kernel, rr.solve(rr.problems.garnet(30, 3, 2, discount), double(reg)))
+    m = rr.problems.garnet(40, 8, 8, discount, dtype=DTYPE)
+    loop, kernel = twice(lambda: rr.solve(m, reg))
+    assert_alike(loop, kernel, reference(rr.problems.garnet(40, 8, 8, discount), reg.beta))
     assert (np.asarray(kernel.status) == 0).all()
 
 
@@ -224,34 +266,33 @@ def test_own_tables(twice):
         return rr.mdp(rr.Successors(grid.transitions.indices, jnp.asarray(p)), reward, np.array([0.9, 0.99]))
 
     reg = rr.kl(single([3.0, 30.0]), log_prior=np.log(prior), state_scale=scale)
-    loop, kernel = twice(lambda: rr.solve(problem(DTYPE), reg, tol=1e-3))
+    m = problem(DTYPE)
+    loop, kernel = twice(lambda: rr.solve(m, reg, tol=1e-3))
     assert loop.status.shape == kernel.status.shape == (3, 2)
     assert_alike(loop, kernel, rr.solve(problem(np.float64), double(reg)), 1e-3)
 
 
-def test_lanes_are_alone(carrier, monkeypatch):
+def test_lanes_are_alone(carrier, solving_with):
     """A lane has the same bits alone, beside others, and beside NaN, which ends with its own status."""
-    monkeypatch.setattr(resident_kernel, "carrier", lambda: carrier)
-    jax.clear_caches()
     grid = rr.problems.slippery_grid(4, dtype=DTYPE)
     reward = np.stack([grid.reward] * 3)
     reward[1, 5, 2] = np.nan
     m = rr.mdp(grid.transitions, np.stack([grid.reward] * 3)[:, None], np.array([0.9, 0.999]))
     m = dataclasses.replace(m, reward=jnp.asarray(reward[:, None]))
-    sol = rr.solve(m, rr.kl(single(3.0)), tol=1e-3)
+    one = rr.mdp(grid.transitions, grid.reward, 0.999)
+    with solving_with(carrier):
+        sol, alone = (rr.solve(x, rr.kl(single(3.0)), tol=1e-3) for x in (m, one))
     np.testing.assert_array_equal(sol.status, [[0, 0], [rr.Status.NONFINITE_INPUT] * 2, [0, 0]])
     assert np.isnan(sol.value[1]).all() and np.isfinite(sol.value[::2]).all()
-    alone = rr.solve(rr.mdp(grid.transitions, grid.reward, 0.999), rr.kl(single(3.0)), tol=1e-3)
     for lane in (sol.value[0, 1], sol.value[2, 1]):
         np.testing.assert_array_equal(lane, alone.value)
-    jax.clear_caches()
 
 
 def test_limits_and_tolerances(twice):
     """Caps on steps, tolerances below rounding and none at all; the value is the one that its width belongs to."""
     m = rr.problems.slippery_grid(4, 0.999, dtype=DTYPE)
     reg = rr.kl(single(30.0))
-    exact = rr.solve(rr.problems.slippery_grid(4, 0.999), double(reg))
+    exact = reference(rr.problems.slippery_grid(4, 0.999), reg.beta)
     asked = ((1, 1e-6), (2, 1e-3), (3, None), (5, 1e-3), (30, 1e-9), (None, 1e-9), (None, None))
     for (steps, _), loop, kernel in zip(
         asked, *twice(lambda: [rr.solve(m, reg, tol=t, max_steps=n) for n, t in asked])
@@ -266,11 +307,11 @@ def test_limits_and_tolerances(twice):
 def test_init(twice):
     """A start is used; NaN in it is the input's fault."""
     m, reg = rr.problems.slippery_grid(4, 0.99, dtype=DTYPE), rr.kl(single([1.0, 10.0]))
-    exact = rr.solve(rr.problems.slippery_grid(4, 0.99), double(reg))
-    loop, kernel = twice(lambda: rr.solve(m, reg, tol=1e-3, init=exact.value.astype(DTYPE)))
+    exact = reference(rr.problems.slippery_grid(4, 0.99), reg.beta)
+    start = np.array(exact.value, DTYPE)
+    loop, kernel = twice(lambda: rr.solve(m, reg, tol=1e-3, init=start))
     np.testing.assert_array_equal(kernel.steps, 1)
     np.testing.assert_array_equal(loop.status, kernel.status)
-    start = np.asarray(exact.value, DTYPE).copy()
     start[1, 3] = np.nan
     loop, kernel = twice(lambda: rr.solve(m, reg, tol=1e-3, init=start))
     np.testing.assert_array_equal(kernel.status, [0, rr.Status.NONFINITE_INPUT])
@@ -313,20 +354,26 @@ def test_graphs_of_their_own(twice):
 
 
 def test_what_is_not_eligible_is_left_to_the_loop(twice):
-    """Other solvers, dtypes and regularisers have the same bits with and without the kernel."""
+    """Other solvers, dtypes and regularisers have the same program with and without the kernel, so the same bits."""
     m = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
+    double_precision = rr.problems.slippery_grid(4, 0.9)
     calls = (
-        lambda: rr.solve(m, rr.kl(single(3.0)), rr.ValueIteration(), tol=1e-3),
-        lambda: rr.solve(m, rr.kl(single(3.0)), rr.Newton("direct"), tol=1e-3),
-        lambda: rr.solve(m, rr.entropy(single(3.0)), tol=1e-3),
-        lambda: rr.solve(rr.problems.slippery_grid(4, 0.9), rr.kl(3.0), tol=1e-3),
+        (m, rr.kl(single(3.0)), rr.ValueIteration(), True),
+        (m, rr.kl(single(3.0)), rr.Newton("direct"), True),
+        (m, rr.entropy(single(3.0)), None, True),
+        (double_precision, rr.kl(3.0), None, True),
+        (m, rr.kl(single(3.0)), None, False),  # that it differs says that the texts tell
     )
-    for call in calls:
-        loop, kernel = twice(call)
-        jax.tree.map(np.testing.assert_array_equal, loop, kernel)
+    for m, reg, solver, same in calls:
+
+        def text(m=m, reg=reg, solver=solver):
+            return jax.jit(lambda m, reg: rr.solve(m, reg, solver, tol=1e-3)).lower(m, reg).as_text()
+
+        loop, kernel = twice(text)
+        assert (loop == kernel) == ("@robustreg_" not in kernel) == same
 
 
-def test_a_kernel_that_fails_its_test_is_not_used(carrier, monkeypatch):
+def test_a_kernel_that_fails_its_test_is_not_used(carrier, monkeypatch, solving_with):
     """One warning, and the loop."""
 
     class Broken:
@@ -336,14 +383,11 @@ def test_a_kernel_that_fails_its_test_is_not_used(carrier, monkeypatch):
             return lambda call: None  # nothing is written
 
     broken = Broken()
-    monkeypatch.setattr(resident_kernel, "carrier", lambda: broken)
     monkeypatch.setattr(resident_kernel, "_warned", [])
-    jax.clear_caches()
     m = rr.problems.garnet(21, 3, 2, 0.9, dtype=DTYPE)
-    with pytest.warns(UserWarning, match="without its CUDA kernel"):
+    with solving_with(broken), pytest.warns(UserWarning, match="without its CUDA kernel"):
         sol = rr.solve(m, rr.kl(single(3.0)), tol=1e-3)
     assert sol.status == 0
-    jax.clear_caches()
 
 
 @WHOLE
@@ -352,6 +396,7 @@ def test_sweeps_calibrations_and_games(twice):
     m = rr.problems.slippery_grid(4, 0.9, dtype=DTYPE)
 
     def everything():
+        jax.clear_caches()  # threads of a sweep do not know where they are to solve
         table = rr.sweep(m, rr.kl(1.0), {"beta": [0.5, 5.0, 50.0], "discount": [0.5, 0.9]}, tol=1e-4)
         game = rr.solve_game(m, rr.kl(single(5.0)), tol=1e-3)
         return [table[name] for name in ("objective", "status")], game.primal, game.dual, game.status
@@ -363,7 +408,7 @@ def test_sweeps_calibrations_and_games(twice):
         np.testing.assert_allclose(a, b, rtol=5e-3)
 
 
-def test_lowering_for_a_card_needs_none(monkeypatch):
+def test_lowering_for_a_card_needs_none(monkeypatch, solving_with):
     """One call of the kernel for CUDA, in the place of the loop, and none for a CPU."""
 
     class Card:
@@ -373,15 +418,13 @@ def test_lowering_for_a_card_needs_none(monkeypatch):
             return lambda call: None
 
     card = Card()
-    monkeypatch.setattr(resident_kernel, "carrier", lambda: card)
     monkeypatch.setattr(resident_kernel, "works", lambda *_: True)
-    jax.clear_caches()
     m = rr.problems.garnet(22, 3, 2, 0.9, dtype=DTYPE)
-    traced = jax.jit(lambda beta: rr.solve(m, rr.kl(beta), tol=1e-3).value).trace(single([1.0, 2.0]))
+    with solving_with(card):
+        traced = jax.jit(lambda beta: rr.solve(m, rr.kl(beta), tol=1e-3).value).trace(single([1.0, 2.0]))
     for platform, calls in (("cuda", 1), ("cpu", 0)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("custom_call @robustreg_") == calls
-    jax.clear_caches()
 
 
 def test_the_environment_turns_it_on(monkeypatch):

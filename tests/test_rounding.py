@@ -86,18 +86,27 @@ def lanes(width, dtype, seed=0):
     return tuple(x.astype(dtype) for x in (alpha, beta, log_prior, reward, P))
 
 
-WIDTHS = [32, 1024, pytest.param(1, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
+# Of most tests below, so that they share programs.
+WIDTH = 1024
+# What is fused may depend on the width: two widths in both precisions, and two more, one in each.
+WIDTHS = [
+    (32, np.float32),
+    (32, np.float64),
+    (WIDTH, np.float32),
+    (WIDTH, np.float64),
+    (1, np.float64),
+    (128, np.float32),
+]
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "dtype"), WIDTHS)
 def test_certified_batches_hold_the_truth(width, dtype):
     """`solve` and `certify` as compiled, at discount 0, where the truth is Omega* of the reward."""
     alpha, beta, log_prior, reward, P = lanes(width, dtype)
     zero = np.zeros(width, dtype)
     regs = [(rr.alpha(alpha, beta, log_prior=log_prior), alpha)]
     # KL has no root that could be lost: one width is enough.
-    regs += [(rr.kl(beta, log_prior=log_prior), np.ones(width))] if width == 32 else []
+    regs += [(rr.kl(beta, log_prior=log_prior), np.ones(width))] if width == WIDTH else []
     for reg, order in regs:
         truth = dual(order, beta, log_prior, reward)
         own = np.spacing(LONG(1)) * 8 * (1 / beta.astype(LONG) + np.abs(reward).max((1, 2)))[:, None]
@@ -109,7 +118,7 @@ def test_certified_batches_hold_the_truth(width, dtype):
         proof.raise_if_loose(sol.tol + proof.rounding)
 
 
-@pytest.mark.parametrize("dtype, width", [(np.float64, 128), (np.float32, 32), (np.float32, 512)])
+@pytest.mark.parametrize("dtype, width", [(np.float64, 128), (np.float32, 32), (np.float32, WIDTH)])
 def test_certified_batches_do_not_cross(dtype, width):
     """Chains of many steps with alpha below -1: certify's interval meets that of the solve, which passes it."""
     rng = np.random.default_rng(7)
@@ -119,9 +128,10 @@ def test_certified_batches_do_not_cross(dtype, width):
     reward = (rng.standard_normal((width, states, ACTIONS)) * scale[:, None, None]).astype(dtype)
     beta, alpha = (10 ** rng.uniform(0, 6, width)).astype(dtype), rng.uniform(-10, -1, width).astype(dtype)
     reg = rr.alpha(alpha, beta, rng.dirichlet(np.ones(ACTIONS), (width, states)).astype(dtype))
-    m = rr.mdp(P, reward, dtype(0.95), layout="sas", normalise=True)
+    m = rr.mdp(P, reward, np.full(width, 0.95, dtype), layout="sas", normalise=True)
     sol = rr.solve(m, reg).raise_if_failed()
-    proof = rr.certify(m, reg, sol).raise_if_loose(sol.tol + rr.certify(m, reg, sol).rounding)
+    proof = rr.certify(m, reg, sol)
+    proof.raise_if_loose(sol.tol + proof.rounding)
     assert (np.asarray(proof.gap) >= 0).all()
     assert (np.asarray(proof.lower) <= np.asarray(sol.upper)).all()
     assert (np.asarray(sol.lower) <= np.asarray(proof.upper)).all()
@@ -130,14 +140,14 @@ def test_certified_batches_do_not_cross(dtype, width):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_user_s_policy_is_guaranteed_the_lower_bound(dtype):
     """Any policy, its probabilities rounded, at discount 0: what it guarantees is known in long double."""
-    alpha, beta, log_prior, reward, P = lanes(512, dtype, 3)
+    alpha, beta, log_prior, reward, P = lanes(WIDTH, dtype, 3)
     rng = np.random.default_rng(4)
-    policy = rng.dirichlet(np.full(ACTIONS, 0.3), (512, STATES)).astype(dtype)
+    policy = rng.dirichlet(np.full(ACTIONS, 0.3), (WIDTH, STATES)).astype(dtype)
     policy = np.maximum(policy, np.finfo(dtype).tiny * 1e6)
-    m = rr.mdp(P, reward, np.zeros(512, dtype), layout="sas", normalise=True)
+    m = rr.mdp(P, reward, np.zeros(WIDTH, dtype), layout="sas", normalise=True)
     for reg, order in (
         (rr.alpha(alpha, beta, log_prior=log_prior), alpha),
-        (rr.kl(beta, log_prior=log_prior), np.ones(512)),
+        (rr.kl(beta, log_prior=log_prior), np.ones(WIDTH)),
     ):
         value = rr.evaluate(m, policy, reg=reg)
         claim: Any = types.SimpleNamespace(value=value, policy=policy, perturbation=np.zeros_like(policy))
@@ -173,11 +183,14 @@ def test_a_small_beta_costs_no_digits(alpha):
         assert float(sol.gap) <= 1e-3
 
 
+# Lanes of the test below, and of the claims of those that follow it.
+INDEX = np.array([(a, b, g) for a in (-3, 0, 0.5, 1, 1.5, 3) for b in (0.1, 3, 300) for g in (0.5, 0.99, 0.999)])
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_converged_solve_passes_its_own_verdict(dtype):
     """As `robustreg solve` and `certify` form it, without tol: alphas, priors, discounts, episodes that end."""
-    index = np.array([(a, b, g) for a in (-3, 0, 0.5, 1, 1.5, 3) for b in (0.1, 3, 300) for g in (0.5, 0.99, 0.999)])
-    alpha, beta, discount = (index[:, i].astype(dtype) for i in range(3))
+    alpha, beta, discount = (INDEX[:, i].astype(dtype) for i in range(3))
     for seed in range(3):
         case = garnet_case(seed)
         # (Written out, so that one program serves all.)
@@ -223,7 +236,8 @@ def test_the_last_digit_of_a_penalty_is_no_fault_of_the_perturbation():
 @pytest.fixture(scope="module")
 def small():
     case = garnet_case(0)
-    m, reg = case.mdp(0.97), rr.alpha(np.array([0.5, 1.5]), np.full(2, 5.0), case.prior)
+    lanes = len(INDEX)
+    m, reg = case.mdp(np.full(lanes, 0.97)), rr.alpha(np.resize([0.5, 1.5], lanes), np.full(lanes, 5.0), case.prior)
     return m, reg, rr.solve(m, reg, tol=1e-9)
 
 
@@ -265,9 +279,10 @@ def test_a_conjugate_that_comes_out_low_is_not_certified(small, monkeypatch):
 def test_tolerances_per_lane_and_inside_jit(small):
     m, reg, sol = small
     proof = rr.certify(m, reg, sol)
-    proof.raise_if_loose(np.array([1e-6, 1e-3]))
+    tolerance = np.where(np.arange(len(INDEX)) == 0, 1e-6, 1e-3)
+    proof.raise_if_loose(tolerance)
     with pytest.raises(rr.SolveError, match=r"lane \[1\]"):
-        proof.raise_if_loose(np.array([1e-6, 1e-18]))
+        proof.raise_if_loose(np.where(np.arange(len(INDEX)) == 1, 1e-18, tolerance))
     with pytest.raises(ValueError, match="one per lane"):
         proof.raise_if_loose(np.ones(3))
     with pytest.raises(TypeError, match="inside jit"):

@@ -1,6 +1,7 @@
 """Rows of P that do not sum to `1 - termination` are noticed inside jit, where no factory can look at them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
+from robustreg.solvers import bellman
 
 S, A = 6, 2
 REG = rr.kl(2.0)
@@ -51,28 +53,29 @@ def build(kind, P, r, g, dtype: Any = np.float64):
     return rr.MDP(kernel(kind, jnp.asarray(P, dtype)), jnp.asarray(r, dtype), g, complement, initial)
 
 
+@functools.cache
+def program(kind):
+    """Solve, certify, and everything else of a fixed policy, as one function of P and the reward, inside jit."""
+
+    @jax.jit
+    def run(P, r):
+        m = build(kind, P, r, 0.9)
+        policy = jnp.full((S, A), 0.5)
+        sol = rr.solve(m, REG)
+        proof = rr.certify(m, REG, sol)
+        fixed = rr.evaluate(m, policy), rr.evaluate(m, policy, REG), rr.occupancy(m, policy), rr.nominal_optimum(m)
+        return sol, proof, fixed
+
+    return run
+
+
 @pytest.mark.parametrize("kind", ["dense", "successors", "matrix free"])
 def test_what_is_no_probability_is_refused(kind):
     """Everywhere, and for the reason that it is the input; a proper problem of the same program is not."""
 
-    @jax.jit
     def run(P):
-        m = build(kind, P, reward(), 0.9)
-        policy = jnp.full((S, A), 0.5)
-        sol = rr.solve(m, REG)
-        proof = rr.certify(m, REG, sol)
-        return (
-            sol.status,
-            sol.value,
-            (
-                rr.evaluate(m, policy),
-                rr.evaluate(m, policy, REG),
-                rr.occupancy(m, policy),
-                rr.nominal_optimum(m),
-                proof.lower,
-                proof.upper,
-            ),
-        )
+        sol, proof, fixed = program(kind)(P, reward())
+        return sol.status, sol.value, (*fixed, proof.lower, proof.upper)
 
     status, value, others = run(rows())
     assert int(status) == rr.Status.CONVERGED and all(np.isfinite(x).all() for x in (value, *others))
@@ -93,10 +96,10 @@ def test_what_is_no_probability_is_refused(kind):
 def test_small_deviations_widen_the_bounds(kind, missing):
     """By what they cost: the interval holds the value of the problem as it is written, and is wider for it."""
     P = rows() * (1 - missing)
-    m, proper = build(kind, P, 5 + reward(), 0.9), build(kind, rows(), 5 + reward(), 0.9)
-    sol, before = rr.solve(m, REG), rr.solve(proper, REG)
+    sol, proof, _ = program(kind)(P, 5 + reward())
+    before, *_ = program(kind)(rows(), 5 + reward())
     truth = fixed_point(P, 5 + reward(), 0.9)
-    for low, high in ((sol.lower, sol.upper), (lambda c: (c.lower, c.upper))(rr.certify(m, REG, sol))):
+    for low, high in ((sol.lower, sol.upper), (proof.lower, proof.upper)):
         assert (low <= truth).all() and (truth <= high).all()
         # Not by being vacuous: a small multiple of what the deviation moves the value by.
         assert (high - low).max() <= 20 * np.abs(truth - np.asarray(before.value)).max()
@@ -113,8 +116,9 @@ def test_a_softmax_in_half_precision():
     """What a network in bfloat16 makes of logits: refused or in bounds, never certified and wrong."""
     logits = np.random.default_rng(3).normal(size=(S, A, S)) * 3
     P = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.bfloat16)).astype(jnp.float32))
+    run = jax.jit(lambda P, g: rr.solve(build("dense", P, 1 + reward(), g, np.float32), REG))
     for g in (0.9, 0.99):
-        sol = jax.jit(lambda P, g=g: rr.solve(build("dense", P, 1 + reward(), g, np.float32), REG))(P)
+        sol = run(P, g)
         truth = fixed_point(P.astype(float), 1 + reward(), g)
         if bool(sol.converged):
             assert (np.asarray(sol.lower) <= truth).all() and (truth <= np.asarray(sol.upper)).all()
@@ -151,11 +155,12 @@ def test_termination_is_part_of_the_sum():
 def test_rounding_is_no_deviation():
     """Rows normalised in double precision and stored in float32 miss 1 by rounding: the bounds are as tight as ever."""
     rng = np.random.default_rng(7)
+    deviation = jax.jit(lambda m: bellman.bind(m, REG).deviation)
     for n in (3, 50, 400):
         P = rng.dirichlet(np.full(n, 0.3), (n, 2))
         m = rr.mdp(P.astype(np.float32) / 1, rng.normal(size=(n, 2)).astype(np.float32), 0.9, normalise=True)
-        from robustreg.solvers import bellman
-
-        assert float(bellman.bind(m, REG).deviation) == 0
+        assert float(deviation(m)) == 0
         unnormalised = dataclasses.replace(m, transitions=rr.Dense(jnp.asarray(P.astype(np.float32))))
-        assert float(bellman.bind(unnormalised, REG).deviation) == 0
+        assert float(deviation(unnormalised)) == 0
+        wrong = dataclasses.replace(m, transitions=rr.Dense(jnp.asarray((1.001 * P).astype(np.float32))))
+        assert float(deviation(wrong)) > 5e-4
