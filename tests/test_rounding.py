@@ -88,15 +88,8 @@ def lanes(width, dtype, seed=0):
 
 # Of most tests below, so that they share programs.
 WIDTH = 1024
-# What is fused may depend on the width: two widths in both precisions, and two more, one in each.
-WIDTHS = [
-    (32, np.float32),
-    (32, np.float64),
-    (WIDTH, np.float32),
-    (WIDTH, np.float64),
-    (1, np.float64),
-    (128, np.float32),
-]
+# What is fused depends on the width.
+WIDTHS = [(width, dtype) for width in (32, WIDTH, 1, 128) for dtype in PRECISIONS]
 
 
 @pytest.mark.parametrize(("width", "dtype"), WIDTHS)

@@ -1,5 +1,7 @@
 """The accuracy that was asked for in each lane; where none was, that is an array too, `given`."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -23,7 +25,7 @@ class Tolerance:
     given: Array | np.ndarray
 
     @classmethod
-    def read(cls, tol: ArrayLike | None, dtype: np.dtype) -> "Tolerance":
+    def read(cls, tol: ArrayLike | None, dtype: Any) -> "Tolerance":
         """Read the argument `tol` of a public function, `[*B]` or a number; None is none."""
         return cls(checks.operand("tol", 0 if tol is None else tol, dtype), np.asarray(tol is not None))
 
