@@ -360,7 +360,7 @@ def test_files_and_configurations(drawn, tmp_path):
 def test_a_penalised_float32_sum_holds_the_truth():
     """Strengths, rewards and priors over many orders of magnitude: the float32 interval holds the float64 value."""
     rng = np.random.default_rng(5)
-    lanes = 64
+    lanes = 32
     m = rr.problems.garnet(S, A, 3, discount=0.9, seed=2)
     scale = 10 ** rng.uniform(-4, 4, lanes)
     reward = rng.standard_normal((lanes, S, A)) * scale[:, None, None]
