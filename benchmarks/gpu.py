@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import robustreg as rr  # noqa: E402  # the checkout's own
 from benchmarks.hand import Problem, careful_hand, inside, vmapped_hand  # noqa: E402
 from robustreg.solvers import bellman, resident, resident_kernel
+from robustreg.solvers.tolerance import Tolerance  # noqa: E402
 
 Row = dict[str, Any]
 SMALL = False
@@ -175,7 +176,7 @@ def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
         lanes = bellman.bind(m, rr.kl(beta))
         found = resident.find(lanes, rr.Newton())
         start = jnp.zeros((m.n_states, *beta.shape), jnp.float32)
-        tol = jnp.full(beta.shape, problem.tol, jnp.float32)
+        tol = Tolerance.read(problem.tol, jnp.float32).broadcast(beta.shape)
         return None if found is None else found[1](lanes, tol, jnp.asarray(2**30, jnp.int32), start)
 
     resident_kernel.function.cache_clear()

@@ -44,11 +44,13 @@ every pair by bisection at every backup.)
 
 import argparse
 import functools
+import importlib
 import json
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -121,7 +123,7 @@ class Conic:
     """One cone program, solved again and again: what the worst reward and rows of a state leave."""
 
     def __init__(self, rows, reward_radius, radius, discount):
-        import cvxpy as cp
+        cp: Any = importlib.import_module("cvxpy")
 
         n_actions, n_states = rows.shape
         noise, taken = cp.Variable(rows.shape), cp.Variable(n_actions)
@@ -142,7 +144,7 @@ class Conic:
 def conic(rounds, reward_radius=1e-3, radius=1e-5):
     """Yield rows: seconds, and how far the value is from that without uncertainty."""
     m, policy = grid()
-    P, reward, g = np.asarray(m.transitions.probabilities), np.asarray(m.reward), 0.9
+    P, reward, g = np.moveaxis(np.asarray(m.transitions.expect(np.eye(25))), 0, -1), np.asarray(m.reward), 0.9
     plain = {"evaluation": np.asarray(rr.evaluate(m, policy)), "improvement": np.asarray(rr.nominal_optimum(m))}
     state, pair = Conic(P[0], reward_radius, radius, g), Conic(P[0, :1], reward_radius, radius, g)
 

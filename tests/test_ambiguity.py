@@ -92,7 +92,8 @@ CASES: list[tuple[Any, str, str, Any]] = [
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_the_worst_model_attains_the_robust_value(grid, case: Any):
     """In it the policy is worth the value; the certified interval holds that of plain sweeps; other noise does less."""
-    reg, rectangular, form, p = CASES[case]
+    reg, rectangular, form, kind = CASES[case]
+    p = cast("Any", kind)
     radius = 0.2 if form == "exact" else 0.004
     ball = rr.TransitionBall(radius, p, rectangular, form)
     sol = rr.solve(grid, reg, ambiguity=ball).raise_if_failed()
