@@ -131,7 +131,7 @@ def test_the_worst_model_attains_the_robust_value(grid, case: Any):
         else:
             other = rng.standard_normal(P.shape)
             other -= other.mean(-1, keepdims=True) if form == "kappa" else 0
-        size = np.linalg.norm(other.reshape(25, *(-1,) if rectangular == "s" else (4, -1)), p, axis=-1)
+        size = np.linalg.norm(other.reshape(25, *(-1,) if rectangular == "s" else (4, -1)), cast("Any", p), axis=-1)
         size = size.reshape(25, *(1, 1) if rectangular == "s" else (4, 1))
         moved = P + radius * other / (np.maximum(size, radius) if form == "exact" else size)
         model = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, moved), paid)
