@@ -189,7 +189,7 @@ def check_that_nothing_large_travels(kind, *betas):
     assert all(rows_on_each_device(x, 0) == [10] * 4 for x in (*big, small.reward, small.initial))
     for name, axis in (("value", -1), ("policy", -2), ("perturbation", -2), ("q", -2), ("upper", -1)):
         assert rows_on_each_device(getattr(sol, name), axis) == [10] * 4, (kind, name)
-    arguments = jnp.asarray(1e-8), jnp.asarray(1000, jnp.int32), None, None
+    arguments = SOLVE.Tolerance.read(1e-8, np.float64), jnp.asarray(1000, jnp.int32), None, None
     # (As `solve` hands it over: having seen that no discount is 1.)
     sizes = gathered(SOLVE._solve.lower(small._with_sparsity(), reg, None, *arguments).compile().as_text())
     # The largest is a value per state and lane: transitions and policies never travel.
