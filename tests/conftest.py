@@ -28,6 +28,7 @@ test_chains""".split()
 def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="of the cases of each test, run every N-th")
     parser.addoption("--sample", type=int, default=1, metavar="M", help="of the tests of each file, run every M-th")
+    parser.addoption("--slow", type=int, default=1, metavar="M", help="of those marked slow, run every M-th")
     parser.addoption("--turn", type=int, default=0, metavar="K", help="which of them: N (M) turns in a row run all")
 
 
@@ -41,13 +42,14 @@ def pytest_collection_modifyitems(config, items):
     """Begin with the files that take longest (for several processes, with `--no-loadscope-reorder`); take a share."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
-    every, sample, turn = (config.getoption(name) for name in ("every", "sample", "turn"))
-    cases, tests = {}, {}
+    every, sample, slow, turn = (config.getoption(name) for name in ("every", "sample", "slow", "turn"))
+    cases, quick, long = {}, {}, {}
     for item in items:
         test = item.nodeid.partition("[")[0]
         cases.setdefault(test, []).append(item)
-        tests.setdefault(item.path, {})[test] = None
-    chosen = _share([list(found) for found in tests.values()], sample, turn)
+        (long if item.get_closest_marker("slow") else quick).setdefault(item.path, {})[test] = None
+    chosen = _share([list(found) for found in quick.values()], sample, turn)
+    chosen |= _share([list(found) for found in long.values()], sample * slow, turn)
     kept = _share([cases[test] for test in cases if test in chosen], every, turn)
     left_out = [item for item in items if item not in kept]
     if left_out:
