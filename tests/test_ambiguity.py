@@ -314,6 +314,9 @@ def test_the_command_line(tmp_path, capsys):
     assert commands.main(["certify", str(tmp_path / "result.npz")]) == 0
     shown = capsys.readouterr().out
     assert "TransitionBall" in shown and "holds" in shown
+    path.write_text(CONFIG.replace("p = inf", 'p = "kl"').replace('"sa"', '"sa"\nform = "exact"'))
+    assert commands.main(["solve", str(path)]) == 0
+    assert "TransitionBall(radius=0.1, p=kl, sa, exact)" in capsys.readouterr().out
     np.savez(tmp_path / "reward.npz", reward=np.zeros((1, 1)))
     assert commands.main(["certify", str(path), "--deployed", str(tmp_path / "reward.npz")]) == 2
     assert "take the table out" in capsys.readouterr().err

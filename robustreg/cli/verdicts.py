@@ -233,7 +233,8 @@ def ambiguity_of(job: config.Job) -> dict[str, str]:
     if ball is None:
         return {}
     scales = [name for name in ("per_state", "per_pair") if getattr(ball, name) is not None]
-    numbers = [f"radius={float(ball.radius):g}", f"p={ball.p:g}", ball.rectangular, ball.form, *scales]
+    p = ball.p if isinstance(ball.p, str) else f"{ball.p:g}"
+    numbers = [f"radius={float(ball.radius):g}", f"p={p}", ball.rectangular, ball.form, *scales]
     return {"ambiguity": f"TransitionBall({', '.join(numbers)})"}
 
 
