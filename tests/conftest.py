@@ -43,14 +43,17 @@ def pytest_collection_modifyitems(config, items):
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
     every, sample, slow, turn = (config.getoption(name) for name in ("every", "sample", "slow", "turn"))
-    cases, quick, long = {}, {}, {}
+    cases, tests = {}, {sample: {}, sample * slow: {}}
     for item in items:
         test = item.nodeid.partition("[")[0]
         cases.setdefault(test, []).append(item)
-        (long if item.get_closest_marker("slow") else quick).setdefault(item.path, {})[test] = None
-    chosen = _share([list(found) for found in quick.values()], sample, turn)
-    chosen |= _share([list(found) for found in long.values()], sample * slow, turn)
-    kept = _share([cases[test] for test in cases if test in chosen], every, turn)
+        step = sample * slow if item.get_closest_marker("slow") else sample
+        tests[step].setdefault(item.path, {})[test] = None
+    kept = set()
+    for step, files in tests.items():
+        chosen = _share([list(found) for found in files.values()], step, turn)
+        # (Its cases take the next turn when a test comes round again: with one turn for both, some would never run.)
+        kept |= _share([cases[test] for test in chosen], every, turn // step)
     left_out = [item for item in items if item not in kept]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
