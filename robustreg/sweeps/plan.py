@@ -342,7 +342,9 @@ def hash_of(*arrays: Any) -> str:
 # ---- the problem of some lanes
 
 
-def problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[MDP, Regulariser]:
+def problem(
+    mdp: MDP, reg: Regulariser, ball: TransitionBall | None, lanes: dict[str, jax.Array]
+) -> tuple[MDP, Regulariser, TransitionBall | None]:
     """Put the grid's values, `[width, ...]`, in the place of the leaves of a problem."""
     if "mdp" in lanes:
         mdp = _pick(mdp, lanes["mdp"])
@@ -353,7 +355,9 @@ def problem(mdp: MDP, reg: Regulariser, lanes: dict[str, jax.Array]) -> tuple[MD
         prior = lanes["prior"]
         leaves["log_prior"] = parameters.log_prior(prior[:, None] if prior.ndim == 2 else prior, None)
     regulariser: Any = reg  # of a class that is a dataclass, as all are
-    return mdp, dataclasses.replace(regulariser, **leaves)
+    if ball is not None and "ambiguity" in lanes:
+        ball = dataclasses.replace(ball, radius=lanes["ambiguity"])
+    return mdp, dataclasses.replace(regulariser, **leaves), ball
 
 
 def per_lane(x: jax.Array, n: int) -> jax.Array:

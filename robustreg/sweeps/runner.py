@@ -318,8 +318,7 @@ def _cells(
     def place(past: tuple[jax.Array, ...], here: Any) -> tuple[Any, dict[str, jax.Array]]:
         """Solve the cells at one place of every path, started from those at the places before."""
         lanes, begins = here
-        m, r = problem(mdp, reg, lanes)
-        b = ball if ball is None or "ambiguity" not in lanes else dataclasses.replace(ball, radius=lanes["ambiguity"])
+        m, r, b = problem(mdp, reg, ball, lanes)
         x = jnp.log(lanes.get("beta", jnp.ones(n, mdp.dtype)))
         values, nominals, xs, optimum = *(jnp.where(begins, jnp.nan, v) for v in past[:2]), *past[2:]
         if priced:  # the same all along a line
