@@ -90,6 +90,16 @@ def successors(P, dtype: DTypeLike = np.float64, width=None):
     return rr.Successors(jnp.asarray(indices, np.int32), jnp.asarray(probabilities.astype(dtype)))
 
 
+def written_out(rows):
+    """A kernel as an array `[S, A, S]`."""
+    if isinstance(rows, rr.Dense):
+        return np.asarray(rows.probabilities)
+    p, lists = np.asarray(rows.probabilities), np.asarray(rows.indices)
+    P, (s, a, _) = np.zeros((*p.shape[:2], len(p))), np.indices(p.shape)
+    np.add.at(P, (s, a, lists), p)
+    return P
+
+
 def stack(cases):
     """Many cases as one, along a new leading axis."""
     return Case(

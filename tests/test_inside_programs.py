@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cases import written_out
 from jax import export
 from jax.sharding import Mesh, PartitionSpec
 
@@ -49,23 +50,12 @@ def agree(function, argument, atol=1e-9, reference=None):
         np.testing.assert_allclose(got, want, atol=atol)
 
 
-def written_out(m):
-    """Transitions as an array `[S, A, S]`."""
-    rows = m.transitions
-    if isinstance(rows, rr.Dense):
-        return np.asarray(rows.probabilities)
-    p, lists = np.asarray(rows.probabilities), np.asarray(rows.indices)
-    P, (s, a, _) = np.zeros((*p.shape[:2], len(p))), np.indices(p.shape)
-    np.add.at(P, (s, a, lists), p)
-    return P
-
-
 def by_oracle(m, beta, alpha: Any = 1.0, scale: Any = 1.0):
     """Value, policy and objective of each strength or scale of the reward, for which nothing is compiled."""
     beta, alpha, scale = np.broadcast_arrays(beta, alpha, scale)
     reward, g = scale[:, None, None] * np.asarray(m.reward), np.broadcast_to(np.asarray(m.discount), beta.shape)
     prior = np.full((m.n_states, m.n_actions), 1 / m.n_actions)
-    value, policy = oracle.solve(written_out(m), reward, g, alpha, beta, prior)
+    value, policy = oracle.solve(written_out(m.transitions), reward, g, alpha, beta, prior)
     return value, policy, value @ np.asarray(m.initial)
 
 

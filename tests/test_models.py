@@ -29,6 +29,16 @@ def loss_of(reward: Any, start: Any) -> Any:
     return loss, (sol.value, sol.policy)
 
 
+def repeated(step: Any, model: Any, state: Any) -> Any:
+    """The losses of all steps of `model, state, loss, kept = step(model, state, start)`, and the last policy."""
+    value, policy = jnp.zeros(M.n_states), None
+    losses = []
+    for _ in range(STEPS):
+        model, state, loss, (value, policy) = step(model, state, value)
+        losses.append(float(loss))
+    return losses, policy
+
+
 def plain():
     """Parameters in a dictionary."""
     keys = jax.random.split(jax.random.key(0))
@@ -47,13 +57,7 @@ def plain():
         updates, state = DESCENT.update(slope, state)
         return optax.apply_updates(weights, updates), state, value, kept
 
-    state = DESCENT.init(weights)
-    value, policy = jnp.zeros(M.n_states), None
-    losses = []
-    for _ in range(STEPS):
-        weights, state, loss, (value, policy) = step(weights, state, value)
-        losses.append(float(loss))
-    return losses, policy
+    return repeated(step, weights, DESCENT.init(weights))
 
 
 def equinox():
@@ -70,13 +74,7 @@ def equinox():
         updates, state = DESCENT.update(slope, state, eqx.filter(model, eqx.is_array))
         return eqx.apply_updates(model, updates), state, loss, kept
 
-    state = DESCENT.init(eqx.filter(model, eqx.is_array))
-    value, policy = jnp.zeros(M.n_states), None
-    losses = []
-    for _ in range(STEPS):
-        model, state, loss, (value, policy) = step(model, state, value)
-        losses.append(float(loss))
-    return losses, policy
+    return repeated(step, model, DESCENT.init(eqx.filter(model, eqx.is_array)))
 
 
 def nnx_model():
@@ -101,12 +99,8 @@ def nnx_model():
         optimizer.update(model, slope)
         return loss, kept
 
-    value, policy = jnp.zeros(M.n_states), None
-    losses = []
-    for _ in range(STEPS):
-        loss, (value, policy) = step(model, optimizer, value)
-        losses.append(float(loss))
-    return losses, policy
+    # (Both are changed in place.)
+    return repeated(lambda m, o, start: (m, o, *step(m, o, start)), model, optimizer)
 
 
 @pytest.mark.filterwarnings("default")  # those of the libraries, of each other's versions

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from cases import written_out
 
 import robustreg
 from robustreg._core import discrete
@@ -38,16 +39,6 @@ REG = rr.kl(2.0)
 
 def objective(m):
     return rr.solve(m, REG, tol=1e-11).objective
-
-
-def written_out(rows):
-    """A kernel as an array `[S, A, S]`."""
-    if isinstance(rows, rr.Dense):
-        return np.asarray(rows.probabilities)
-    p, lists = np.asarray(rows.probabilities), np.asarray(rows.indices)
-    P, (s, a, _) = np.zeros((*p.shape[:2], len(p))), np.indices(p.shape)
-    np.add.at(P, (s, a, lists), p)
-    return P
 
 
 @jax.jit
