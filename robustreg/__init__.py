@@ -9,6 +9,10 @@
 `robustreg.solvers.bellman` states the mathematics in a page.
 """
 
+from robustreg._core import interrupts
+
+interrupts.watch_command_line()  # before JAX is imported, which takes longer than some people wait
+
 from robustreg import adversary, losses, problems
 from robustreg._core.names import Names
 from robustreg.adversary import attacks as baselines

@@ -21,6 +21,7 @@ from robustreg import archive
 from robustreg._core import files
 from robustreg.cli import commands
 
+ROOT = Path(__file__).parents[1]
 CHAIN = '[problem]\nkind = "chain"\ndiscount = 0.9\n[regulariser]\nkind = "kl"\nbeta = 1.0\n'
 SWEEP = CHAIN + "[sweep]\nbeta = { from = 0.1, to = 30.0, count = 40, spacing = 'log' }\nchunk = 1\n"
 
@@ -82,6 +83,22 @@ def test_an_interrupted_sweep_says_what_is_kept_and_is_resumed(tmp_path, capsys)
     assert run(capsys, "sweep", path, "--out", out, "--resume")[0] == 0
     assert run(capsys, "sweep", path, "--out", tmp_path / "undisturbed")[0] == 0
     assert (out / "table.csv").read_bytes() == (tmp_path / "undisturbed" / "table.csv").read_bytes()
+
+
+def test_an_interrupted_start_says_so(tmp_path):
+    """While JAX is still being imported, which is most of the first second."""
+    (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    started = subprocess.Popen(
+        [sys.executable, "-m", "robustreg", "--version"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # none in the background of a script
+    )
+    assert started.stdout.readline() == "importing\n"
+    started.send_signal(signal.SIGINT)
+    assert started.communicate(timeout=10) == ("", "robustreg: interrupted\n") and started.returncode == 130
 
 
 def test_a_caller_of_main_keeps_its_own_interrupts(tmp_path, monkeypatch):

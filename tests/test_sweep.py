@@ -461,6 +461,25 @@ def test_a_folder_that_another_run_writes_to_is_refused(tmp_path, undisturbed):
 
     assert same(run(folder, progress=intrude), undisturbed)
     assert same(run(folder, resume=True), undisturbed)
+    assert not (folder / ".lock").exists()
+
+
+def test_a_lock_that_is_taken_away_meanwhile_keeps_nobody_out(tmp_path, monkeypatch):
+    """Between opening and locking it: its last owner has ended, and the next run makes a file of its own."""
+    fcntl, opened = store.fcntl, []
+
+    def flock(file, how):
+        opened.append(file)
+        if len(opened) == 1:
+            (tmp_path / ".lock").unlink()
+        fcntl.flock(file, how)
+
+    monkeypatch.setattr(store, "fcntl", types.SimpleNamespace(**{**vars(fcntl), "flock": flock}))
+    with store.Store(tmp_path).held(alone=True):
+        assert len(opened) == 2 and opened[0].closed
+        with pytest.raises(store.SweepError, match="another run is writing"), store.Store(tmp_path).held(alone=False):
+            pass
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_what_killed_parts_left_is_removed_by_others(tmp_path):

@@ -7,12 +7,15 @@ nothing is lost but the work in flight.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from robustreg._core import files
 
@@ -27,15 +30,27 @@ def watch() -> None:
 
     Where SIGINT is ignored (a job in the background of a script) it stays so, and only a main thread can watch.
     """
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, _watched)
     if ignored or threading.current_thread() is not threading.main_thread():
         return
     here, there = socket.socketpair()
     there.setblocking(False)
     # The interpreter's handler in C writes the number of the signal there, whatever Python is doing.
     signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, lambda *_: None)  # no KeyboardInterrupt beside it
+    signal.signal(signal.SIGINT, _watched)
     threading.Thread(target=_wait, args=(here, there), daemon=True).start()
+
+
+def watch_command_line() -> None:
+    """Do the same if this process was started as `robustreg` or `python -m robustreg`: importing JAX takes a while."""
+    # While Python looks for the module that -m names, "-m" stands for the program.
+    module = sys.argv[:1] == ["-m"] and ("-m", "robustreg") in itertools.pairwise(sys.orig_argv)
+    if module or Path(*sys.argv[:1]).stem == "robustreg":
+        watch()
+
+
+def _watched(*_: Any) -> None:
+    """Take the signal in the place of Python's own handler: no KeyboardInterrupt beside the last words."""
 
 
 @contextlib.contextmanager

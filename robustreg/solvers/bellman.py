@@ -177,16 +177,15 @@ def bind(
     if mdp.available is not None:
         reward = jnp.where(pytrees.lanes_last(mdp.available, n, 2), reward, 0)
     transitions, ends = mdp.transitions.bind(n, dtype), mdp.termination is not None
-    fixed = lax.stop_gradient((transitions, bound, reward, exit_rate, discount, complement))
-    if steps is not None:
-        horizon = jnp.where(fixed[5] * steps > 1, 1 / jnp.where(fixed[5] > 0, fixed[5], 1), steps)
-    else:
-        horizon = ranges.horizon(*fixed[:2], *fixed[4:]) if ends else 1 / fixed[5]
+    given = lax.stop_gradient(ranges.Given(transitions, bound, reward, exit_rate, discount, complement))
     contracts = steps is None and not averaged
+    horizon = ranges.horizon(given) if ends and steps is None else 1 / given.complement
+    if steps is not None:
+        horizon = jnp.minimum(horizon, steps)
     proved = expected = None
     if contracts and mdp._may_not_discount():
-        horizon, proved, expected = _undiscounted_horizon(*fixed, horizon)
-    deviation, valid = ranges.validity(*fixed, ends, None if proved is None else horizon, contracts)
+        horizon, proved, expected = _undiscounted_horizon(given, horizon)
+    deviation, valid = ranges.validity(given, ends, None if proved is None else horizon, contracts)
     ball = None if ambiguity is None else ambiguity.bind(n, dtype, transitions)
     if ball is not None:
         modulus = lax.stop_gradient(ball.contraction(discount, mdp.n_states))
@@ -203,7 +202,7 @@ def bind(
         deviation=deviation,
         valid=valid,
         # A bias is as large as some steps between any two states are worth.
-        magnitudes=ranges.magnitudes(fixed[1], fixed[2], horizon * mdp.n_states if averaged else horizon),
+        magnitudes=ranges.magnitudes(given.regulariser, given.reward, horizon * mdp.n_states if averaged else horizon),
         proved=proved,
         steps=expected,
         batch=batch,
@@ -214,16 +213,9 @@ def bind(
     )
 
 
-def _undiscounted_horizon(
-    transitions: Transitions,
-    regulariser: Bound,
-    reward: Array,
-    exit_rate: Array,
-    discount: Array,
-    complement: Array,
-    horizon: Array,
-) -> tuple[Array, Array, Array]:
+def _undiscounted_horizon(given: ranges.Given, horizon: Array) -> tuple[Array, Array, Array]:
     """The horizon with that of the lanes whose discount is 1, which lanes have one, `[*b]`, and what others have."""
+    transitions, regulariser, reward, exit_rate, discount, complement = given
     shapes = exit_rate.shape[2:], regulariser.log_prior.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
     own = jnp.broadcast_shapes(*shapes)
     discount, complement, horizon = (jnp.broadcast_to(x, own) for x in (discount, complement, horizon))

@@ -23,6 +23,17 @@ _LONG, _SWEEPS = 1e-3, 1024
 _WILD = 16
 
 
+class Given(NamedTuple):
+    """What is measured: a problem as `bellman.bind` lays it out, by the names of `bellman.BoundProblem`."""
+
+    transitions: Transitions
+    regulariser: Bound
+    reward: Array
+    exit_rate: Array
+    discount: Array
+    complement: Array
+
+
 class Magnitudes(NamedTuple):
     """Bound what the rounding of a backup grows with and no iteration changes, `[*b]` each.
 
@@ -73,22 +84,13 @@ def magnitudes(regulariser: Bound, reward: Array, horizon: Array) -> Magnitudes:
     )
 
 
-def validity(
-    transitions: Transitions,
-    regulariser: Bound,
-    reward: Array,
-    exit_rate: Array,
-    discount: Array,
-    complement: Array,
-    ends: bool,
-    horizon: Array | None = None,
-    contracts: bool = True,
-) -> tuple[Array, Array]:
+def validity(given: Given, ends: bool, horizon: Array | None = None, contracts: bool = True) -> tuple[Array, Array]:
     """Tell how far rows of P miss `1 - termination` beyond rounding, and whether numbers are in range, `[*b]`.
 
     A discount of 1 is in range where a `horizon` is given, a bound on the steps of an episode, and where the operator
     need not contract.
     """
+    transitions, regulariser, reward, exit_rate, discount, complement = given
     masked = jnp.isneginf(regulariser.log_prior)
     total, size = transitions._row_sums(discount.ndim, reward.dtype)
     # g (1 - termination) is what the exit rate leaves of 1; where g = 0 rows do not matter.
@@ -126,14 +128,15 @@ def validity(
     return deviation, valid
 
 
-def horizon(transitions: Transitions, regulariser: Bound, discount: Array, complement: Array) -> Array:
+def horizon(given: Given) -> Array:
     """Bound the discounted steps of any episode, `[*b]`: by `max w` with `w >= 1 + g P_a w`, or by 1/(1-g).
 
     Sweeps `w <- 1 + g max_a P_a w` from w = 1 count the steps of longer and longer episodes. Where one raises w by at
     most x < 1, `w/(1-x)` is such a bound. Only for discounts so close to 1 that it is worth the sweeps, and as long as
     they may come to less than half of 1/(1-g). (For a discount of 1 see `lifetimes`.)
     """
-    masked = jnp.isneginf(regulariser.log_prior)
+    transitions, discount, complement = given.transitions, given.discount, given.complement
+    masked = jnp.isneginf(given.regulariser.log_prior)
     own = jnp.broadcast_shapes(transitions._lane_axes(discount.ndim), discount.shape, masked.shape[2:])
     discount, complement = jnp.broadcast_to(discount, own), jnp.broadcast_to(complement, own)
     plain = 1 / complement

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -73,24 +73,50 @@ class Store:
         """
         path = self.folder / ".lock"
         try:
-            file = open(path, "ab")
+            # The system lets go of the lock when the process ends, however that ends.
+            file, locked = _locked(path, alone)
+        except BlockingIOError as error:
+            raise SweepError(
+                f"another run is writing to {self.folder}; wait until it has ended, or take another folder"
+            ) from error
         except OSError as error:
             raise SweepError(f"cannot write {path}: {error.strerror or error}") from error
-        # The system lets go of it when the process ends, however that ends.
         with file:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise SweepError(
-                    f"another run is writing to {self.folder}; wait until it has ended, or take another folder"
-                ) from error
-            except OSError:
-                alone = False
             for left in self.folder.glob(".*.partial"):
-                if alone or of_the_dead(left):
+                if (alone and locked) or of_the_dead(left):
                     left.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            finally:
+                # Others that share the lock go on holding this very file, so that only who is alone takes it away.
+                if alone and locked:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+
+
+def _locked(path: Path, alone: bool) -> tuple[IO[bytes], bool]:
+    """Open a lock file and lock it; also whether that could be done, on this system and file system.
+
+    Raises:
+        BlockingIOError: another run holds it.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = open(path, "ab")
+        try:
+            if fcntl is None:
+                return file, False
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            # Its last owner may have taken the file away since it was opened: a lock on it would keep nobody out.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file, True
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            return file, False
+        file.close()
 
 
 def _write(path: Path, write: Callable[[Any], None]) -> None:
