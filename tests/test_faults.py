@@ -88,17 +88,18 @@ def test_an_interrupted_sweep_says_what_is_kept_and_is_resumed(tmp_path, capsys)
 def test_an_interrupted_start_says_so(tmp_path):
     """While JAX is still being imported, which is most of the first second."""
     (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    started = subprocess.Popen(
-        [sys.executable, "-m", "robustreg", "--version"],
+    # (A test in the background of a script inherits that SIGINT is ignored.)
+    begin = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv)"
+    with subprocess.Popen(
+        [sys.executable, "-c", begin, "-m", "robustreg", "--version"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # none in the background of a script
-    )
-    assert started.stdout.readline() == "importing\n"
-    started.send_signal(signal.SIGINT)
-    assert started.communicate(timeout=10) == ("", "robustreg: interrupted\n") and started.returncode == 130
+    ) as started:
+        assert started.stdout.readline() == "importing\n"
+        started.send_signal(signal.SIGINT)
+        assert started.communicate(timeout=10) == ("", "robustreg: interrupted\n") and started.returncode == 130
 
 
 def test_a_caller_of_main_keeps_its_own_interrupts(tmp_path, monkeypatch):

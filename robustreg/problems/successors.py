@@ -252,6 +252,21 @@ class BoundSuccessors(Transitions):
         zeros = jnp.zeros((self.n_states, *lanes), mu.dtype)
         return loops.scan(add, zeros, (self.indices, self.probabilities), mu, _UNROLL)[0]
 
+    def _written_out(self, policy: Array) -> Array:
+        weights = jnp.broadcast_to(policy[None] * self.probabilities, (self.fan_out, *policy.shape))
+        indices = jnp.broadcast_to(self.indices, weights.shape[:3])
+        column = jnp.arange(self.n_states, dtype=indices.dtype)[None]
+
+        def add(total: Array, slot: tuple[Array, Array]) -> tuple[Array, None]:
+            index, weight = slot
+            there = (index[:, None] == column).reshape(total.shape[:2] + (1,) * (weight.ndim - 1))
+            return total + jnp.where(there, weight[:, None], 0), None
+
+        # No scatter: on a GPU it adds up in any order, and every lane would have to wait for it.
+        slots = indices.reshape(-1, self.n_states), weights.reshape(-1, *weights.shape[2:])
+        zeros = jnp.zeros((self.n_states, self.n_states, *policy.shape[2:]), policy.dtype)
+        return loops.scan(add, zeros, slots, (policy, self.probabilities))[0]
+
     def _expect_tangent(self, change: "BoundSuccessors", v: Array) -> Array | None:
         dp = pytrees.given(change.probabilities)
         return None if dp is None else BoundSuccessors(self.indices, dp)._expect(v)

@@ -13,17 +13,15 @@ the public `expect` and `push` wrap them in the public, batch-first one.
 """
 
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer, eval_jaxpr
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, pytrees
+from robustreg._core import checks, closures, pytrees
 
 
 class Transitions:
@@ -99,6 +97,13 @@ class Transitions:
         What is returned takes no more memory than this kernel or than a few policies.
         """
         return self, policy, None
+
+    def _written_out(self, policy: Array) -> Array:
+        """Write the chain of a policy `[A, S, *B]` out: `P_pi [S, S, *B]` (row: state, column: successor)."""
+        n, lanes = self.n_states, policy.shape[2:]
+        unit = jnp.eye(n, dtype=policy.dtype).reshape((n,) + (1,) * len(lanes) + (n,))
+        expected = self._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *lanes, n)))
+        return jnp.moveaxis(jnp.sum(policy[..., None] * expected, axis=0), -1, 1)
 
     def prepared(self) -> "Transitions":
         """Find out what can be while arrays are concrete, and keep it with the kernel; see `MDP.prepared`."""
@@ -220,6 +225,9 @@ class Dense(Transitions):
     def _push(self, mu: Array) -> Array:
         return self._contract("sat", mu, "as", "t")
 
+    def _written_out(self, policy: Array) -> Array:
+        return self._contract("sat", policy, "as", "st")
+
     def _expect_tangent(self, change: "Dense", v: Array) -> Array | None:
         dp = pytrees.given(change.probabilities)
         return None if dp is None else Dense(dp)._expect(v)
@@ -307,7 +315,7 @@ class MatrixFree(Transitions):
         own = () if self.parameters is None else (self.parameters,)
         sizes = (self.n_states,), (self.n_states, self.n_actions)
         held: list[tuple[Any, tuple[Array, ...]]] = [
-            (None, ()) if function is None else _explicit(function, jax.ShapeDtypeStruct(size, dtype), *own)
+            (None, ()) if function is None else closures.explicit(function, jax.ShapeDtypeStruct(size, dtype), *own)
             for function, size in zip((self.function, self.transpose), sizes)
         ]
         if not any(traced for _, traced in held):
@@ -370,26 +378,3 @@ class MatrixFree(Transitions):
             raise ValueError(f"a MatrixFree function must return shape {list(core)}, got {list(out.shape[1:])}")
         out = pytrees.lanes_last(out, 1, len(core))
         return out.reshape(out.shape[: len(core)] + lanes)
-
-
-# Functions that close over nothing that is traced.
-_plain: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
-
-
-def _explicit(function: Any, *like: Any) -> tuple[Any, tuple[Array, ...]]:
-    """A function that takes what `function` does, and after it the traced arrays that this closes over; and those."""
-    if function in _plain:
-        return function, ()
-    closed = jax.make_jaxpr(function)(*like)
-    where = [i for i, x in enumerate(closed.consts) if isinstance(x, Tracer)]
-    if not where:
-        _plain[function] = True
-        return function, ()
-
-    def explicit(*arguments: Any) -> Array:
-        consts = list(closed.consts)
-        for i, x in zip(where, arguments[len(like) :]):
-            consts[i] = x
-        return eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(arguments[: len(like)]))[0]
-
-    return explicit, tuple(closed.consts[i] for i in where)

@@ -1,18 +1,13 @@
 """The Markov chain of a policy as a linear operator: `K = g P_pi`, applied, transposed, written out."""
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from robustreg._core import pytrees
-from robustreg.problems.successors import BoundSuccessors
 from robustreg.problems.transitions import Transitions
-
-# Entries that writing a chain out may gather at a time. (A branch that is not taken has its memory all the same.)
-_GATHERED = 2**21
 
 
 @pytrees.dataclass
@@ -104,33 +99,13 @@ class Chain:
             back = self.discount[None] * self.transitions._push(self.policy * y[None])
         return back if self.pull is None else back - self.pull.transpose(y)
 
-    def _columns_at_a_time(self) -> int:
-        """Columns of K to write out together: of lists, what is gathered for each has an entry per successor."""
-        n, lanes = self.exit_rate.shape[0], math.prod(self.exit_rate.shape[1:])
-        if not isinstance(self.transitions, BoundSuccessors) or not isinstance(lanes, int):
-            return n
-        gathered = max(1, n * self.policy.shape[0] * self.transitions.fan_out * lanes)
-        return min(n, max(1, _GATHERED // gathered))
-
     def matrix(self) -> Array:
         """Compute `K` written out, `[*B, S, S]` (row: state, column: successor)."""
         n, batch = self.exit_rate.shape[0], self.exit_rate.shape[1:]
-
-        def columns(these: Array) -> Array:
-            """Compute those of K, `[S, *B, m]`, by a further lane for each unit vector."""
-            unit = (jnp.arange(n, dtype=jnp.int32)[:, None] == these[None]).astype(self.policy.dtype)
-            unit = unit.reshape((n,) + (1,) * len(batch) + these.shape)
-            expected = self.transitions._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *batch, *these.shape)))
-            return self.discount[None, ..., None] * jnp.sum(self.policy[..., None] * expected, axis=0)
-
-        width = self._columns_at_a_time()
-        if width >= n:
-            rows = columns(jnp.arange(n, dtype=jnp.int32))
-        else:
-            # (Beyond the last column there is none: zeros, cut off.)
-            parts = lax.map(columns, jnp.arange(-(-n // width) * width, dtype=jnp.int32).reshape(-1, width))
-            rows = jnp.moveaxis(parts, 0, -2).reshape(n, *batch, -1)[..., :n]
-        matrix = jnp.moveaxis(rows, 0, -2)
+        rows = self.discount[None, None] * self.transitions._written_out(
+            jnp.broadcast_to(self.policy, self.policy.shape[:2] + batch)
+        )
+        matrix = jnp.moveaxis(rows, (0, 1), (-2, -1))
         if self.pull is None:
             return matrix
         entries = jnp.broadcast_to(self.pull.entries(), (n, n, *batch))

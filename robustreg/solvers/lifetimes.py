@@ -86,27 +86,12 @@ def of_chain(chain: Any, active: Array, terms: float) -> tuple[Array, Array]:
 
 def _eliminated(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
     """The steps of the lanes in `todo` by elimination, one lane after the other; infinite where no end is reached."""
-    n, batch = ones.shape[0], todo.shape
+    one = jnp.ones(ones.shape[:1], w.dtype)
 
-    def one(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        w, todo = state
-        lane = jnp.argmax(todo)
-        alone = chain.pick(tuple(i[None] for i in jnp.unravel_index(lane, batch)))
-        found = elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], jnp.ones((n,), w.dtype))
-        return w.at[:, lane].set(found), todo.at[lane].set(False)
+    def take(w: Array, lane: Array, alone: Any) -> Array:
+        return w.at[:, lane].set(elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], one))
 
-    start = (w.reshape(n, -1), todo.reshape(-1))
-
-    def unfinished(state: tuple[Array, Array]) -> Array:
-        _, todo = state
-        return jnp.any(todo)
-
-    def loop() -> tuple[Array, Array]:
-        return loops.while_loop(unfinished, one, start, chain)
-
-    # See `linear._eliminated` for why the loop alone will not do.
-    w, _ = loops.cond(jnp.any(todo), loop, lambda: start, chain)
-    return w.reshape(ones.shape)
+    return elimination.lane_by_lane(take, w.reshape(one.shape[0], -1), chain, todo).reshape(ones.shape)
 
 
 def _swept(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:

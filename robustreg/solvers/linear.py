@@ -15,7 +15,6 @@ because `lax.custom_linear_solve` is told of both; nothing differentiates throug
 Lanes are frozen, bit for bit, when they have reached their target; the loop ends with the last of them.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -240,42 +239,24 @@ def _eliminated(
     chain: bellman.Chain, apply: Operator, b: Array, x: Array, error: Array, solved: Array, transpose: bool
 ) -> Solved:
     """Solve the lanes that are not `solved` by elimination, one after the other; the others cost and feel nothing."""
-    batch, n = b.shape[1:], b.shape[0]
-    flat = (n, math.prod(batch))
-    right, unit = b.reshape(flat), float(jnp.finfo(b.dtype).eps)
+    n, unit = b.shape[0], float(jnp.finfo(b.dtype).eps)
+    right = b.reshape(n, -1)
 
-    def one(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, error, solved, todo = state
-        lane = jnp.argmax(todo)
-        alone = chain.pick(tuple(i[None] for i in jnp.unravel_index(lane, batch)))
+    def one(state: Solved, lane: Array, alone: bellman.Chain) -> Solved:
+        x, error, solved = state
         found = elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], right[:, lane], transpose)[:, None]
         product = alone.transpose(found) if transpose else alone.apply(found)
         left, size = (_norm(v, transpose)[0] for v in (right[:, lane, None] - (found - product), found))
         # Elimination errs by a few S units in every entry. What the residual says of it (a bound larger by the horizon)
         # is that it is no accident: rounding of the product, and no more.
         proved = left <= 8 * (4 + n**0.5) * unit * (size + _norm(right[:, lane, None], transpose)[0])
-        return (
-            x.at[:, lane].set(found[:, 0]),
-            error.at[lane].set(4 * n * unit),
-            solved.at[lane].set(proved),
-            todo.at[lane].set(False),
-        )
+        return x.at[:, lane].set(found[:, 0]), error.at[lane].set(4 * n * unit), solved.at[lane].set(proved)
 
     # What was asked for is lost itself where it is NaN.
     todo = ~solved & jnp.isfinite(_norm(b, transpose))
-    start = (x.reshape(flat), error.reshape(flat[1:]), solved.reshape(flat[1:]), todo.reshape(flat[1:]))
-
-    def unfinished(state: tuple[Array, ...]) -> Array:
-        *_, todo = state
-        return jnp.any(todo)
-
-    def loop() -> tuple[Array, ...]:
-        return loops.while_loop(unfinished, one, start, (chain, right))
-
-    # Not the loop alone: with one lane its matrix does not depend on the turn, and the compiler would write it out
-    # before the loop, at every call.
-    x, error, solved, _ = loops.cond(jnp.any(todo), loop, lambda: start, (chain, right))
-    return x.reshape(b.shape), error.reshape(batch), solved.reshape(batch)
+    state = x.reshape(right.shape), error.reshape(-1), solved.reshape(-1)
+    found = elimination.lane_by_lane(one, state, chain, todo, right)
+    return tuple(new.reshape(old.shape) for new, old in zip(found, (x, error, solved)))
 
 
 def _swept(

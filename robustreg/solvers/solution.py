@@ -48,11 +48,12 @@ class Status(enum.IntEnum):
         return ": ".join([what, *listed])
 
 
+_NEWTON = 'take Newton, with linear="direct" where policies run through long cycles'
 # What happened, and the ways out of it.
 _REMEDIES = {
     Status.CONVERGED: ("the certified error is within tol", ()),
-    Status.MAX_STEPS: ("the step limit came first", ("raise max_steps", "loosen tol", "take Newton")),
-    Status.STAGNATED: ("rounding stopped progress before tol", ("loosen tol", "take Newton", "solve in float64")),
+    Status.MAX_STEPS: ("the step limit came first", ("raise max_steps", "loosen tol", _NEWTON)),
+    Status.STAGNATED: ("rounding stopped progress before tol", ("loosen tol", _NEWTON, "solve in float64")),
     Status.NONFINITE_INPUT: (
         "the MDP, the regulariser or init holds NaN, infinity or a number out of range, or a prior leaves a state none "
         "of its available actions, or at a discount of 1 episodes need not end (robustreg.problems.endless_states says "
