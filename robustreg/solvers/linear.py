@@ -181,7 +181,7 @@ def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -
         start = jnp.full_like(b, 1 / b.shape[0])
         # The mass of (I - K^T) y is <exit rate, y>, which is known better than the difference: 1 - g has been rounded.
         mass = jnp.mean(chain.exit_rate, axis=0)
-        y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start), mass)
+        y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start), mass, True)
     return _checked(chain, chain.transpose, b, y, accuracy, True)
 
 
@@ -298,13 +298,19 @@ class _Improved(NamedTuple):
 
 
 def _refined(
-    chain: bellman.Chain, apply: Operator, b: Array, accuracy: Array, mode: Array, image: Array, mass: Array
+    chain: bellman.Chain,
+    apply: Operator,
+    b: Array,
+    accuracy: Array,
+    mode: Array,
+    image: Array,
+    mass: Array,
+    transpose: bool = False,
 ) -> Array:
     """Solve `x - apply(x) = b` by Krylov solves for what is left until rounding ends progress.
 
     Every residual is first freed of its sum by a multiple of `mode`, whose image under `I - apply` is `image`, of sum
-    `mass`. If no
-    episode ends, this removes the slowest mode of both systems exactly: constants are what `I - K` nearly loses, and
+    `mass`. If no episode ends, this removes the slowest mode of both systems exactly: constants are what `I - K` nearly loses, and
     mass is what `I - K^T` nearly conserves; what remains sums to zero and stays so.
     """
 
@@ -313,7 +319,8 @@ def _refined(
         return x + share * mode, r - share * image
 
     def size(r: Array) -> Array:
-        return jnp.sum(jnp.abs(r), axis=0)
+        # What will be believed of the solution is read off in this norm.
+        return _norm(r, transpose)
 
     def improve(state: _Improved, done: Array) -> tuple[_Improved, Array]:
         x, r, active = state.x, state.r, ~done
