@@ -16,29 +16,32 @@ the reward from that of a solve at full precision, relative to its largest entry
 
 Typical printout (2 shared CPU cores, float64, JAX 0.12.0):
 
-    commit ead7b9f, device cpu, machine x86_64, jax 0.12.0.1
+    commit 9f3733c, device cpu, machine x86_64, jax 0.12.0.1
     Garnet: S=500 A=8 beta 10, 1804 sweeps
                                       ms   spread  of value  memory MB    error
-      value                         0.77     0.14      1.0x       0.13
-      value and gradient            1.25     3.90      1.6x       0.94    3e-09
-      Hessian-vector product        2.03     0.31      2.7x       1.06
-      unrolled                    211.23     9.93    276.0x     125.88    1e-08
-      optimistix                  131.77    19.15    172.2x     124.02    9e-14
-      jaxopt                      146.00    14.11    190.8x       0.33    2e-09
+      value                         2.69     2.01      1.0x       0.17
+      value and gradient            3.30     1.49      1.2x       4.83    3e-09
+      Hessian-vector product        5.83     2.01      2.2x       5.59
+      unrolled                    438.73    19.34    163.1x     125.88    1e-08
+      optimistix                  331.76    15.83    123.3x     124.02    9e-14
+      jaxopt                      288.41    28.06    107.2x       0.33    2e-09
     slippery grid: S=1024 A=4 beta 3, 1403 sweeps
                                       ms   spread  of value  memory MB    error
-      value                         1.06     1.14      1.0x       0.29
-      value and gradient            1.43     0.08      1.3x       0.26    1e-06
-      Hessian-vector product        2.37     0.14      2.2x       0.47
-      unrolled                    109.83    10.56    103.4x     112.53    1e-05
-      optimistix                  110.57    17.26    104.0x     104.09    4e-08
-      jaxopt                      111.60    17.02    105.0x       0.30    3e-02
+      value                         1.69     1.61      1.0x       0.32
+      value and gradient            2.79     0.62      1.6x      16.87    1e-06
+      Hessian-vector product        4.04     1.13      2.4x      17.34
+      unrolled                    171.87    17.10    101.5x     112.53    1e-05
+      optimistix                  149.46    28.42     88.3x     104.09    4e-08
+      jaxopt                      143.65    10.43     84.9x       0.30    3e-02
     large Garnet: S=100000 A=4 beta 10, 1800 sweeps
                                       ms   spread  of value  memory MB    error
-      value                        43.31    21.96      1.0x      15.26
-      value and gradient           81.21    33.47      1.9x      24.91    2e-07
-      Hessian-vector product      154.93    83.43      3.6x      40.94
-      jaxopt                     9297.41   736.13    214.7x      29.18    4e-08
+      value                        76.51    12.76      1.0x      16.89
+      value and gradient          133.60    30.52      1.7x      35.34    2e-07
+      Hessian-vector product      219.77    22.33      2.9x      64.33
+      jaxopt                    10792.74   866.44    141.1x      29.18    4e-08
+
+(On a machine with other work beside it. Run by themselves, value and gradient take .7 and 1.4 ms on the Garnet and 1.0
+and 1.7 ms on the grid. Megabytes beyond the Krylov vectors are for elimination, of lanes that Krylov steps fail on.)
 """
 
 import argparse
