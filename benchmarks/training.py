@@ -7,7 +7,8 @@ with eight features, and a step is Adam's (rate 1e-3) on `J(w) - <w, seen>`, who
 solve. 50 steps are one compiled `lax.scan`; times are per step, medians of warm, interleaved runs. Every method solves
 to a certified error of 1e-6 at every step:
 
-* cold, warm: `rr.solve(m, reg)`, and with `init=` the value of the last step; the MDP is closed over by the program;
+* cold, warm: `rr.solve(m, reg)`, and with `init=` what the last two solutions and their visits lead to; the MDP is
+  closed over by the program; between them: from the last value alone, and from the last value and visits;
 * argument: warm, with the MDP as an argument of the program instead, `prepared()` for it;
 * by hand, implicit: soft value iteration with the span stop, warm, and the gradient as the occupancy of the policy,
   likewise by iteration: what a good engineer writes who knows both identities;
@@ -22,14 +23,20 @@ Typical printout (2 shared CPU cores, JAX 0.12.0):
 
     S=256 discount 0.99, 1828 sweeps from zero
                            ms per step   spread  of cold  compile s    error
-      cold                       0.457    0.082    1.00x        1.9  0.00089
-      warm                       0.236    0.024    0.52x        1.8   0.0018
-      argument                   0.243    0.025    0.53x        2.1   0.0018
-      by hand, implicit          4.278    0.178    9.36x       0.27   0.0013
-      unrolled                  16.882    1.241   36.92x       0.28   0.0013
+      cold                       0.499    0.135    1.00x        2.5  0.00088
+      last value                 0.264    0.054    0.53x        2.5   0.0018
+      last solution              0.247    0.037    0.49x        2.7  0.00073
+      warm                       0.229    0.024    0.46x        2.6  0.00073
+      argument                   0.235    0.023    0.47x          3  0.00073
+      by hand, implicit          4.372    0.191    8.77x       0.32   0.0013
+      unrolled                  16.522    1.455   33.14x       0.35   0.0013
+
+(A weight moves by 1e-3 per step: V by a tenth, log-probabilities by half. Where they move by 1e-5, warm is .34 of cold:
+143 products in place of 449 for value and gradient.)
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import time
@@ -75,17 +82,17 @@ def trained(step_of: Callable[..., Any], seen: jax.Array, start: Any) -> Callabl
     return run
 
 
-def by_solve(mdp: Any, table: jax.Array, tol: float | None, warm: bool) -> Callable[..., Any]:
-    """Gradients through `rr.solve`."""
+def by_solve(mdp: Any, table: jax.Array, tol: float | None, begin: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Gradients through `rr.solve`, which begins at what `begin` makes of the last two solutions."""
     import robustreg as rr
 
-    def step(w: jax.Array, value: jax.Array, *problem: Any) -> tuple[jax.Array, jax.Array]:
+    def step(w: jax.Array, past: Any, *problem: Any) -> tuple[jax.Array, Any]:
         m = problem[0] if problem else mdp
 
-        def objective(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def objective(w: jax.Array) -> tuple[jax.Array, Any]:
             moved = m.replace(reward=jnp.broadcast_to((table @ w)[:, None], m.reward.shape))
-            sol = rr.solve(moved, rr.kl(BETA), tol=tol, init=value if warm else None)
-            return sol.objective, sol.value
+            sol = rr.solve(moved, rr.kl(BETA), tol=tol, init=begin(*past))
+            return sol.objective, (sol, past[0])
 
         slope, reached = jax.grad(objective, has_aux=True)(w)
         return slope, reached
@@ -202,16 +209,21 @@ def compare(size: int, discount: float, repeats: int) -> list[dict[str, Any]]:
     seen = jnp.sum(rr.occupancy(moved, rr.solve(moved, rr.kl(BETA)).policy), -1) @ table
     weights, zero = jnp.asarray(truth + 0.1), jnp.zeros(mdp.n_states, mdp.dtype)
     count = sweeps(moved, jnp.asarray(BETA, mdp.dtype))
+    first = rr.solve(mdp.replace(reward=jnp.zeros_like(mdp.reward)), rr.kl(BETA), tol=TOL, visits=True)
+    value = dataclasses.replace(first, visits=None)
+    ahead = rr.Solution.extrapolated
     steps: dict[str, tuple[Callable[..., Any], Any]] = {
-        "cold": (by_solve(mdp, table, TOL, False), zero),
-        "warm": (by_solve(mdp, table, TOL, True), zero),
-        "argument": (by_solve(None, table, TOL, True), zero),
+        "cold": (by_solve(mdp, table, TOL, lambda *_: None), (value,) * 2),
+        "last value": (by_solve(mdp, table, TOL, lambda last, _: last), (value,) * 2),
+        "last solution": (by_solve(mdp, table, TOL, lambda last, _: last), (first,) * 2),
+        "warm": (by_solve(mdp, table, TOL, ahead), (first,) * 2),
+        "argument": (by_solve(None, table, TOL, ahead), (first,) * 2),
         "by hand, implicit": (by_hand(mdp, table), (zero, zero)),
         "unrolled": (unrolled(mdp, table, count), zero),
     }
     if library := optional("optimistix"):
         steps["optimistix"] = (by_optimistix(library, mdp, table), zero)
-    exact = np.asarray(jax.jit(trained(by_solve(mdp, table, None, True), seen, zero))(weights))
+    exact = np.asarray(jax.jit(trained(by_solve(mdp, table, None, ahead), seen, (first,) * 2))(weights))
     runs, compiling, times, errors = {}, {}, {label: [] for label in steps}, {}
     for label, (step, start) in steps.items():
         given = (weights, mdp.prepared()) if label == "argument" else (weights,)

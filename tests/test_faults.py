@@ -97,7 +97,7 @@ def test_an_interrupted_start_says_so(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as started:
-        assert started.stdout.readline() == "importing\n"
+        assert started.stdout is not None and started.stdout.readline() == "importing\n"
         started.send_signal(signal.SIGINT)
         assert started.communicate(timeout=10) == ("", "robustreg: interrupted\n") and started.returncode == 130
 

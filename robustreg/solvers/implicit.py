@@ -23,7 +23,7 @@ and of cotangents that are not 0.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,14 @@ from robustreg._core import pytrees
 from robustreg.solvers import bellman, linear
 from robustreg.solvers.linear import Method
 
-Optimum = tuple[Array, Array, Array, Array]
+Optimum = tuple[Array, Array, Array, Array, Array | None]
+
+
+class Tour(NamedTuple):
+    """Which visits are wanted: from where episodes start, `initial [S, *B]`, sought from those of the last solution."""
+
+    initial: Array
+    last: Array | None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -47,6 +54,7 @@ def attach(
     probe: Array | None,
     inexact: Array,
     lost: Array,
+    toured: "Tour | None" = None,
 ) -> Optimum:
     """One backup at a fixed point found elsewhere, with the derivatives of the fixed point attached.
 
@@ -58,20 +66,30 @@ def attach(
         probe: None or zeros `[*B]`, see `linear.solve`.
         inexact: what the error of `V` brings into an occupancy, `[*B]`, see `policy_error`.
         lost: lanes without a fixed point, `[*B]`, in which h and c are 0. Apply `mark` to what comes of the outputs.
+        toured: which visits of the policy are wanted, None: none.
 
     Returns:
-        `h` as it came, `T V - c [S, *B]`, the policy `[A, S, *B]` and `q - c [A, S, *B]`. Derivatives are those of V,
-        its policy and q, in both modes and to any order.
+        `h` as it came, `T V - c [S, *B]`, the policy `[A, S, *B]`, `q - c [A, S, *B]`, and visits `[S, *B]` or None.
+        Derivatives are those of V, its policy and q, in both modes and to any order; visits are constants.
     """
     th, policy, q = bellman.backup(problem, h, c)
-    return h, th, policy, q
+    visits = None
+    if toured is not None:
+        # The backward pass's linear system at a cotangent of the objective. It cannot hand on what it finds, whereas
+        # these go out with the solution; it begins at them, and they at those of the last one.
+        calm, policy_ = harmless(problem, lost), jnp.where(lost[None, None], 1 / policy.shape[0], policy)
+        chain = bellman.chain(calm, policy_, (h, c))
+        found = linear.occupy(chain, jnp.broadcast_to(toured.initial, h.shape), accuracy, method, toured.last)
+        visits = jnp.where(lost[None], 0, found)
+    return h, th, policy, q, visits
 
 
 def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimum, Optimum]:
-    problem, h, c, accuracy, probe, inexact, lost = primals
-    change, *_, dprobe, _, _ = tangents
+    problem, h, c, accuracy, probe, inexact, lost, toured = primals
+    change, *_, dprobe, _, _, _ = tangents
     # By the differentiable function itself: the rule can then be differentiated in turn.
-    h, th, policy, q = found = attach(method, problem, h, c, accuracy, probe, inexact, lost)
+    h, th, policy, q, visits = found = attach(method, problem, h, c, accuracy, probe, inexact, lost, toured)
+    still = None if visits is None else jnp.zeros_like(visits)
     problem = harmless(problem, lost)
     policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(lost[None, None], 0, q)
@@ -81,17 +99,17 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
         # The operator as a whole: what the worst transitions take off depends on V too.
         v, moving = h + c[None], pytrees.given_or_zero(change, problem)
         dth = jax.jvp(lambda x: bellman.backup(x, v, jnp.zeros_like(c)), (problem,), (moving,))[1][0]
-        dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact)
+        dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact, visits)
         whole = jax.jvp(lambda x, y: bellman.backup(x, y, jnp.zeros_like(c)), (problem, v), (moving, dh))[1]
-        return found, (dh, dh, *whole[1:])
+        return found, (dh, dh, *whole[1:], still)
     dq = explicit(problem, change, h + c[None])
     dth = problem.regulariser.conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
-    dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact)
+    dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact, visits)
     ahead = problem.discount[None, None] * problem.transitions._expect(dh)
     dq = ahead if dq is None else dq + ahead
     dpolicy = jnp.broadcast_to(problem.regulariser.policy_tangent(policy, dq, change.regulariser), policy.shape)
     # dT V = dV at the fixed point.
-    return found, (dh, dh, dpolicy, jnp.broadcast_to(dq, q.shape))
+    return found, (dh, dh, dpolicy, jnp.broadcast_to(dq, q.shape), still)
 
 
 def explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Array) -> Array | None:

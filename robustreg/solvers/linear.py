@@ -83,7 +83,13 @@ class Method:
 
 
 def solve(
-    chain: bellman.Chain, b: Array, accuracy: Array, probe: Array | None, method: Method, inexact: Array | float = 0.0
+    chain: bellman.Chain,
+    b: Array,
+    accuracy: Array,
+    probe: Array | None,
+    method: Method,
+    inexact: Array | float = 0.0,
+    visits: Array | None = None,
 ) -> Array:
     """Solve `(I - K) x = b`, differentiably in the chain and in b; the transpose is an occupancy.
 
@@ -95,12 +101,13 @@ def solve(
             out numbers as cotangents only: that of the probe is a bound on the relative error of the occupancy.
         method: LU or Krylov.
         inexact: bound on the relative error that the chain itself brings into an occupancy, `[*B]`, for that number.
+        visits: None, or an occupancy, `[S, *B]`, multiples of which the transposed system may have for a solution.
 
     Returns:
         `[S, *B]`; NaN in lanes of which the residual proves no error below `trusted`, or the accuracy asked for.
     """
 
-    chain, b, accuracy, inexact = loops.alike((chain, b, accuracy, inexact), probe)
+    chain, b, accuracy, inexact, visits = loops.alike((chain, b, accuracy, inexact, visits), probe)
 
     def system(x: tuple[Array, ...]) -> tuple[Array, ...]:
         return x[0] - chain.apply(x[0], pytrees.plain_sum), *x[1:]
@@ -109,7 +116,7 @@ def solve(
         return _or_nan(_forward(chain, right[0], accuracy, method)), *right[1:]
 
     def backward(_: object, right: tuple[Array, ...]) -> tuple[Array, ...]:
-        _, error, solved = found = _backward(chain, right[0], accuracy, method)
+        _, error, solved = found = _backward(chain, right[0], accuracy, method, visits)
         return (_or_nan(found), jnp.where(solved, error + inexact, jnp.inf))[: len(right)]
 
     # Transposition wants every right-hand side linear in what is differentiated, also if b alone is not.
@@ -139,16 +146,16 @@ def longest(chain: bellman.Chain) -> Array:
     return jnp.where(found, size / jnp.where(found, 1 - x, 1), jnp.inf)
 
 
-def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Array:
+def occupy(chain: bellman.Chain, b: Array, accuracy: Array, method: Method, visits: Array | None = None) -> Array:
     """Solve `(I - K^T) y = b`: discounted visits if b is where episodes start.
 
     Arguments and result are those of `solve`, and so are derivatives.
     """
-    chain, b, accuracy = loops.alike((chain, b, accuracy))
+    chain, b, accuracy, visits = loops.alike((chain, b, accuracy, visits))
     return lax.custom_linear_solve(
         lambda y: y - chain.transpose(y),
         b,
-        lambda _, right: _or_nan(_backward(chain, right, accuracy, method)),
+        lambda _, right: _or_nan(_backward(chain, right, accuracy, method, visits)),
         lambda _, right: _or_nan(_forward(chain, right, accuracy, method)),
     )
 
@@ -174,14 +181,14 @@ def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) ->
     return _checked(chain, chain.apply, b, x, accuracy, False)
 
 
-def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Solved:
+def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method, visits: Array | None = None) -> Solved:
     if method.direct:
         y = direct(chain, b, transpose=True)
     else:
         start = jnp.full_like(b, 1 / b.shape[0])
         # The mass of (I - K^T) y is <exit rate, y>, which is known better than the difference: 1 - g has been rounded.
         mass = jnp.mean(chain.exit_rate, axis=0)
-        y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start), mass, True)
+        y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start), mass, True, visits)
     return _checked(chain, chain.transpose, b, y, accuracy, True)
 
 
@@ -256,7 +263,7 @@ def _eliminated(
     todo = ~solved & jnp.isfinite(_norm(b, transpose))
     state = x.reshape(right.shape), error.reshape(-1), solved.reshape(-1)
     found = elimination.lane_by_lane(one, state, chain, todo, right)
-    return tuple(new.reshape(old.shape) for new, old in zip(found, (x, error, solved)))
+    return found[0].reshape(x.shape), found[1].reshape(error.shape), found[2].reshape(solved.shape)
 
 
 def _swept(
@@ -306,12 +313,13 @@ def _refined(
     image: Array,
     mass: Array,
     transpose: bool = False,
+    guess: Array | None = None,
 ) -> Array:
     """Solve `x - apply(x) = b` by Krylov solves for what is left until rounding ends progress.
 
     Every residual is first freed of its sum by a multiple of `mode`, whose image under `I - apply` is `image`, of sum
-    `mass`. If no episode ends, this removes the slowest mode of both systems exactly: constants are what `I - K` nearly loses, and
-    mass is what `I - K^T` nearly conserves; what remains sums to zero and stays so.
+    `mass`. If no episode ends, this removes the slowest mode of both systems exactly: constants are what `I - K` nearly
+    loses, and mass is what `I - K^T` nearly conserves; what remains sums to zero and stays so.
     """
 
     def balance(x: Array, r: Array) -> tuple[Array, Array]:
@@ -337,5 +345,14 @@ def _refined(
 
     floor = 4 * float(jnp.finfo(b.dtype).eps)
     goal = accuracy * size(b)
-    start = _Improved(*balance(jnp.zeros_like(b), b))
+    x, r = jnp.zeros_like(b), b
+    if guess is not None:
+        # Begin at the multiple of the guess that leaves least.
+        image_of = guess - apply(guess)
+        share = jnp.sum(b * image_of, axis=0) / jnp.sum(image_of * image_of, axis=0)
+        share = jnp.where(jnp.isfinite(share), share, 0)[None]
+        near = b - share * image_of
+        closer = (size(near) < size(b))[None]
+        x, r = jnp.where(closer, share * guess, 0), jnp.where(closer, near, b)
+    start = _Improved(*balance(x, r))
     return loops.until_done(improve, start, ~(size(start.r) > goal), _ROUNDS, (chain, mode, image, mass)).x

@@ -27,13 +27,12 @@ from jax.typing import ArrayLike
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
-from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity as balls
-from robustreg.solvers import bellman, implicit, lane_groups, linear, methods, plain, readings, resident, undiscounted
+from robustreg.solvers import answers, bellman, lane_groups, linear, methods, plain, readings, resident, undiscounted
 from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.methods import Solver
-from robustreg.solvers.solution import Solution, Status
+from robustreg.solvers.solution import Guess, Solution, Status
 from robustreg.solvers.tolerance import Tolerance
 
 _RUNNING = -1
@@ -47,10 +46,11 @@ def solve(
     *,
     tol: ArrayLike | None = None,
     max_steps: int | Array | None = None,
-    init: ArrayLike | None = None,
+    init: ArrayLike | Solution | Guess | None = None,
     adjoint_error: ArrayLike | None = None,
     strict: bool = False,
     ambiguity: TransitionBall | None = None,
+    visits: bool = False,
 ) -> Solution:
     """Solve a regularised MDP, which is the minimax game against its adversary, with a certificate.
 
@@ -65,7 +65,8 @@ def solve(
         tol: certified bound on `max_s |value - V*|` in reward units, `[*B]` or a number; None: as tight as the
             precision supports (the rounding bound is then at least half of the certified error).
         max_steps: cap on backups; None: the solver's own.
-        init: value to start from, `[*B, S]`; never differentiated.
+        init: value to start from, `[*B, S]`, or a whole `Solution`, whose visits, where it has any, are started from as
+            well, or what `Solution.extrapolated` guesses; never differentiated.
         adjoint_error: zeros `[*B]` that do nothing, except that their gradient is a bound on the relative error (in
             the 1-norm) of the occupancy that the backward pass solved for, that of a policy which is not optimal yet
             included: a check of a gradient from inside jit. Infinite where the linear system was not solved.
@@ -74,6 +75,9 @@ def solve(
             probability close to 1; strictly, by their number, which makes dense problems' bounds wider.
         ambiguity: noise in the transitions against which the policy is to be best as well, a `TransitionBall`; None is
             none. The value is then the robust one, `perturbation` what reward and transitions take off together.
+        visits: whether to return `Solution.visits` too: for a training loop, in which the next solve begins at this one
+            (`init=`). Visits are what the backward pass of `objective` solves for, and few steps lead there from those
+            of similar parameters. An `init` that has them asks for them.
 
     Returns:
         A `Solution`. Where `status` is CONVERGED, `lower <= V* <= upper` with `upper - lower <= 2 tol`.
@@ -89,7 +93,12 @@ def solve(
     check_arguments(mdp, reg, solver, tol)
     dtype, max_steps = mdp.dtype, read_steps(max_steps)
     asked = Tolerance.read(tol, dtype)
+    init, visited = (init.value, init.visits) if isinstance(init, (Solution, Guess)) else (init, None)
     start = None if init is None else checks.operand("init", init, dtype)
+    if visited is not None:
+        visited = checks.operand("init.visits", visited, dtype)
+        checks.expect_shape("init.visits", visited.shape, (mdp.n_states,), "S")
+    wanted = checks.flag("visits", visits) or visited is not None
     readings.refuse_states_as_lanes(mdp, reg, asked.shape, readings.shape_of(start, 1))
     if start is not None and (start.ndim == 0 or start.shape[-1] != mdp.n_states):
         raise ValueError(f"init must be [*B, S] with S = {mdp.n_states}, got shape {start.shape}")
@@ -99,7 +108,8 @@ def solve(
     ball = None if ambiguity is None else balls.checked(ambiguity, mdp)
     # The logarithm of an action never played is minus infinity: no fault, for whoever looks for infinities.
     with jax.debug_infs(False):
-        return _solve(mdp._with_sparsity(), reg, solver, asked, limit, start, probe, ball, strict=strict)
+        found = mdp._with_sparsity(), reg, solver, asked, limit, start, probe, ball, visited
+        return _solve(*found, strict=strict, visits=wanted)
 
 
 def check_arguments(mdp: MDP, reg: Regulariser | None, solver: Solver | None, tol: ArrayLike | None) -> None:
@@ -123,7 +133,7 @@ def read_steps(max_steps: int | Array | None) -> int | Array:
     return min(checks.count("max_steps", max_steps), largest)
 
 
-@functools.partial(jax.jit, static_argnames=("solver", "strict"))
+@functools.partial(jax.jit, static_argnames=("solver", "strict", "visits"))
 def _solve(
     mdp: MDP,
     reg: Regulariser,
@@ -133,23 +143,29 @@ def _solve(
     init: Array | None,
     probe: Array | None = None,
     ball: TransitionBall | None = None,
+    visited: Array | None = None,
     strict: bool = False,
+    visits: bool = False,
 ) -> Solution:
-    shapes = [x.shape[: x.ndim - core] for x, core in ((tol.value, 0), (init, 1), (probe, 0)) if x is not None]
+    others = ((tol.value, 0), (init, 1), (probe, 0), (visited, 1))
+    shapes = [x.shape[: x.ndim - core] for x, core in others if x is not None]
     problem = bellman.bind(mdp, reg, *shapes, strict=strict, ambiguity=ball)
     batch = problem.batch
     tol = tol.broadcast(batch)
-    if init is not None:
-        init = pytrees.lanes_last(jnp.broadcast_to(init, batch + init.shape[-1:]), len(batch), 1)
+    init, visited = (
+        None if x is None else pytrees.lanes_last(jnp.broadcast_to(x, batch + x.shape[-1:]), len(batch), 1)
+        for x in (init, visited)
+    )
     problem, start, wanted = undiscounted.begin(problem, init)
     solver, goal = methods.automatic(problem) if solver is None else solver, undiscounted.asked(wanted, tol)
     loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, goal, limit, lax.stop_gradient(start)))
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
     status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)
-    loop = dataclasses.replace(loop, half_width=half_width, status=status)
+    stopped = answers.Stopped(loop.h, loop.c, half_width, status, loop.steps)
     probe = None if probe is None else jnp.broadcast_to(probe, batch)
     method = linear.Method(direct=getattr(solver, "linear", None) == "direct")
-    return _finish(problem, loop, pytrees.lanes_last(mdp.initial, len(batch), 1), tol, probe, method)
+    initial = pytrees.lanes_last(mdp.initial, len(batch), 1)
+    return answers.finish(problem, stopped, initial, tol, probe, method, visited, visits)
 
 
 @pytrees.dataclass
@@ -337,60 +353,3 @@ def freeze(frozen: Array, old: Any, new: Any) -> Any:
         return jnp.where(frozen.reshape((1,) * (b.ndim - frozen.ndim) + frozen.shape), a, b)
 
     return jax.tree.map(choose, old, new)
-
-
-def _finish(
-    problem: bellman.BoundProblem,
-    loop: Loop,
-    initial: Array,
-    tol: Tolerance,
-    probe: Array | None,
-    method: linear.Method,
-) -> Solution:
-    """Policy and perturbation from one more backup at each lane's answer, in the public layout, with derivatives."""
-    # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
-    lost = loop.status >= int(Status.NONFINITE_INPUT)
-    h, c, half_width = (jnp.where(lost, 0, x) for x in (loop.h, loop.c, loop.half_width))
-    # A value that errs by w changes log-probabilities by up to 2 beta w: where that was asked for, linear systems of
-    # the policy need not be solved more accurately.
-    accuracy = jnp.minimum(jnp.max(problem.regulariser.beta, axis=0) * half_width, 1e-3)
-    accuracy = jnp.where(tol.given & ~lost, accuracy, 0)
-    inexact = implicit.policy_error(problem, half_width)
-    found = (problem, h, c, accuracy, probe, *lax.stop_gradient((inexact, lost)))
-    h, th, policy, q = implicit.attach(method, *loops.alike(found))
-    value = h + c[None]
-    masked = jnp.isneginf(problem.regulariser.log_prior)
-    perturbation = jnp.where(masked, 0, q - th[None])
-
-    def public(x: Array, core: int) -> Array:
-        return pytrees.batch_first(implicit.mark(x, lost), core)
-
-    return Solution(
-        value=public(value, 1),
-        q=public(q + c[None, None], 2),
-        policy=public(policy, 2),
-        log_policy=public(_log_policy(problem, policy, q, lost), 2),
-        perturbation=public(perturbation, 2),
-        lower=public(value - half_width[None], 1),
-        upper=public(value + half_width[None], 1),
-        objective=public(jnp.sum(initial * value, axis=0), 0),
-        status=_honest(problem, loop, tol),
-        steps=loop.steps,
-        tol=tol.or_reached(loop.half_width),
-    )
-
-
-def _log_policy(problem: bellman.BoundProblem, policy: Array, q: Array, lost: Array) -> Array:
-    """Logarithm of the policy, `[A, S, *B]`, of a harmless one in lanes that are lost: see `implicit`."""
-    policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
-    q = jnp.where(lost[None, None], 0, q)
-    regulariser = implicit.harmless(problem, lost).regulariser
-    # (Uncertain transitions change q, and so what a regulariser could tell of small probabilities from it.)
-    return regulariser.log_policy(policy, q) if problem.ball is None else Bound.log_policy(regulariser, policy, q)
-
-
-def _honest(problem: bellman.BoundProblem, loop: Loop, tol: Tolerance) -> Array:
-    """Take CONVERGED off lanes that were not told how close, and ended with an interval wider than half their value."""
-    size = jnp.max(jnp.abs(loop.h + loop.c[None]), axis=0)
-    wide = ~tol.given & (loop.half_width > 0.25 * size) & (problem.magnitudes.reward > 0)
-    return jnp.where(wide & (loop.status == int(Status.CONVERGED)), int(Status.STAGNATED), loop.status)

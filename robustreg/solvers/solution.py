@@ -133,6 +133,14 @@ class Answer:
 
 
 @pytrees.dataclass
+class Guess:
+    """Where a solve may begin: a value `[*B, S]` and visits `[*B, S]`, or None. It claims nothing of either."""
+
+    value: Array
+    visits: Array | None
+
+
+@pytrees.dataclass
 class Solution(Answer):
     """Solution of a regularised MDP, batch axes leading.
 
@@ -150,6 +158,8 @@ class Solution(Answer):
         status: `Status` codes, `[*B]` int32.
         steps: backups until the lane stopped, `[*B]` int32.
         tol: certified half-width that was asked for, `[*B]`; the one reached if none was.
+        visits: where `solve` was asked for them, expected discounted visits of the policy from `initial`, `[*B, S]`, as
+            accurate as a backward pass wants them; else None. Constants to derivatives: for others see `occupancy`.
     """
 
     value: Array
@@ -163,11 +173,33 @@ class Solution(Answer):
     status: Array
     steps: Array
     tol: Array
+    visits: Array | None = None
 
     @property
     def gap(self) -> Array:
         """Certified uncertainty `max_s upper - lower`, `[*B]`."""
         return jnp.max(checks.canonical(self.upper - self.lower), axis=-1)
+
+    def extrapolated(self, last: Self) -> Guess:
+        """Guess where the next solve ends, if parameters go on as they went from `last` to this one: for its `init`.
+
+        In a training loop whose steps change little, a solve from there takes half the time of one from here.
+
+        Args:
+            last: the solution before this one, of the same problem but for its numbers.
+
+        Returns:
+            value and visits, linear in both, which a solve checks like any others; those of this solution in lanes of
+            which the last one failed.
+        """
+
+        def ahead(x: Array, y: Array) -> Array:
+            return jnp.where(jnp.isfinite(y), 2 * x - y, x)
+
+        visits = self.visits
+        if visits is not None and last.visits is not None:
+            visits = ahead(visits, last.visits)
+        return Guess(ahead(self.value, last.value), visits)
 
     def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
         width, tol = np.asarray(self.gap)[lane] / 2, np.broadcast_to(np.asarray(self.tol), self.status.shape)[lane]
