@@ -6,7 +6,9 @@ certificate is another one. All have 12 states and 4 actions, so that one progra
 
 import dataclasses
 import functools
+import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -336,3 +338,26 @@ def test_gymnasium():
             np.full(len(ahead), alpha), np.full(len(ahead), beta), prior, np.asarray(m.reward) + ahead
         )
         assert np.abs(again - value).max() <= 1e-7, (names[i], alpha, beta)
+
+
+def test_icu_sepsis_has_its_published_returns():
+    """716 states, 25 actions, no discount [Choudhary et al. 2024]: the optimum and the random policy."""
+    # (Its data alone: importing it brings gym, which warns.)
+    spec = importlib.util.find_spec("icu_sepsis")
+    if spec is None or spec.origin is None:
+        pytest.skip("icu-sepsis is not installed (extra: bench)")
+    data = np.load(Path(spec.origin).parent / "envs" / "assets" / "dynamics.npz")
+    P, initial = data["tx_mat"], data["d_0"]
+    reward = (P * data["r_mat"]).sum(-1)
+    over = (np.diagonal(P, axis1=0, axis2=2) == 1).all(0)  # one absorbing state, in which nothing is earned
+    P, end = np.where(over[:, None, None], 0, P), np.repeat(over[:, None] * 1.0, 25, 1)
+    m = rr.mdp(P, reward, 1.0, termination=end, initial=initial, normalise=False)
+    best = rr.solve(m, None, tol=1e-9).raise_if_failed()
+    assert round(float(best.objective), 5) == 0.87514
+    assert round(float(m.initial @ rr.evaluate(m, np.full((716, 25), 1 / 25))), 5) == 0.78007
+    # Against the worst case of a regulariser: between the two, and what the perturbed reward gives.
+    sol = rr.solve(m, rr.kl(100.0), tol=1e-9).raise_if_failed()
+    assert 0.78007 < float(sol.objective) < 0.87514
+    rr.certify(m, rr.kl(100.0), sol).raise_if_loose(1e-8)
+    attacked = rr.evaluate(m, sol.policy, reward=m.reward - sol.perturbation)
+    np.testing.assert_allclose(m.initial @ attacked, sol.objective, rtol=1e-9)
