@@ -81,9 +81,9 @@ class ExactBall:
 
     def _least(self, h: Array) -> Array:
         """`<x, h>` of the worst rows, `[A, S, *B]`, with its derivatives."""
-        if self.p in (1, math.inf):  # x is piecewise linear in p and b
-            x = _WORST[self.p](self.rows, self.radius, lax.stop_gradient(h)).x
-            return jnp.sum(x * h[None, None], axis=2)
+        if self.p in _GREEDY:  # x is piecewise linear in p and b
+            x, order = _GREEDY[self.p](self.rows, self.radius, lax.stop_gradient(h))
+            return jnp.sum(x * jnp.take_along_axis(h, order, axis=0)[None, None], axis=2)
         # Of the others the multipliers tell how the minimum moves (envelope theorem).
         x, slope, force = self._worst(h)
         moves = jnp.sum(slope * self.rows, axis=2) - force * self.radius
@@ -103,37 +103,47 @@ class Rows(NamedTuple):
     force: Array
 
 
-def _shifted(rows: Array, radius: Array, h: Array) -> Rows:
-    """The worst rows in the 1-norm: from the highest values to the lowest."""
-    p, order, shape = _sorted(rows, -h)
+def _shifted(rows: Array, radius: Array, h: Array) -> tuple[Array, Array]:
+    """The worst rows in the 1-norm, from the highest values to the lowest, and that order, `[S, *B]`."""
+    p, order = _sorted(rows, -h)
     # What lies at the lowest value stays there.
     high = p.at[:, :, -1].set(0)
     before = jnp.cumsum(high, axis=2) - high
-    gone = jnp.clip(jnp.broadcast_to(0.5 * radius[:, :, None], shape) - before, 0, high)
-    return _back((high - gone).at[:, :, -1].set(p[:, :, -1] + jnp.sum(gone, axis=2)), order)
+    gone = jnp.clip(0.5 * radius[:, :, None] - before, 0, high)
+    return (high - gone).at[:, :, -1].set(p[:, :, -1] + jnp.sum(gone, axis=2)), order
 
 
-def _filled(rows: Array, radius: Array, h: Array) -> Rows:
-    """The worst rows with intervals around their entries: the lowest values get all that they may have."""
-    p, order, shape = _sorted(rows, h)
-    b = jnp.broadcast_to(radius[:, :, None], shape)
+def _filled(rows: Array, radius: Array, h: Array) -> tuple[Array, Array]:
+    """The worst rows with intervals around entries: the lowest values, which come first, get all that they may have."""
+    p, order = _sorted(rows, h)
+    b = radius[:, :, None]
     least = jnp.maximum(p - b, 0)
     room = p + b - least
     before = jnp.cumsum(room, axis=2) - room
-    return _back(least + jnp.clip(jnp.sum(p - least, axis=2, keepdims=True) - before, 0, room), order)
+    return least + jnp.clip(jnp.sum(p - least, axis=2, keepdims=True) - before, 0, room), order
 
 
-def _sorted(rows: Array, key: Array) -> tuple[Array, Array, tuple[int, ...]]:
-    """Rows in the order of a key of their successors, that order, and their shape."""
-    shape = jnp.broadcast_shapes(rows.shape, key.shape)
-    order = jnp.broadcast_to(jnp.argsort(key, axis=0)[None, None], shape)
-    return jnp.take_along_axis(jnp.broadcast_to(rows, shape), order, axis=2), order, shape
+def _sorted(rows: Array, key: Array) -> tuple[Array, Array]:
+    """Rows in the order of a key of their successors, `[S, *B]`, and that order."""
+    shape, order = jnp.broadcast_shapes(rows.shape, key.shape), jnp.argsort(key, axis=0)
+    every = jnp.broadcast_to(order[None, None], shape)
+    return jnp.take_along_axis(jnp.broadcast_to(rows, shape), every, axis=2), order
 
 
-def _back(x: Array, order: Array) -> Rows:
-    """Rows in their own order again."""
-    zero = jnp.zeros_like(x)
-    return Rows(jnp.take_along_axis(x, jnp.argsort(order, axis=2), axis=2), zero, zero[:, :, 0])
+# Sets whose worst rows come in the order of the values.
+_GREEDY: dict[float | str, Callable[[Array, Array, Array], tuple[Array, Array]]] = {1: _shifted, math.inf: _filled}
+
+
+def _in_place(p: float) -> Callable[[Array, Array, Array], Rows]:
+    """The worst rows of such a set in their own order."""
+
+    def worst(rows: Array, radius: Array, h: Array) -> Rows:
+        x, order = _GREEDY[p](rows, radius, h)
+        place = jnp.broadcast_to(jnp.argsort(order, axis=0)[None, None], x.shape)
+        zero = jnp.zeros_like(x)
+        return Rows(jnp.take_along_axis(x, place, axis=2), zero, zero[:, :, 0])
+
+    return worst
 
 
 def _spread(rows: Array, radius: Array, h: Array) -> tuple[Array, Array, Array, Array, Array]:
@@ -212,9 +222,9 @@ def _value_there(x: Array, v: Array) -> Array:
 
 
 _WORST: dict[float | str, Callable[[Array, Array, Array], Rows]] = {
-    1: _shifted,
+    1: _in_place(1),
     2: _projected,
-    math.inf: _filled,
+    math.inf: _in_place(math.inf),
     "kl": _tilted,
 }
 KINDS = tuple(_WORST)
