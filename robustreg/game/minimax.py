@@ -38,12 +38,11 @@ problems of three states with `Features`: 1e-3 of the rewards after 100 rounds, 
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -60,9 +59,10 @@ from robustreg.solvers.plain import FixedPolicy, HardMax
 from robustreg.solvers.solution import Answer, Status
 from robustreg.solvers.tolerance import Tolerance
 
-# Logits are logarithms of probabilities: 5 a round is a factor of 150.
-AGENT = optax.chain(optax.clip(5.0), optax.sgd(1.0))
-RESPONSE = optax.sgd(1.0)
+# (To be imported, it takes a third of the time of all that is not JAX; a game is the only thing here that wants it.)
+if TYPE_CHECKING:
+    import optax
+
 _SCHEMES = ("alternating", "simultaneous", "extragradient")
 _RUNNING = -1
 # Certified error of a bound, relative to the gap asked for.
@@ -133,10 +133,10 @@ def _relative(primal: Array, dual: Array) -> Array:
 def solve_game(
     mdp: MDP,
     reg: Regulariser,
-    agent: optax.GradientTransformation | None = None,
+    agent: "optax.GradientTransformation | None" = None,
     adversary: Adversary | None = None,
     *,
-    response: optax.GradientTransformation | None = None,
+    response: "optax.GradientTransformation | None" = None,
     scheme: Scheme = "alternating",
     steps: int = 200,
     responses: int | None = None,
@@ -189,8 +189,18 @@ def solve_game(
     responses = adversary._responses if responses is None else responses
     given = {"steps": steps, "responses": responses, "record": record}
     counts = {name: min(checks.count(name, n), np.iinfo(np.int32).max) for name, n in given.items()}
-    rules = moves.Rules(agent or AGENT, response or RESPONSE, scheme, **counts)
+    usual = _newton()
+    rules = moves.Rules(agent or usual[0], response or usual[1], scheme, **counts)
     return _play(mdp._with_sparsity(), reg, adversary, Tolerance.read(tol, mdp.dtype), rules)
+
+
+@functools.cache
+def _newton() -> "tuple[optax.GradientTransformation, optax.GradientTransformation]":
+    """Newton's steps of the agent and of the adversary, the same objects at every call: each new one is compiled."""
+    import optax
+
+    # Logits are logarithms of probabilities: 5 a round is a factor of 150.
+    return optax.chain(optax.clip(5.0), optax.sgd(1.0)), optax.sgd(1.0)
 
 
 @pytrees.dataclass

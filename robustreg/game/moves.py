@@ -9,17 +9,19 @@ the agent is about to move again.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from robustreg._core import loops, pytrees
 from robustreg.game.sets import boundary, is_masked, shape
 from robustreg.solvers import bellman, linear
 from robustreg.solvers.loop import freeze
+
+if TYPE_CHECKING:  # see `minimax`
+    import optax
 
 # Residual of the critic's linear solve, relative to what it starts from.
 _CRITIC = 1e-3
@@ -31,8 +33,8 @@ _ANSWERED = 0.1
 class Rules:
     """Hold what the compiled program depends on."""
 
-    agent: optax.GradientTransformation
-    response: optax.GradientTransformation
+    agent: "optax.GradientTransformation"
+    response: "optax.GradientTransformation"
     scheme: str
     steps: int
     responses: int
@@ -161,6 +163,7 @@ def _answers(setup: Setup, position: Position, policy: Array) -> tuple[Any, Any]
     problem, adversary, batch = setup.problem, setup.adversary, setup.problem.batch
     update, seen = _per_lane(problem, setup.rules.response.update), visits(setup, policy)
     unit = float(jnp.finfo(policy.dtype).eps) ** 0.5
+    import optax
 
     def answer(state: _Answer, done: Array) -> tuple[_Answer, Array]:
         params, memory = state.params, state.memory
