@@ -77,8 +77,8 @@ def attach(
     if toured is not None:
         # The backward pass's linear system at a cotangent of the objective. It cannot hand on what it finds, whereas
         # these go out with the solution; it begins at them, and they at those of the last one.
-        calm, policy_ = harmless(problem, lost), jnp.where(lost[None, None], 1 / policy.shape[0], policy)
-        chain = bellman.chain(calm, policy_, (h, c))
+        played = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
+        chain = bellman.chain(harmless(problem, lost), played, (h, c))
         found = linear.occupy(chain, jnp.broadcast_to(toured.initial, h.shape), accuracy, method, toured.last)
         visits = jnp.where(lost[None], 0, found)
     return h, th, policy, q, visits
