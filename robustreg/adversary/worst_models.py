@@ -8,7 +8,7 @@ from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity as balls
-from robustreg.solvers import bellman, exact_balls, plain
+from robustreg.solvers import bellman, plain
 from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.solution import Solution
 
@@ -45,5 +45,5 @@ def _worst_model(mdp: MDP, reg: Regulariser, value: Array, policy: Array, ball: 
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), (mdp.n_actions, mdp.n_states, *batch))
     reward = problem.reward - problem.regulariser.worst_case(p)
     noise = problem.ball.worst_noise(p, v, jnp.zeros(batch, v.dtype))
-    rows = exact_balls.written_out(problem.transitions, n, v.dtype) + noise
+    rows = problem.transitions._rows(n, v.dtype) + noise
     return pytrees.batch_first(reward, 2), jnp.moveaxis(rows, (0, 1, 2), (n + 1, n, n + 2))

@@ -183,7 +183,7 @@ def _own(question: Question) -> Found:
 
 
 def _deployed(question: Question) -> tuple[dict[str, str], dict[str, Any], bool, bool]:
-    """What the policy gets under the deployed reward, whether that was promised, and whether it is the guarantee."""
+    """Evaluate the policy under the deployed reward: what it gets, whether that was promised, whether it is enough."""
     m, reg, reward = question.job.problem.mdp, question.job.regulariser, question.deployed
     assert reward is not None
     policy = question.solution.policy if question.policy is None else question.policy

@@ -24,6 +24,7 @@ def cast(x: Any, dtype: np.dtype) -> Array:
 
 
 def cast_kernel(kernel: Any, dtype: np.dtype) -> Transitions:
+    """Cast the probabilities of a kernel to a dtype; a function has none."""
     if isinstance(kernel, Dense):
         return Dense(cast(kernel.probabilities, dtype))
     if isinstance(kernel, Successors):
@@ -146,6 +147,7 @@ def _rescaled(xp: Any, p: Any, sums: Any, termination: Any) -> Any:
 
 
 def termination_of(termination: Any, kernel: Any, available: Any) -> Any:
+    """Read probabilities that an episode ends, of pairs or states, as `[*B, S, A]`; None where none ends."""
     if termination is None:
         return None
     margin, _ = checks.tolerance(termination)
@@ -164,6 +166,7 @@ def termination_of(termination: Any, kernel: Any, available: Any) -> Any:
 
 
 def initial_of(initial: Any, n_states: int, normalise: bool) -> Any:
+    """Read where episodes start, `[*B, S]`: a distribution, rescaled if asked; None is the uniform one."""
     if initial is None:
         return np.full((n_states,), 1.0 / n_states)
     margin, said = checks.tolerance(initial)

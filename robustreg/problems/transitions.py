@@ -100,10 +100,14 @@ class Transitions:
 
     def _written_out(self, policy: Array) -> Array:
         """Write the chain of a policy `[A, S, *B]` out: `P_pi [S, S, *B]` (row: state, column: successor)."""
-        n, lanes = self.n_states, policy.shape[2:]
-        unit = jnp.eye(n, dtype=policy.dtype).reshape((n,) + (1,) * len(lanes) + (n,))
-        expected = self._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *lanes, n)))
-        return jnp.moveaxis(jnp.sum(policy[..., None] * expected, axis=0), -1, 1)
+        return jnp.sum(policy[:, :, None] * self._rows(policy.ndim - 2, policy.dtype), axis=0)
+
+    def _rows(self, ndim: int, dtype: Any) -> Array:
+        """Write a bound kernel out, `[A, S, S, *b]` with `ndim` axes of lanes."""
+        n, lanes = self.n_states, self._lane_axes(ndim)
+        unit = jnp.eye(n, dtype=dtype).reshape((n,) + (1,) * ndim + (n,))
+        rows = self._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *lanes, n)))
+        return jnp.moveaxis(rows, -1, 2)
 
     def prepared(self) -> "Transitions":
         """Find out what can be while arrays are concrete, and keep it with the kernel; see `MDP.prepared`."""

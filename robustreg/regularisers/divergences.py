@@ -37,7 +37,7 @@ from robustreg._core import pytrees
 
 
 class Scales(NamedTuple):
-    """What the rounding of a conjugate grows with: numbers per lane, `[*b]`, in reward units where not said otherwise.
+    """Hold what the rounding of a conjugate grows with: per lane, `[*b]`, in reward units unless said otherwise.
 
     Attributes:
         unit: u, a number.

@@ -85,9 +85,7 @@ class TransitionBall:
         """Lay it out for the kernels, with bound transitions: radius `[A or 1, S or 1, *b]`."""
         if self.form != "exact":
             return self._laid_out(batch_ndim, dtype, transitions.n_states)
-        return ExactBall(
-            self._radii(batch_ndim, dtype), exact_balls.written_out(transitions, batch_ndim, dtype), self.p
-        )
+        return ExactBall(self._radii(batch_ndim, dtype), transitions._rows(batch_ndim, dtype), self.p)
 
     def _laid_out(self, batch_ndim: int, dtype: Any, n_states: int) -> "BoundBall":
         radius = self._radii(batch_ndim, dtype)

@@ -36,7 +36,7 @@ def finish(
     visited: Array | None,
     visits: bool,
 ) -> Solution:
-    """Policy and perturbation from one more backup at each lane's answer, in the public layout, with derivatives."""
+    """Make a `Solution` of where each lane stopped: one more backup there, in the public layout, with derivatives."""
     # NaN in gives NaN out, everywhere: a lost lane must not look like an answer.
     lost = stopped.status >= int(Status.NONFINITE_INPUT)
     h, c, half_width = (jnp.where(lost, 0, x) for x in (stopped.h, stopped.c, stopped.half_width))

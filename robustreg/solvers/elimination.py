@@ -98,6 +98,11 @@ def solve(chain: Array, exits: Array, b: Array, transpose: bool = False) -> Arra
     return loops.fori_loop(0, count, put_back, jnp.zeros_like(b), (chain, b))[:n]
 
 
+def idle_steps(n_states: int, most: int) -> int:
+    """Return after how many Krylov steps without progress elimination is better; `most` where S is too large for it."""
+    return max(32, n_states // 8) if n_states <= STATES else most
+
+
 def lane_by_lane(one: Callable[[_T, Array, Any], _T], state: _T, chain: Any, todo: Array, like: Any = ()) -> _T:
     """Let `one` take some lanes of a `chains.Chain` one after the other; what is not to do costs next to nothing.
 

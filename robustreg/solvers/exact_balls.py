@@ -23,17 +23,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from robustreg._core import pytrees, roots
-from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.bound import Bound
 from robustreg.solvers.chains import Written
-
-
-def written_out(transitions: Transitions, batch_ndim: int, dtype: Any) -> Array:
-    """Write bound transitions out, `[A, S, S, *b]`."""
-    n, lanes = transitions.n_states, transitions._lane_axes(batch_ndim)
-    unit = jnp.eye(n, dtype=dtype).reshape((n,) + (1,) * batch_ndim + (n,))
-    rows = transitions._add_lane_axis()._expect(jnp.broadcast_to(unit, (n, *lanes, n)))
-    return jnp.moveaxis(rows, -1, 2)
 
 
 @pytrees.dataclass

@@ -71,7 +71,7 @@ def of_chain(chain: Any, active: Array, terms: float) -> tuple[Array, Array]:
     # A residual of a thousandth of a step in the largest entry, or of what this precision has.
     close = max(1e-3, 10 * float(jnp.finfo(dtype).eps)) / n**0.5
     reduction = jnp.where(active, close, 1).astype(dtype)
-    idle = max(32, n // 8) if n <= elimination.STATES else _STEPS
+    idle = elimination.idle_steps(n, _STEPS)
 
     def apply(x: Array) -> Array:
         return lax.optimization_barrier(chain.apply(x))

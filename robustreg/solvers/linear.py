@@ -35,7 +35,7 @@ _SWEEPS = 400_000
 
 def idle_steps(n_states: int) -> int:
     """Krylov steps without progress after which elimination, where it stands by, is the better way to go on."""
-    return max(32, n_states // 8) if n_states <= elimination.STATES else KRYLOV_STEPS
+    return elimination.idle_steps(n_states, KRYLOV_STEPS)
 
 
 def neumann(chain: bellman.Chain, b: Array, terms: int) -> Array:

@@ -24,7 +24,7 @@ _WILD = 16
 
 
 class Given(NamedTuple):
-    """What is measured: a problem as `bellman.bind` lays it out, by the names of `bellman.BoundProblem`."""
+    """Hold what is measured: a problem as `bellman.bind` lays it out, by the names of `bellman.BoundProblem`."""
 
     transitions: Transitions
     regulariser: Bound

@@ -28,7 +28,7 @@ class Status(enum.IntEnum):
 
     @property
     def remedy(self) -> str:
-        """What happened and what to do about it, whatever the precision."""
+        """Say what happened and what to do about it, whatever the precision."""
         return self.advise()
 
     def advise(self, dtype: Any = np.float32, asked: bool = True) -> str:
@@ -182,8 +182,6 @@ class Solution(Answer):
 
     def extrapolated(self, last: Self) -> Guess:
         """Guess where the next solve ends, if parameters go on as they went from `last` to this one: for its `init`.
-
-        In a training loop whose steps change little, a solve from there takes half the time of one from here.
 
         Args:
             last: the solution before this one, of the same problem but for its numbers.
