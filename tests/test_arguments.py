@@ -37,6 +37,10 @@ RIGHT: dict[str, tuple[Any, dict[str, Any]]] = {
     "calibrate": (rr.calibrate, dict(reg=REG, perturbations=REWARD[None], coverage=0.5, mdp=M, policy=POLICY)),
     "guarantee": (rr.guarantee, dict(mdp=M, reg=REG, policy=POLICY, deployed=REWARD)),
     "aggregated_slack": (rr.aggregated_slack, dict(mdp=M, reg=REG, policy=POLICY, perturbation=REWARD)),
+    "aggregated_slack of visits": (
+        lambda visits: rr.aggregated_slack(M, REG, None, REWARD, visits=visits),
+        dict(visits=np.ones(6)),
+    ),
     "shard": (rr.shard, dict(mdp=M, devices=jax.devices()[:1], axis="states", pad=False)),
     "solve_game": (rr.solve_game, dict(mdp=M, reg=REG, steps=2, tol=1.0, scheme="alternating")),
     "sweep": (
@@ -142,6 +146,7 @@ def test_a_wrong_argument_is_refused_by_name(name):
         (lambda: rr.sweep(M, REG, {"beta": [1.0]}, devices=[]), "devices must be a sequence of jax devices"),
         (lambda: rr.shard(M, []), "devices must be a mesh or a sequence of jax devices"),
         (lambda: rr.certify(M, REG, None), "sol must be a Solution"),
+        (lambda: rr.aggregated_slack(M, REG, None, REWARD), "give the policy, or visits="),
         (lambda: rr.critical_beta(REG, REWARD, per_state=1), "per_state must be True or False"),
         (lambda: jax.jit(lambda b: rr.sweep(M, rr.kl(b), {"beta": [1.0]})["gap"])(2.0), "cannot run inside jit"),
         (lambda: rr.sweep(M, REG, {"beta": np.ones(2**14), "discount": np.zeros(2**14)}), "268,435,456 cells"),

@@ -124,6 +124,8 @@ def test_what_still_holds_outside(order):
     np.testing.assert_allclose(np.asarray(told.total_slack), -outside, atol=1e-8)
     aggregated = rr.aggregated_slack(M, reg, policy, dr)
     np.testing.assert_allclose(np.asarray(aggregated), np.asarray(told.total_slack), rtol=1e-13)
+    known = rr.aggregated_slack(M, reg, None, dr, visits=visits)
+    np.testing.assert_allclose(np.asarray(known), -outside, atol=1e-8)
     shifted = np.asarray(rr.worst_case(reg, policy)) + rng.normal(size=(N, STATES, 1))
     tight = rr.guarantee(M, reg, policy, deployed=CASE.reward - shifted)
     np.testing.assert_allclose(np.asarray(tight.actual), np.asarray(tight.bound), atol=1e-8)

@@ -131,6 +131,10 @@ def calibrate(
         N is too small for the coverage (`N < coverage/(1 - coverage)`) or k samples are in no set; infinite where fewer
         than k leave it for any beta. Differentiable almost everywhere: the quantile is one sample.
 
+        A set holds no perturbation whose mean under the prior is positive in some state (its visits' mean, where sets
+        are aggregated): errors that are as often up as down leave beta 0 state by state. What a constant per state
+        takes off changes no policy: subtract the prior's mean from the samples, and forgo it in the promise.
+
     Raises:
         TypeError: as `critical_beta`.
         ValueError: coverage out of range, one of mdp and policy without the other, perturbations of another shape.

@@ -9,6 +9,8 @@ bonus) where dr is in the robust set on average over visits, which is all that t
 outside. Equality holds where dr is the policy's worst case plus any constant per state.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -82,7 +84,7 @@ def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike
     checks.expect_shape("deployed", reward.shape, (mdp.n_states, mdp.n_actions), "S, A")
     n = max(mdp.reward.ndim, reward.ndim)
     room = _slack(mdp, reg, _pad(mdp.reward, n) - _pad(reward, n))
-    total = _over_visits(mdp, policy, room)
+    total = _over_visits(_visits(mdp, policy), room)
     guaranteed = _start(mdp, evaluate(mdp, policy, reg=reg))
     actual = _start(mdp, evaluate(mdp, policy, reward=reward))
     shape = jnp.broadcast_shapes(guaranteed.shape, actual.shape, total.shape)
@@ -90,23 +92,49 @@ def guarantee(mdp: MDP, reg: Regulariser, policy: ArrayLike, deployed: ArrayLike
     return Guarantee(guaranteed, actual, room, total)
 
 
-def aggregated_slack(mdp: MDP, reg: Regulariser, policy: ArrayLike, perturbation: ArrayLike) -> Array:
+def aggregated_slack(
+    mdp: MDP,
+    reg: Regulariser,
+    policy: ArrayLike | None,
+    perturbation: ArrayLike,
+    *,
+    visits: ArrayLike | None = None,
+) -> Array:
     """Measure how far inside a policy's aggregated robust set a perturbation lies.
 
     Args:
-        mdp, policy: whose discounted visits weigh the states; `policy` is `[*B, S, A]`.
+        mdp, policy: whose discounted visits weigh the states; `policy` is `[*B, S, A]`, or None beside `visits`.
         reg: the regulariser.
-        perturbation: `dr`, `[*B, S, A]`, subtracted from the reward. Batch axes of all four broadcast as in NumPy.
+        perturbation: `dr`, `[*B, S, A]`, subtracted from the reward.
+        visits: in the place of the policy its discounted visits of states, `[*B, S]`, where they are known
+            (`Solution.visits`); None: they are solved for.
+
+    Batch axes of all five broadcast as in NumPy.
 
     Returns:
         `-sum_s d(s) Omega*(dr(s, .))`, `[*B]`, in units of return. The set is where this is >= 0; it holds the robust
         set, and the policy's guarantee holds in all of it.
+
+    Raises:
+        TypeError: a first or second argument of another kind.
+        ValueError: an argument of another shape, a policy that is none; both or neither of policy and visits.
     """
     checks.expect_type(mdp, MDP, "first argument", "mdp")
     checks.expect_type(reg, Regulariser, "second argument", "kl")
     dr = checks.array("perturbation", perturbation, mdp.dtype)
     checks.expect_shape("perturbation", dr.shape, (mdp.n_states, mdp.n_actions), "S, A")
-    return _over_visits(mdp, policy, _slack(mdp, reg, dr))
+    if (policy is None) == (visits is None):
+        raise ValueError("give the policy, or visits= of states that are known already, and None for the other")
+    room = _slack(mdp, reg, dr)
+    if visits is None:
+        return _over_visits(_visits(mdp, policy), room)
+    visits = checks.array("visits", visits, mdp.dtype)
+    checks.expect_shape("visits", visits.shape, (mdp.n_states,), "S")
+    if not checks.is_traced(visits):
+        checks.refuse(
+            "visits", visits, ~((visits >= 0) & (visits < jnp.inf)), ("s",), "visits are finite, not negative"
+        )
+    return _over_visits(visits, room)
 
 
 @jax.jit
@@ -118,9 +146,13 @@ def _slack(mdp: MDP, reg: Regulariser, dr: Array) -> Array:
     return pytrees.batch_first(-maximise(problem.regulariser.by_rows(), x)[0], 1)
 
 
-def _over_visits(mdp: MDP, policy: ArrayLike, room: Array) -> Array:
-    """The sum over a policy's discounted visits, `[*B]`."""
-    visits = jnp.sum(occupancy(mdp, policy), axis=-1)
+def _visits(mdp: MDP, policy: Any) -> Array:
+    """A policy's discounted visits of states, `[*B, S]`."""
+    return jnp.sum(occupancy(mdp, policy), axis=-1)
+
+
+def _over_visits(visits: Array, room: Array) -> Array:
+    """The sum over discounted visits, `[*B]`."""
     n = max(visits.ndim, room.ndim)
     visits, room = _pad(visits, n), _pad(room, n)
     # What is infinite where nobody goes counts for nothing.

@@ -200,7 +200,8 @@ def deploy(m: rr.MDP, reg: rr.Regulariser, worlds: Worlds) -> Deployed:
     learned = dataclasses.replace(m, reward=jnp.asarray(worlds.learned))
     sol = rr.solve(learned, reg, tol=1e-4).raise_if_failed()
     visits = np.asarray(rr.occupancy(learned, sol.policy)).sum(-1)
-    forfeit = -np.asarray(rr.aggregated_slack(learned, reg, sol.policy, worlds.learned - worlds.true))
+    error = worlds.learned - worlds.true
+    forfeit = -np.asarray(rr.aggregated_slack(learned, reg, None, error, visits=visits))
     nominal, actual = (exact_return(m, np.asarray(sol.policy), r) for r in (worlds.learned, worlds.true))
     objective = np.asarray(sol.lower @ m.initial)
     return Deployed(objective, nominal, actual, forfeit, (visits * worlds.disagreement).sum(-1))

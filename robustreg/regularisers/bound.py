@@ -32,7 +32,7 @@ import numpy as np
 from jax import Array
 
 from robustreg._core import pytrees
-from robustreg.regularisers import actions
+from robustreg.regularisers import actions, conjugates
 from robustreg.regularisers.divergences import Scales, weighted
 
 
@@ -82,6 +82,10 @@ class Bound:
     def conjugate(self, q: Array) -> Array:
         """Compute `Omega*(q)`, `[...]`."""
         return maximise(self, q)[0]
+
+    def guess(self, q: Array) -> Array:
+        """Estimate `Omega*(q)`, `[...]`, at little cost: by KL's, without a root to find."""
+        return conjugates.kl_maximiser(q, self.beta, self.log_prior, self.reduce)[0]
 
     def argmax(self, q: Array) -> Array:
         """Find the policy that attains it, `[A, ...]`."""

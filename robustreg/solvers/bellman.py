@@ -261,6 +261,13 @@ def backup(problem: BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Arr
     return *maximise(regulariser, left), q
 
 
+def of_one_step(problem: BoundProblem) -> Array:
+    """Estimate the worth of the best single step, `[S, *B]`: `T 0`, or nearly so, without a product; else 0."""
+    fixed = loops.alike(lax.stop_gradient(problem))
+    h = fixed.regulariser.guess(fixed.reward)
+    return jnp.broadcast_to(jnp.where(jnp.isfinite(h), h, 0), (problem.n_states, *problem.batch))
+
+
 def cost(problem: BoundProblem, th: Array, q: Array) -> Array:
     """Compute `max_s (max_a q - T V)`, `[*B]`: the most that the regulariser takes off, in reward units."""
     return jnp.max(problem.regulariser.excess(q, th), axis=0)

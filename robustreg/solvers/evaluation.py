@@ -165,7 +165,7 @@ def fixed_point(
         problem: the lanes.
         operator: bound as the problem's own regulariser is.
         reward: bound likewise.
-        start: where to begin, `[S, *B]`; None: at 0.
+        start: where to begin, `[S, *B]`; None: at what one step is worth.
         tol: error to stop at, a number; None: as small as the precision supports.
     """
     single = isinstance(operator, FixedPolicy)
@@ -173,9 +173,9 @@ def fixed_point(
         problem, _ = undiscounted.own_horizon(problem, operator.policy)
     problem = bellman.with_operator(problem, operator, reward)
     goal = Tolerance.read(tol, problem.dtype).broadcast(problem.batch)
-    if start is not None:
-        start = jnp.broadcast_to(start, (problem.n_states, *problem.batch))
-    begun, start, wanted = undiscounted.begin(problem, start)
+    chosen = start is not None
+    start = jnp.broadcast_to(start, (problem.n_states, *problem.batch)) if chosen else bellman.of_one_step(problem)
+    begun, start, wanted = undiscounted.begin(problem, start, chosen)
     if single:  # no other policy has to end
         begun, wanted = problem, None
     problem, fixed = begun, lax.stop_gradient(begun)
@@ -193,7 +193,7 @@ def fixed_point(
 def search(problem: bellman.BoundProblem, tol: Tolerance, start: Array) -> Loop:
     """Run the loop on a problem whose regulariser may be one policy, from a start `[S, *B]`; see `loop.iterate`."""
     single = isinstance(problem.regulariser, FixedPolicy)
-    solver = _evaluation(problem) if single else methods.automatic(problem)
+    solver = _evaluation(problem) if single else methods.chosen(None, warm=True)
     return iterate(problem, solver, tol, jnp.asarray(10_000, jnp.int32), start)
 
 
@@ -209,6 +209,7 @@ def _evaluation(problem: bellman.BoundProblem) -> Solver:
         inner_steps=linear.KRYLOV_STEPS,
         patience=linear.idle_steps(problem.n_states),
         max_steps=6 if few else 200,
+        sweeps=0,
     )
 
 

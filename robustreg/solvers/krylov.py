@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -103,13 +104,18 @@ def bicgstab(
         since = jnp.where(lower, 0, at.since + 1)
         # Breakdowns (a vanishing inner product) show as NaN or infinity here: the lane keeps its best and stops.
         done = at.done | (size <= target) | ~jnp.isfinite(size + rho) | (since >= patience)
+        done = done | (at.count + 1 >= max_steps)
         best_x, mark = jnp.where(better[None], x, at.best_x), jnp.where(lower, best, at.mark)
         return Iterate(x, r, p, rho, best, best_x, mark, since, done, at.count + 1)
 
     def unfinished(at: Iterate) -> Array:
-        return ~jnp.all(at.done) & (at.count < max_steps)
+        return ~jnp.all(at.done)
 
-    floor = 4 * float(jnp.finfo(b.dtype).eps)
+    def turn(at: Iterate) -> Iterate:
+        # (Lanes that are done keep their best, whatever becomes of the rest of them.)
+        return lax.fori_loop(0, steps, lambda _, at: step(at), at, unroll=True) if steps > 1 else step(at)
+
+    floor, steps = 4 * float(jnp.finfo(b.dtype).eps), steps_per_turn()
     scale = jnp.where(scale > 0, scale, 1)
     b = (b - mean(*sums(b))[None]) / scale[None]
     # From x = b on: the residual is then K b, which is the shadow as well.
@@ -120,7 +126,15 @@ def bicgstab(
     done = (size <= target) | ~jnp.isfinite(size)
     never, count = jnp.zeros(size.shape, jnp.int32), jnp.asarray(0, jnp.int32)
     start = Iterate(b, shadow, shadow, size, size, b, size, never, done, count)
-    return scale[None] * loops.while_loop(unfinished, step, start).best_x
+    return scale[None] * loops.while_loop(unfinished, turn, start).best_x
+
+
+def steps_per_turn() -> int:
+    """Steps between two looks at whether all lanes are done, for the devices of this process.
+
+    An accelerator's host waits for every look, longer than a step takes; a CPU has the answer at hand.
+    """
+    return 1 if jax.default_backend() == "cpu" else 4
 
 
 def sums(*xs: Array) -> list[Array]:

@@ -138,7 +138,7 @@ def longest(chain: bellman.Chain) -> Array:
     """
     ones = jnp.ones_like(chain.exit_rate)
     accuracy = jnp.full(ones.shape[1:], 1e-2, ones.dtype)
-    w = _refined(chain, chain.apply, ones, accuracy, ones, chain.exit_rate, jnp.sum(chain.exit_rate, axis=0))
+    w = _refined(chain, chain.apply, ones, accuracy, ones, chain.exit_rate, jnp.sum(chain.exit_rate, axis=0)).x
     size = jnp.max(jnp.abs(w), axis=0)
     # `w - K w` is known to some units of w; where it is at least 1 - x, `w/(1 - x)` will do.
     x = jnp.max(1 - (w - chain.apply(w)), axis=0) + 64 * float(jnp.finfo(w.dtype).eps) * size
@@ -172,24 +172,24 @@ def _or_nan(found: Solved) -> Array:
 
 def _forward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method) -> Solved:
     if method.direct:
-        x = direct(chain, b)
+        found = _with_residual(chain.apply, b, direct(chain, b))
     else:
         # (I - K) 1 is the exit rate.
-        x = _refined(
-            chain, chain.apply, b, accuracy, jnp.ones_like(b), chain.exit_rate, jnp.sum(chain.exit_rate, axis=0)
-        )
-    return _checked(chain, chain.apply, b, x, accuracy, False)
+        ones, mass = jnp.ones_like(b), jnp.sum(chain.exit_rate, axis=0)
+        found = _refined(chain, chain.apply, b, accuracy, ones, chain.exit_rate, mass)
+    return _checked(chain, chain.apply, b, found, accuracy, False)
 
 
 def _backward(chain: bellman.Chain, b: Array, accuracy: Array, method: Method, visits: Array | None = None) -> Solved:
     if method.direct:
-        y = direct(chain, b, transpose=True)
+        found = _with_residual(chain.transpose, b, direct(chain, b, transpose=True))
     else:
         start = jnp.full_like(b, 1 / b.shape[0])
         # The mass of (I - K^T) y is <exit rate, y>, which is known better than the difference: 1 - g has been rounded.
         mass = jnp.mean(chain.exit_rate, axis=0)
-        y = _refined(chain, chain.transpose, b, accuracy, start, start - chain.transpose(start), mass, True, visits)
-    return _checked(chain, chain.transpose, b, y, accuracy, True)
+        image = start - chain.transpose(start)
+        found = _refined(chain, chain.transpose, b, accuracy, start, image, mass, True, visits)
+    return _checked(chain, chain.transpose, b, found, accuracy, True)
 
 
 def _norm(x: Array, transpose: bool) -> Array:
@@ -202,15 +202,29 @@ def trusted(dtype: np.dtype) -> float:
     return 5e-9 if dtype.itemsize > 4 else 2e-3
 
 
-def _checked(chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy: Array, transpose: bool) -> Solved:
+class _Improved(NamedTuple):
+    """A solution and what it leaves of the right-hand side, `[S, *B]` each."""
+
+    x: Array
+    r: Array
+
+
+def _with_residual(apply: Operator, b: Array, x: Array) -> _Improved:
+    """Compute what x leaves of the right-hand side."""
+    return _Improved(x, b - (x - apply(x)))
+
+
+def _checked(
+    chain: bellman.Chain, apply: Operator, b: Array, found: _Improved, accuracy: Array, transpose: bool
+) -> Solved:
     """Read off the residual what a solution is worth, and solve the lanes that it does not prove in another way.
 
     BiCGSTAB breaks down on chains that are nearly deterministic, and may stagnate on others. Whatever x is, nothing is
     believed of it but what its residual says.
     """
     enough, nothing = trusted(b.dtype), _norm(b, transpose) == 0
-    x = jnp.where(nothing[None], 0, x)  # also where the chain is NaN: no error where nothing was asked
-    error, left = _proved(chain, apply, b, x, transpose)
+    x = jnp.where(nothing[None], 0, found.x)  # also where the chain is NaN: no error where nothing was asked
+    error, left = _proved(chain, x, found.r, transpose)
     reached = (accuracy > 0) & (left <= 1.01 * accuracy * _norm(b, transpose))
     solved = (error <= enough) | reached | nothing
     again = _eliminated if b.shape[0] <= elimination.STATES else _swept
@@ -218,15 +232,16 @@ def _checked(chain: bellman.Chain, apply: Operator, b: Array, x: Array, accuracy
     return x, jnp.where(nothing, 0, error), solved
 
 
-def _proved(chain: bellman.Chain, apply: Operator, b: Array, x: Array, transpose: bool) -> tuple[Array, Array]:
-    """Bound on the relative error of x, and the norm of its residual, `[*B]`.
+def _proved(chain: bellman.Chain, x: Array, r: Array, transpose: bool) -> tuple[Array, Array]:
+    """Bound on the relative error of x by its residual r, and the norm of that, `[*B]`.
 
-    `|x - x*| <= horizon |b - (x - apply(x))|` in the norm of `_norm`, with two roundings of x on top, of the discount
-    and of the product: a residual of 0 proves no more than they leave.
+    `|x - x*| <= horizon |r|` in the norm of `_norm`, with two roundings of x on top, of the discount and of the
+    product: a residual of 0 proves no more than they leave. (What was added to x since the product was formed errs by a
+    rounding of x itself, which no horizon enlarges.)
     """
-    size, left = _norm(x, transpose), _norm(b - (x - apply(x)), transpose)
-    unit = float(jnp.finfo(b.dtype).eps)
-    return chain.horizon * (unit + left / jnp.where(size > 0, size, 1)), left
+    size, left = _norm(x, transpose), _norm(r, transpose)
+    unit = float(jnp.finfo(x.dtype).eps)
+    return unit + chain.horizon * (unit + left / jnp.where(size > 0, size, 1)), left
 
 
 def eliminate(chain: bellman.Chain, b: Array, x: Array, solved: Array) -> tuple[Array, Array]:
@@ -293,15 +308,12 @@ def _swept(
     count = jnp.asarray(0, jnp.int32)
     total, *_ = loops.while_loop(unfinished, add, (jnp.zeros_like(b), r, count), chain)
     new = jnp.where(worth[None], start + total, x)
-    now = loops.cond(jnp.any(worth), lambda: _proved(chain, apply, b, new, transpose)[0], lambda: error, (chain, b))
+
+    def proved() -> Array:
+        return _proved(chain, *_with_residual(apply, b, new), transpose)[0]
+
+    now = loops.cond(jnp.any(worth), proved, lambda: error, (chain, b))
     return new, jnp.where(worth, now, error), solved | (worth & (now <= enough))
-
-
-class _Improved(NamedTuple):
-    """A solution and what it leaves of the right-hand side, `[S, *B]` each."""
-
-    x: Array
-    r: Array
 
 
 def _refined(
@@ -314,7 +326,7 @@ def _refined(
     mass: Array,
     transpose: bool = False,
     guess: Array | None = None,
-) -> Array:
+) -> _Improved:
     """Solve `x - apply(x) = b` by Krylov solves for what is left until rounding ends progress.
 
     Every residual is first freed of its sum by a multiple of `mode`, whose image under `I - apply` is `image`, of sum
@@ -336,8 +348,7 @@ def _refined(
         reduction = jnp.maximum(0.25 * goal / size(r), floor)
         reduction = jnp.where(active, reduction, 1)
         step = krylov.bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, idle_steps(b.shape[0]), not chain.ends)
-        new, new_r = x + step, b - ((x + step) - apply(x + step))
-        new, new_r = balance(new, new_r)
+        new, new_r = balance(*_with_residual(apply, b, x + step))
         better = active & (size(new_r) < size(r))
         # What did not halve what was left has met rounding, or a chain that is not its kind.
         again = better & (size(new_r) < 0.5 * size(r)) & (size(new_r) > goal)
@@ -356,4 +367,4 @@ def _refined(
         closer = (size(near) < size(b))[None]
         x, r = jnp.where(closer, share * guess, 0), jnp.where(closer, near, b)
     start = _Improved(*balance(x, r))
-    return loops.until_done(improve, start, ~(size(start.r) > goal), _ROUNDS, (chain, mode, image, mass)).x
+    return loops.until_done(improve, start, ~(size(start.r) > goal), _ROUNDS, (chain, mode, image, mass))

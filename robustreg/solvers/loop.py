@@ -156,8 +156,9 @@ def _solve(
         None if x is None else pytrees.lanes_last(jnp.broadcast_to(x, batch + x.shape[-1:]), len(batch), 1)
         for x in (init, visited)
     )
-    problem, start, wanted = undiscounted.begin(problem, init)
-    solver, goal = methods.automatic(problem) if solver is None else solver, undiscounted.asked(wanted, tol)
+    start = bellman.of_one_step(problem) if init is None else init
+    problem, start, wanted = undiscounted.begin(problem, start, init is not None)
+    solver, goal = methods.chosen(solver, warm=init is not None), undiscounted.asked(wanted, tol)
     loop = lax.stop_gradient(iterate(lax.stop_gradient(problem), solver, goal, limit, lax.stop_gradient(start)))
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
     status = undiscounted.verdict(loop.status, wanted, lost, half_width, tol)
@@ -234,7 +235,8 @@ def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limi
     # lays out anew at every turn: three times slower on a grid of 1,024 states. A start of zeros is one as well, which
     # it spends seconds to fold where there are thousands of lanes.
     problem, h = lax.optimization_barrier((problem, h))
-    limit = jnp.minimum(limit, solver.max_steps)
+    h, swept = _swept(problem, solver, limit, h)
+    limit = jnp.minimum(limit - swept, solver.max_steps)
     zero, infinite = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
     count = jnp.zeros(batch, jnp.int32)
     status = jnp.where(bellman.sound(problem), _RUNNING, int(Status.NONFINITE_INPUT)).astype(jnp.int32)
@@ -244,7 +246,31 @@ def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limi
     def running(state: Loop) -> Array:
         return jnp.any(state.status == _RUNNING)
 
-    return loops.while_loop(running, functools.partial(_turn, problem, solver, tol, limit), start)
+    end = loops.while_loop(running, functools.partial(_turn, problem, solver, tol, limit), start)
+    return dataclasses.replace(end, steps=end.steps + swept)
+
+
+def _swept(problem: bellman.BoundProblem, solver: Solver, limit: Array, h: Array) -> tuple[Array, Array]:
+    """Begin with the plain sweeps of Newton's method, without books; returns h and their number, `[*B]`."""
+    none = loops.alike((h, jnp.zeros(problem.batch, jnp.int32)), problem, limit)
+    # (Without a discount, sweeps need not stay below what every policy can reach: see `undiscounted`.)
+    if type(solver) is not methods.Newton or problem.averaged or problem.proved is not None:
+        return none
+
+    def sweep(most: int, problem: bellman.BoundProblem, limit: Array, h: Array) -> tuple[Array, Array]:
+        own, zero = methods.first_sweeps(problem, most, limit), jnp.zeros(problem.batch, problem.dtype)
+
+        def once(i: Array, h: Array) -> Array:
+            return jnp.where(i < own, bellman.backup(problem, h, zero)[0], h)
+
+        new = loops.fori_loop(0, most, once, h, (problem, own))
+        # What overflows here must not look like an input that is not finite.
+        return jnp.where(jnp.all(jnp.isfinite(new), axis=0)[None], new, h), own
+
+    if solver.sweeps is not None:
+        return sweep(solver.sweeps, problem, limit, h) if solver.sweeps else none
+    several = functools.partial(sweep, round(4 * problem.n_states**0.5))
+    return lax.platform_dependent(problem, limit, h, cpu=lambda *_: none, default=several)
 
 
 def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: Array, state: Loop) -> Loop:

@@ -14,8 +14,17 @@ Newton's method here is regularised policy iteration: its linear system is the e
 written for the correction so that no digits are lost to the size of V. It converges quadratically, so the early
 systems are solved loosely (inexact Newton, [Dembo, Eisenstat and Steihaug 1982]): the Krylov solver starts from the
 value-iteration step and stops at once where that already reduces the residual enough.
+
+**Plain sweeps first.** Far from V* a policy is about to change, and where it is nearly deterministic its linear system
+is hard besides. A sweep `V <- T V` brings news one state further, in a plane to all of them in some `sqrt(S)` sweeps,
+and a policy that is worth evaluating: with `4 sqrt(S)` of them (but two horizons at most: by then episodes are over)
+grids of 256 and 1,024 states take .4 of the products with chains, in the mean over discounts of .99 and .999 and beta
+from .1 to 300, and .6 at most. Whether that pays is a matter of the machine. On an accelerator a sweep is one kernel,
+and costs less than a product and the inner products around it. On a CPU it costs 6 to 9 products (it reads the rows of
+every action and takes A exponentials, where a product reads one row of a mixture), as much as it saves: none there.
 """
 
+import dataclasses
 from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
@@ -119,6 +128,8 @@ class Newton:
             almost deterministic, a loose evaluation can lead from one poor policy to another, an exact one cannot.
         inner_steps: cap on Krylov steps, of two products each.
         patience: cap on Krylov steps without progress; permutations of n states show none before the n-th.
+        sweeps: plain sweeps before the first step, counted as steps; `max_steps` is for those after. None: on a CPU, or
+            where an `init` is given, none; on an accelerator four times the square root of the number of states.
     """
 
     linear: Literal["krylov", "direct"] = "krylov"
@@ -126,6 +137,7 @@ class Newton:
     inner_steps: int = 200
     patience: int = 200
     max_steps: int = 200
+    sweeps: int | None = None
 
     def __post_init__(self) -> None:
         if self.linear not in ("krylov", "direct"):
@@ -135,6 +147,8 @@ class Newton:
         for name in ("inner_steps", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Newton needs {name} >= 1, got {getattr(self, name)}")
+        if self.sweeps is not None and self.sweeps < 0:
+            raise ValueError(f"Newton needs sweeps >= 0, got {self.sweeps}")
 
     def init(self, h: Array) -> tuple[Array, Array]:
         """Each lane's forcing, and its last half-width."""
@@ -224,6 +238,19 @@ def _least_squares(columns: Array, b: Array) -> Array:
     return weights / jnp.where(length[:, 0] > 0, length[:, 0], 1)
 
 
-def automatic(problem: bellman.BoundProblem) -> Solver:
-    """Return the solver that `solve` takes if none is given: the only one good on every problem measured so far."""
-    return Newton()
+def chosen(solver: Solver | None, warm: bool) -> Solver:
+    """Return the solver to use where `solver` was asked for.
+
+    Args:
+        solver: None is Newton's method, the only one good on every problem measured so far.
+        warm: whether a start is given, which takes the place of plain sweeps.
+    """
+    solver = Newton() if solver is None else solver
+    without = warm and isinstance(solver, Newton) and solver.sweeps is None
+    return dataclasses.replace(solver, sweeps=0) if without else solver
+
+
+def first_sweeps(problem: bellman.BoundProblem, most: int, limit: Array) -> Array:
+    """Plain sweeps of each lane, `[*B]`: `most`, two horizons if they are less, and one step left of its `limit`."""
+    few = jnp.where(2 * problem.horizon < most, jnp.ceil(2 * problem.horizon), most).astype(jnp.int32)
+    return jnp.broadcast_to(jnp.clip(jnp.minimum(few, limit - 1), 0), problem.batch)

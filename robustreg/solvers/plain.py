@@ -28,6 +28,9 @@ class FixedPolicy(Bound):
     def maximiser(self, q: Array) -> tuple[Array, Array]:
         return jnp.sum(self.policy * self._where_taken(q), axis=0) - self.cost, self.policy
 
+    def guess(self, q: Array) -> Array:
+        return self.maximiser(q)[0]
+
     def excess(self, q: Array, th: Array) -> Array:
         # An average by known weights: what is hardly ever done hardly counts.
         return jnp.sum(self.policy * jnp.abs(self._where_taken(q) - th[None]), axis=0)
@@ -70,6 +73,9 @@ class HardMax(Bound):
     def maximiser(self, q: Array) -> tuple[Array, Array]:
         q = jnp.where(jnp.isneginf(self.log_prior), -jnp.inf, q)
         return jnp.max(q, axis=0), jnp.moveaxis(jax.nn.one_hot(jnp.argmax(q, axis=0), q.shape[0], dtype=q.dtype), -1, 0)
+
+    def guess(self, q: Array) -> Array:
+        return self.maximiser(q)[0]
 
     def largest_weight(self, reward: Array, gap: Array) -> Array:
         return jnp.where(gap > 0, 0, jnp.ones_like(gap))

@@ -35,8 +35,8 @@ from robustreg.solvers.resident_kernel import Carrier, Sizes
 from robustreg.solvers.tolerance import Tolerance
 
 _STATES, _DENSE_STATES, _ACTIONS, _SLOTS = 2048, 128, 16, 16
-# Plain sweeps before the first Newton step, by the square root of the number of states, and by the horizon.
-SWEEPS, SWEEPS_OF_HORIZON = 2, 2
+# Plain sweeps before the first Newton step by the square root of the number of states, where the solver leaves it open.
+SWEEPS = 2
 
 
 class Found(NamedTuple):
@@ -138,12 +138,10 @@ def _solve(
     batch, n = problem.batch, math.prod(problem.batch)
     tables = _tables(sizes, problem)
     rows = [_rows_of_lanes(x.shape[x.ndim - len(batch) :], batch) for x, _ in tables]
-    # Plain sweeps cost less than products and bring a policy worth evaluating, unless episodes are over before. Their
-    # number is even.
-    few = jnp.ceil(SWEEPS_OF_HORIZON * _each(problem.horizon, batch))
-    sweeps = jnp.minimum(round(SWEEPS * sizes.states**0.5), few).astype(jnp.int32)
+    # (See `methods`. Their number is even: two share a turn.)
+    most = round(SWEEPS * sizes.states**0.5) if solver.sweeps is None else solver.sweeps
+    sweeps = _each(methods.first_sweeps(problem, most, limit - 1), batch) // 2 * 2
     limits = jnp.minimum(jnp.minimum(limit, 2**30), solver.max_steps + sweeps).astype(jnp.int32)
-    sweeps = jnp.maximum(jnp.minimum(sweeps, limits - 2), 0) // 2 * 2
     valid = _each(bellman.sound(problem), batch).astype(jnp.int32)
     integers = jnp.stack([*rows, limits, sweeps, valid], axis=-1)
     start = jnp.moveaxis(h.reshape(sizes.states, n), 0, 1)

@@ -85,32 +85,32 @@ def own_horizon(problem: bellman.BoundProblem, policy: Array) -> tuple[bellman.B
     return dataclasses.replace(problem, horizon=steps, proved=proved, valid=valid), w
 
 
-def begin(problem: bellman.BoundProblem, h: Array | None) -> tuple[bellman.BoundProblem, Array, Array | None]:
+def begin(problem: bellman.BoundProblem, h: Array, chosen: bool) -> tuple[bellman.BoundProblem, Array, Array | None]:
     """Prepare lanes in which some policy need not end for the loop.
 
     Args:
         problem: the lanes.
-        h: where to start, `[S, *B]`; None: at 0, and in those lanes below the value of the reference policy.
+        h: where to start, `[S, *B]`.
+        chosen: whether by the caller's wish. If not, those lanes start below the value of the reference policy.
 
     Returns:
         The problem with the steps of the reference policy for a horizon, a start, and those lanes, `[*B]`.
     """
-    zeros = jnp.zeros((problem.n_states, *problem.batch), problem.dtype)
     wanted = pending(problem)
     if wanted is None or problem.steps is None or problem.proved is None:
-        return problem, zeros if h is None else h, None
+        return problem, h, None
     fixed = lax.stop_gradient(problem)
-    w = lax.stop_gradient(jnp.broadcast_to(problem.steps, zeros.shape))
+    w = lax.stop_gradient(jnp.broadcast_to(problem.steps, h.shape))
     most = jnp.max(w, axis=0)
     ends = wanted & jnp.isfinite(most)
-    if h is None:
+    if not chosen:
         prior = jax.nn.softmax(
             jnp.broadcast_to(fixed.regulariser.log_prior, fixed.reward.shape[:2] + problem.batch), axis=0
         )
         # Rewards of masked actions may be anything.
         earned = jnp.sum(jnp.where(prior > 0, prior * fixed.reward, 0), axis=0)
         least = jnp.minimum(jnp.min(earned, axis=0), 0)
-        h = jnp.where(ends[None], least[None] * jnp.where(ends[None], w, 1), 0)
+        h = jnp.where(wanted[None], jnp.where(ends[None], least[None] * jnp.where(ends[None], w, 1), 0), h)
     proved = jnp.broadcast_to(problem.proved, problem.batch) | ends
     return dataclasses.replace(problem, horizon=jnp.where(ends, most, problem.horizon), proved=proved), h, wanted
 
