@@ -126,7 +126,7 @@ def test_a_negative_number_is_refused():
 @pytest.mark.parametrize("most", [1, 6, 7, 200])
 def test_krylov_steps_between_two_looks_change_nothing(accelerated, monkeypatch, most):
     rng = np.random.default_rng(0)
-    chain = rng.dirichlet(np.full(30, 0.1), 30) * 0.99
+    chain = jnp.asarray(rng.dirichlet(np.full(30, 0.1), 30) * 0.99)
     b = jnp.asarray(rng.standard_normal((30, 3)))
     size, reduction = jnp.max(jnp.abs(b), axis=0), jnp.asarray([1e-1, 1e-4, 1e-12])
 

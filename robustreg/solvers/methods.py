@@ -246,8 +246,9 @@ def chosen(solver: Solver | None, warm: bool) -> Solver:
         warm: whether a start is given, which takes the place of plain sweeps.
     """
     solver = Newton() if solver is None else solver
-    without = warm and isinstance(solver, Newton) and solver.sweeps is None
-    return dataclasses.replace(solver, sweeps=0) if without else solver
+    if warm and isinstance(solver, Newton) and solver.sweeps is None:
+        return dataclasses.replace(solver, sweeps=0)
+    return solver
 
 
 def first_sweeps(problem: bellman.BoundProblem, most: int, limit: Array) -> Array:
