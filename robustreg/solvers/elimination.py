@@ -44,23 +44,23 @@ def solve(chain: Array, exits: Array, b: Array, transpose: bool = False) -> Arra
         chain: `K >= 0`, `[S, S]`. Its diagonal is never looked at: it follows from the exit rates.
         exits: `(I - K) 1`, `[S]`, which the caller knows better than the difference does; positive, or 0 in states that
             lead to others where it is (the answer is infinite or NaN where none does).
-        b: `[S]`, of any sign.
+        b: `[S, N]`, of any sign.
         transpose: which of the two systems.
 
     Returns:
-        `x [S]`, entry by entry to a few S units of rounding of `(I - K)^{-1} |b|`.
+        `x [S, N]`, entry by entry to a few S units of rounding of `(I - K)^{-1} |b|`.
     """
     n = b.shape[0]
     if n <= _BLOCK:
         inverse = _inverse(chain, exits)
-        return _product(b, inverse) if transpose else _product(inverse, b)
+        return _product(inverse.T if transpose else inverse, b)
     count = -(-n // _BLOCK)
     # Padding is states that nothing leads to and that nothing leaves.
     extra = count * _BLOCK - n
     chain, exits, b = (
         jnp.pad(chain, ((0, extra), (0, extra))),
         jnp.pad(exits, (0, extra), constant_values=1),
-        jnp.pad(b, (0, extra)),
+        jnp.pad(b, ((0, extra), (0, 0))),
     )
     number = jnp.arange(count * _BLOCK, dtype=jnp.int32)
 
@@ -80,7 +80,7 @@ def solve(chain: Array, exits: Array, b: Array, transpose: bool = False) -> Arra
         own, rows, columns = parts(chain, k)
         inverse = _inverse(own, take(exits, k) + jnp.sum(rows, axis=1))
         through = _product(columns, inverse)
-        right = _product(_product(take(b, k), inverse), rows) if transpose else _product(through, take(b, k))
+        right = _product(rows.T, _product(inverse.T, take(b, k))) if transpose else _product(through, take(b, k))
         exits = exits + _product(through, take(exits, k))
         return chain + _product(through, rows), exits, b + right, inverses.at[k].set(inverse)
 
@@ -88,7 +88,7 @@ def solve(chain: Array, exits: Array, b: Array, transpose: bool = False) -> Arra
         k = count - 1 - i
         _, rows, columns = parts(chain, k)
         if transpose:
-            found = _product(take(b, k) + _product(x, columns), inverses[k])
+            found = _product(inverses[k].T, take(b, k) + _product(columns.T, x))
         else:
             found = _product(inverses[k], take(b, k) + _product(rows, x))
         return lax.dynamic_update_slice_in_dim(x, found, k * _BLOCK, 0)

@@ -89,7 +89,8 @@ def _eliminated(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Arr
     one = jnp.ones(ones.shape[:1], w.dtype)
 
     def take(w: Array, lane: Array, alone: Any) -> Array:
-        return w.at[:, lane].set(elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], one))
+        found = elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], one[:, None])
+        return w.at[:, lane].set(found[:, 0])
 
     return elimination.lane_by_lane(take, w.reshape(one.shape[0], -1), chain, todo).reshape(ones.shape)
 

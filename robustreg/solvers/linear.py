@@ -261,17 +261,24 @@ def _eliminated(
     chain: bellman.Chain, apply: Operator, b: Array, x: Array, error: Array, solved: Array, transpose: bool
 ) -> Solved:
     """Solve the lanes that are not `solved` by elimination, one after the other; the others cost and feel nothing."""
-    n, unit = b.shape[0], float(jnp.finfo(b.dtype).eps)
+    n, unit, enough = b.shape[0], float(jnp.finfo(b.dtype).eps), trusted(b.dtype)
     right = b.reshape(n, -1)
 
     def one(state: Solved, lane: Array, alone: bellman.Chain) -> Solved:
         x, error, solved = state
-        found = elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], right[:, lane], transpose)[:, None]
+        both = jnp.stack([right[:, lane], jnp.abs(right[:, lane])], axis=1)
+        found, whole = elimination.solve(alone.matrix()[0], alone.exit_rate[:, 0], both, transpose).T[..., None]
         product = alone.transpose(found) if transpose else alone.apply(found)
         left, size = (_norm(v, transpose)[0] for v in (right[:, lane, None] - (found - product), found))
         # Elimination errs by a few S units in every entry. What the residual says of it (a bound larger by the horizon)
         # is that it is no accident: rounding of the product, and no more.
         proved = left <= 8 * (4 + n**0.5) * unit * (size + _norm(right[:, lane, None], transpose)[0])
+        # It errs by units of the solution for |b|. Where that is so much larger that more may be lost than a solution
+        # may lose, x is kept if the two agree, having come about in different ways; else there is no solution.
+        digits = 2 * unit * _norm(whole, transpose)[0] <= enough * size
+        old = x[:, lane, None]
+        agree = _norm(found - old, transpose)[0] <= enough * size
+        found, proved = jnp.where(digits, found, old), proved & (digits | agree)
         return x.at[:, lane].set(found[:, 0]), error.at[lane].set(4 * n * unit), solved.at[lane].set(proved)
 
     # What was asked for is lost itself where it is NaN.
