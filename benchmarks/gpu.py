@@ -1,6 +1,6 @@
 """How fast are sweeps on an accelerator, beside what one would write by hand, and are the certificates true?
 
-    python benchmarks/gpu.py [--sections grids,kernel,single,mixed,dense,orders,sweep,rest,tf32,states]
+    python benchmarks/gpu.py [--sections grids,kernel,turns,single,mixed,dense,orders,sweep,rest,tf32,states]
                              [--size small|full] [--budget 460] [--json FILE]
 
 * `grids`: slippery grids, betas log-spaced in [.1, 300]; `dense`: Garnets of 64 states, 256 and 4,096 of them, dense
@@ -9,9 +9,11 @@
   relative value iteration with the lanes last, stopped by the span, whose answer is the midpoint; *loop*, `rr.solve`
   with `ROBUSTREG_KERNEL=0`; *solve*, with `ROBUSTREG_KERNEL=1`. All are jitted functions of beta that return the
   values, as the hand-written ones do; *everything* is `rr.solve` with all that it returns.
-* `kernel`: the kernel alone, and its arithmetic. `sweep`: `rr.sweep` to a million cells. `single`: one problem, value
-  and value with gradient, warm and first call. `states`: one MDP of up to ten million states. `rest`: gradients of many
-  lanes, a game, one-step layers. `tf32`: certificates where products of matrices are forced into TF32.
+* `kernel`: the kernel alone, and its arithmetic. `turns`: the loop alone with other numbers of plain sweeps before
+  Newton's method (by the root of the number of states) and of Krylov steps between two looks. `sweep`: `rr.sweep` to a
+  million cells. `single`: one problem, value and value with gradient, warm and first call. `states`: one MDP of up to
+  ten million states. `rest`: gradients of many lanes, a game, one-step layers. `tf32`: certificates where products of
+  matrices are forced into TF32.
 
 Times are medians of warm calls to the end of their work. Values of every thousandth lane (five at least) are solved
 again in float64 by NumPy, and must lie within the certified interval: `inside`. `rate` is how fast memory is copied and
@@ -39,7 +41,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import robustreg as rr  # noqa: E402  # the checkout's own
 from benchmarks.hand import Problem, careful_hand, inside, vmapped_hand  # noqa: E402
-from robustreg.solvers import bellman, resident, resident_kernel
+from robustreg.solvers import bellman, krylov, resident, resident_kernel
 from robustreg.solvers.tolerance import Tolerance  # noqa: E402
 
 Row = dict[str, Any]
@@ -194,6 +196,33 @@ def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
     row |= {"products": products.mean(), "most": products.max(), "backups": steps.mean()}
     row["inside"] = inside(problem, betas, (found.h + found.c[None]).T, found.half_width)
     return show(row | times | {"flop_per_s": work / times["seconds"]})
+
+
+def turns() -> list[Row]:
+    """The loop without the kernel, with other numbers than `solvers.methods` and `solvers.krylov` were given."""
+    usual, rows = krylov.steps_per_turn, []
+    pairs = [(0, 1), (4, 4)] if SMALL else [(0, 1), (0, 4), (2, 4), (4, 1), (4, 4), (4, 8), (8, 4)]
+    for problem in [grid(4, 0.9, 1e-3)] if SMALL else [grid(size, 0.99, 1e-3) for size in (16, 32)]:
+        betas = problem.lanes(8 if SMALL else 4096)
+        for root, steps in pairs:
+            row: Row = {"section": "turns", "problem": problem.name, "lanes": betas.size}
+            row |= {"method": f"{root} sqrt(S) sweeps, {steps}"}
+            solver = rr.Newton(sweeps=round(root * problem.mdp.n_states**0.5))
+
+            def run(beta: jax.Array, problem: Problem = problem, solver: rr.Newton = solver) -> Any:
+                found = rr.solve(problem.mdp, rr.kl(beta), solver, tol=problem.tol)
+                return found.value, found.status, found.gap
+
+            krylov.steps_per_turn = lambda steps=steps: steps
+            try:
+                (value, status, gap), times = measured(jax.jit(run), betas, kernel=False)
+                row |= times | {"inside": inside(problem, betas, value, gap / 2), "failed": int((status != 0).sum())}
+            except Exception as error:
+                row |= said(error)
+            finally:
+                krylov.steps_per_turn = usual
+            rows.append(show(row))
+    return rows
 
 
 def sparse(count: int) -> Any:
@@ -351,7 +380,7 @@ def rates() -> list[Row]:
     return [show(row) for row in rows]
 
 
-SECTIONS = {f.__name__: f for f in (grids, kernel, single, mixed, dense, orders, sweep, rest, tf32, states)}
+SECTIONS = {f.__name__: f for f in (grids, kernel, turns, single, mixed, dense, orders, sweep, rest, tf32, states)}
 
 
 def main() -> None:

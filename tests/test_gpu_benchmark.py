@@ -12,8 +12,8 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
 # All take minutes on a CPU, most of them to compile.
-WHOLE = {"rate", "grids", "kernel", "single", "mixed", "dense", "orders", "sweep", "rest", "tf32", "states"}
-SECTIONS = WHOLE if os.environ.get("ROBUSTREG_TEST_KERNEL") == "all" else {"rate", "grids", "dense", "kernel"}
+WHOLE = {"rate", "grids", "kernel", "turns", "single", "mixed", "dense", "orders", "sweep", "rest", "tf32", "states"}
+SECTIONS = WHOLE if os.environ.get("ROBUSTREG_TEST_KERNEL") == "all" else {"rate", "grids", "dense", "turns", "kernel"}
 
 
 @pytest.mark.slow
