@@ -39,7 +39,7 @@ def accelerated(monkeypatch):
 
 
 def products(mdp, betas, **options):
-    """Products of each lane by itself with chains of policies, and the solution of all."""
+    """Products with chains of policies that each lane takes by itself."""
     counts = []
 
     def spied(apply, *rest):
@@ -51,6 +51,7 @@ def products(mdp, betas, **options):
 
     bicgstab = krylov.bicgstab
     krylov.bicgstab = spied
+    jax.clear_caches()  # programs of others are not spied upon
     try:
         run = jax.jit(lambda beta: rr.solve(mdp, rr.kl(beta), rr.Newton(**options), tol=1e-6))
         each = []
@@ -62,6 +63,7 @@ def products(mdp, betas, **options):
             each.append(len(counts))
     finally:
         krylov.bicgstab = bicgstab
+        jax.clear_caches()
     return np.array(each)
 
 

@@ -269,7 +269,10 @@ def _swept(problem: bellman.BoundProblem, solver: Solver, limit: Array, h: Array
 
     if solver.sweeps is not None:
         return sweep(solver.sweeps, problem, limit, h) if solver.sweeps else none
-    several = functools.partial(sweep, round(4 * problem.n_states**0.5))
+    most = methods.usual_sweeps(problem.n_states)
+    if most == 0:
+        return none
+    several = functools.partial(sweep, most)
     return lax.platform_dependent(problem, limit, h, cpu=lambda *_: none, default=several)
 
 
