@@ -19,9 +19,10 @@ value-iteration step and stops at once where that already reduces the residual e
 is hard besides. A sweep `V <- T V` brings news one state further, in a plane to all of them in some `sqrt(S)` sweeps,
 and a policy that is worth evaluating: with `4 sqrt(S)` of them (but two horizons at most: by then episodes are over)
 grids of 256 and 1,024 states, beta from .1 to 300, take .35 of the products with chains at a discount of .99 (of the
-largest number .28), and .52 (.82) at .999. Whether that pays is a matter of the machine. On an accelerator a sweep is one kernel,
-and costs less than a product and the inner products around it. On a CPU it costs 6 to 9 products (it reads the rows of
-every action and takes A exponentials, where a product reads one row of a mixture), as much as it saves: none there.
+largest number .28), and .52 (.82) at .999. Whether that pays is a matter of the machine. On an accelerator a sweep is
+one kernel, and costs less than a product and the inner products around it. On a CPU it costs 6 to 9 products (it reads
+the rows of every action and takes A exponentials, where a product reads one row of a mixture), as much as it saves:
+none there.
 """
 
 import dataclasses
