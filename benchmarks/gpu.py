@@ -49,7 +49,9 @@ SMALL = False
 METHODS = "vmapped,careful,loop,solve,everything"
 
 
-def answers(problem: Problem, everything: bool = False, order: float | None = None) -> Callable[..., Any]:
+def answers(
+    problem: Problem, everything: bool = False, order: float | None = None, solver: rr.Newton | None = None
+) -> Callable[..., Any]:
     """`rr.solve` as a function of beta: the values with their status and bounds, or all it returns."""
     m = problem.mdp
     if m.batch_shape:
@@ -57,7 +59,7 @@ def answers(problem: Problem, everything: bool = False, order: float | None = No
 
     def run(m: Any, beta: jax.Array) -> Any:
         reg = rr.kl(beta) if order is None else rr.alpha(jnp.float32(order), beta)
-        sol = rr.solve(m, reg, tol=problem.tol)
+        sol = rr.solve(m, reg, solver, tol=problem.tol)
         return sol if everything else (sol.value, sol.status, sol.gap)
 
     return functools.partial(jax.jit(run), m._with_sparsity())
@@ -208,14 +210,9 @@ def turns() -> list[Row]:
             row: Row = {"section": "turns", "problem": problem.name, "lanes": betas.size}
             row |= {"method": f"{root} sqrt(S) sweeps, {steps}"}
             solver = rr.Newton(sweeps=round(root * problem.mdp.n_states**0.5))
-
-            def run(beta: jax.Array, problem: Problem = problem, solver: rr.Newton = solver) -> Any:
-                found = rr.solve(problem.mdp, rr.kl(beta), solver, tol=problem.tol)
-                return found.value, found.status, found.gap
-
             krylov.steps_per_turn = lambda steps=steps: steps
             try:
-                (value, status, gap), times = measured(jax.jit(run), betas, kernel=False)
+                (value, status, gap), times = measured(answers(problem, solver=solver), betas, kernel=False)
                 row |= times | {"inside": inside(problem, betas, value, gap / 2), "failed": int((status != 0).sum())}
             except Exception as error:
                 row |= said(error)

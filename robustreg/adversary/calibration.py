@@ -132,8 +132,8 @@ def calibrate(
         than k leave it for any beta. Differentiable almost everywhere: the quantile is one sample.
 
         A set holds no perturbation whose mean under the prior is positive in some state (its visits' mean, where sets
-        are aggregated): errors that are as often up as down leave beta 0 state by state. What a constant per state
-        takes off changes no policy: subtract the prior's mean from the samples, and forgo it in the promise.
+        are aggregated): errors that are as often up as down leave beta 0 state by state, unless each sample's mean
+        under the prior is subtracted in every state first. The guarantee then leaves that mean out, over the visits.
 
     Raises:
         TypeError: as `critical_beta`.

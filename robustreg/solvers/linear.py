@@ -311,7 +311,7 @@ def _swept(
         small = _norm(term, transpose) * chain.horizon <= 0.1 * enough * _norm(start, transpose)
         return jnp.any(worth & ~small) & (count < _SWEEPS)
 
-    r = jnp.where(worth[None], b - (start - apply(start)), 0)
+    r = jnp.where(worth[None], _with_residual(apply, b, start).r, 0)
     count = jnp.asarray(0, jnp.int32)
     total, *_ = loops.while_loop(unfinished, add, (jnp.zeros_like(b), r, count), chain)
     new = jnp.where(worth[None], start + total, x)
@@ -352,9 +352,8 @@ def _refined(
     which the horizon enlarges (1% of x in float32 at .9999), and which no residual formed likewise would show.
     """
 
-    def with_residual(y: Array, share: Array) -> _Parts:
-        """Residual of `y + share mode`, and the share that takes its sum off."""
-        r = b - (y - apply(y)) - share[None] * image
+    def freed(y: Array, share: Array, r: Array) -> _Parts:
+        """Take the sum off the residual r of `y + share mode`."""
         more = jnp.sum(r, axis=0) / mass
         return _Parts(y, share + more, r - more[None] * image)
 
@@ -368,7 +367,8 @@ def _refined(
         reduction = jnp.maximum(0.25 * goal / size(r), floor)
         reduction = jnp.where(active, reduction, 1)
         step = krylov.bicgstab(apply, r, size(r), reduction, KRYLOV_STEPS, idle_steps(b.shape[0]), not chain.ends)
-        new = with_residual(state.y + step, state.share)
+        y = state.y + step
+        new = freed(y, state.share, _with_residual(apply, b, y).r - state.share[None] * image)
         better = active & (size(new.r) < size(r))
         # What did not halve what was left has met rounding, or a chain that is not its kind.
         again = better & (size(new.r) < 0.5 * size(r)) & (size(new.r) > goal)
@@ -377,7 +377,7 @@ def _refined(
 
     floor = 4 * float(jnp.finfo(b.dtype).eps)
     goal = accuracy * size(b)
-    y, r, none = jnp.zeros_like(b), b, jnp.zeros_like(mass + b[0])
+    y, r = jnp.zeros_like(b), b
     if guess is not None:
         # Begin at the multiple of the guess that leaves least.
         image_of = guess - apply(guess)
@@ -386,7 +386,6 @@ def _refined(
         near = b - share * image_of
         closer = (size(near) < size(b))[None]
         y, r = jnp.where(closer, share * guess, 0), jnp.where(closer, near, b)
-    more = none + jnp.sum(r, axis=0) / mass
-    start = _Parts(y, more, r - more[None] * image)
+    start = freed(y, jnp.zeros_like(mass), r)
     end = loops.until_done(improve, start, ~(size(start.r) > goal), _ROUNDS, (chain, mode, image, mass))
     return _Improved(end.y + end.share[None] * mode, end.r)

@@ -267,12 +267,12 @@ def _swept(problem: bellman.BoundProblem, solver: Solver, limit: Array, h: Array
         # What overflows here must not look like an input that is not finite.
         return jnp.where(jnp.all(jnp.isfinite(new), axis=0)[None], new, h), own
 
-    if solver.sweeps is not None:
-        return sweep(solver.sweeps, problem, limit, h) if solver.sweeps else none
-    most = methods.usual_sweeps(problem.n_states)
+    most = methods.usual_sweeps(problem.n_states) if solver.sweeps is None else solver.sweeps
     if most == 0:
         return none
     several = functools.partial(sweep, most)
+    if solver.sweeps is not None:
+        return several(problem, limit, h)
     return lax.platform_dependent(problem, limit, h, cpu=lambda *_: none, default=several)
 
 
