@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg.solvers import krylov, linear
+from robustreg.solvers import evaluation, krylov, linear
 
 SUMS = {"cpu": krylov.sums, "accelerator": krylov.sums_of_blocks}
 
@@ -75,8 +75,9 @@ def test_an_accelerator_s_sums_solve_as_well(monkeypatch):
     assert np.abs(np.asarray(blocks.steps) - np.asarray(plain.steps)).max() <= 1
 
 
-def test_what_is_as_accurate_as_was_asked_is_not_solved_again(monkeypatch):
-    """Krylov solves stop by the norm that is believed, forwards and backwards: elimination takes 40 times as long."""
+@pytest.fixture
+def asked(monkeypatch):
+    """Systems that came to elimination: whether transposed, and whether a lane of them was to be solved again."""
     asked, eliminated = [], linear._eliminated
 
     def spy(chain, apply, b, x, error, solved, transpose):
@@ -84,6 +85,11 @@ def test_what_is_as_accurate_as_was_asked_is_not_solved_again(monkeypatch):
         return eliminated(chain, apply, b, x, error, solved, transpose)
 
     monkeypatch.setattr(linear, "_eliminated", spy)
+    return asked
+
+
+def test_what_is_as_accurate_as_was_asked_is_not_solved_again(asked):
+    """Krylov solves stop by the norm that is believed, forwards and backwards: elimination takes 40 times as long."""
     m = rr.problems.slippery_grid(17, 0.99, dtype=np.float64)  # of a size for which nothing is compiled yet
     for tol in (1e-3, 1e-6, None):
         gradient = jax.grad(
@@ -93,3 +99,17 @@ def test_what_is_as_accurate_as_was_asked_is_not_solved_again(monkeypatch):
         jax.block_until_ready(jax.jit(lambda r, b, f=gradient, along=along: jax.jvp(f, (r, b), along))(m.reward, 3.0))
         jax.effects_barrier()
         assert {transpose for transpose, _ in asked} == {True, False} and not any(again for _, again in asked), asked
+
+
+def test_a_value_asked_for_to_a_tolerance_is_not_eliminated_for(asked):
+    """A sweep wants the nominal return to the tolerance of its cells, be that a tenth of the value itself."""
+    m = rr.problems.slippery_grid(9, 0.99, dtype=np.float32)  # of a size for which nothing is compiled yet
+    policy = jnp.full((m.n_states, m.n_actions), 1 / m.n_actions, jnp.float32)
+    exact = rr.evaluate(m, policy)
+    size = jnp.max(jnp.abs(exact))
+    for share in (0.1, 0.01):
+        asked.clear()
+        value = evaluation.evaluate_from(m, policy, jnp.zeros_like(exact), share * size)
+        jax.effects_barrier()
+        assert jnp.max(jnp.abs(value - exact)) <= share * size
+        assert [again for transposed, again in asked if not transposed] == [False]

@@ -183,7 +183,7 @@ def fixed_point(
     problem, half_width, lost = undiscounted.settle(problem, wanted, loop.h, loop.c, loop.half_width)
     status = undiscounted.verdict(loop.status, wanted, lost, half_width, goal)
     fixed = dataclasses.replace(fixed, horizon=lax.stop_gradient(problem.horizon))
-    h, c, failed = _settled(fixed, dataclasses.replace(loop, half_width=half_width, status=status))
+    h, c, failed = _settled(fixed, dataclasses.replace(loop, half_width=half_width, status=status), goal)
     h, c, zero = (jnp.where(failed, 0, x) for x in (h, c, jnp.zeros_like(c)))
     found = loops.alike((problem, h, c, zero, None, zero, failed))
     h = implicit.attach(linear.Method(), *found)[0]
@@ -213,7 +213,7 @@ def _evaluation(problem: bellman.BoundProblem) -> Solver:
     )
 
 
-def _settled(problem: bellman.BoundProblem, loop: Loop) -> tuple[Array, Array, Array]:
+def _settled(problem: bellman.BoundProblem, loop: Loop, tol: Tolerance) -> tuple[Array, Array, Array]:
     """The fixed point `h + c` that a loop found, and the lanes in which it found none, `[*B]`.
 
     No status goes with a bare value: one that missed half its digits must not pass for one that has them. The value of
@@ -226,8 +226,10 @@ def _settled(problem: bellman.BoundProblem, loop: Loop) -> tuple[Array, Array, A
     if isinstance(problem.regulariser, FixedPolicy) and problem.ball is None:
         reward, policy = problem.regulariser.maximiser(problem.reward)
         # A lane that ended for want of steps, or of progress, may have digits left that rounding does not take.
-        fine = (loop.status == int(Status.CONVERGED)) | (loop.half_width <= 2 * loop.noise)
+        converged = loop.status == int(Status.CONVERGED)
+        fine = converged | (loop.half_width <= 2 * loop.noise)
         certain = lost | (fine & (loop.half_width <= min(half, linear.trusted(problem.dtype)) * size))
+        certain = certain | (converged & tol.given)  # no more was asked for
         value = h + c[None]
         exact, solved = linear.eliminate(bellman.chain(problem, policy), reward, value, certain)
         better = solved & ~certain
