@@ -280,6 +280,14 @@ def check_policy(policy: Any, core: tuple[int, ...], letters: str) -> None:
     refuse("policy", total, np.abs(total - 1) > margin, axes[:-1], rule)
 
 
+def check_weights(name: str, weights: Any, n_states: int) -> None:
+    """Refuse weights that are not one per state, and concrete ones that are negative or not finite."""
+    expect_shape(name, weights.shape, (n_states,), "S", "one per state")
+    if not is_traced(weights):
+        w = np.asarray(weights, np.float64)
+        refuse(name, w, ~((w >= 0) & (w < np.inf)), ("s",), f"{name} are finite and not negative")
+
+
 def expect_type(value: Any, kind: type, position: str, source: str) -> None:
     """Refuse an argument of another class."""
     if not isinstance(value, kind):

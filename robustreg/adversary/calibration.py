@@ -73,9 +73,10 @@ def critical_beta(
             f"of the regulariser's batch axes {list(reg.batch_shape)}"
         )
     if weights is not None:
-        weights = jnp.asarray(
-            _checked_weights(weights, x.shape), x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else float
-        )
+        w = checks.number("weights", weights)
+        checks.check_weights("weights", w, x.shape[-2])
+        checks.check_batches({"perturbation": x.shape[:-2], "weights": w.shape[:-1]})
+        weights = jnp.asarray(w, x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else float)
     return _critical_beta(reg, x, weights, per_state)
 
 
@@ -90,16 +91,6 @@ def _critical_beta(reg: Any, perturbation: Array, weights: Array | None, per_sta
         return reach.reach(bound, x, weights)[..., 0]
     each = reach.reach(bound, x)
     return each if per_state else _smallest(each)
-
-
-def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> Any:
-    """Weights of the states of perturbations of a shape; values are checked where they exist."""
-    w = checks.number("weights", weights)
-    checks.expect_shape("weights", w.shape, shape[-2:-1], "S", "one per state")
-    checks.check_batches({"perturbation": shape[:-2], "weights": w.shape[:-1]})
-    if not checks.is_traced(w):
-        checks.refuse("weights", w, ~((w >= 0) & (w < jnp.inf)), ("s",), "weights are finite and not negative")
-    return w
 
 
 def _smallest(x: Array) -> Array:

@@ -129,11 +129,8 @@ def aggregated_slack(
     if visits is None:
         return _over_visits(_visits(mdp, policy), room)
     visits = checks.array("visits", visits, mdp.dtype)
-    checks.expect_shape("visits", visits.shape, (mdp.n_states,), "S")
-    if not checks.is_traced(visits):
-        checks.refuse(
-            "visits", visits, ~((visits >= 0) & (visits < jnp.inf)), ("s",), "visits are finite, not negative"
-        )
+    checks.check_weights("visits", visits, mdp.n_states)
+    checks.check_batches({"visits": visits.shape[:-1], "regulariser and perturbation": room.shape[:-1]})
     return _over_visits(visits, room)
 
 

@@ -34,6 +34,7 @@ from robustreg.regularisers.divergences import (
     missing,
     weighted,
 )
+from robustreg.regularisers.levels import moved, resolution
 
 # Cap on root-finding steps: 3 to 9 are typical; bisection alone would need about 60 (float64).
 _MAX_ROOT_STEPS = 80
@@ -305,11 +306,6 @@ def normalised(
     return loops.cond(jnp.any(unresolved), bridge, lambda: policy)
 
 
-def resolution(dtype: np.dtype) -> float:
-    """Find the largest logarithm of the sum at a root that counts as resolved."""
-    return float(jnp.finfo(dtype).eps) ** 0.6
-
-
 def _between(low: Array, high: Array, rows: Rows, reduce: pytrees.Reducers) -> Array:
     """Mixture, summing to 1, of the two sides of a bracket that holds no further number.
 
@@ -367,18 +363,11 @@ def _turn(measure: Callable[[Array], tuple[Array, Array]], h: Array, s: _Search,
     """Take one step for the level; `measure` gives the logarithm of the mass, over what it should be, and its slope."""
     unit = jnp.finfo(s.level.dtype).eps
     excess, slope = measure(s.level)
-    low = jnp.where(excess < 0, s.level, s.low)
-    high = jnp.where(excess > 0, s.level, s.high)
-    newton = s.level + deformed_log(deformed_exp(-excess, h) / slope, h)
-    slow = jnp.abs(excess) > 0.5 * s.last
-    outside = ~((newton > low) & (newton < high))
-    # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.
-    at_prior = (newton <= 0) & (low == 0) & ~slow
-    new = jnp.where(outside | slow, jnp.where(at_prior, 0, 0.5 * (low + high)), newton)
-    close = (jnp.abs(excess) <= 2 * unit) | (slow & (jnp.abs(excess) <= 64 * unit))
-    exhausted = high - low <= 2 * unit * high
+    new = moved(s.level, excess, slope, s.low, s.high, s.last, h)
+    close = (jnp.abs(excess) <= 2 * unit) | (new.slow & (jnp.abs(excess) <= 64 * unit))
+    exhausted = new.high - new.low <= 2 * unit * new.high
     # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
-    end = jnp.where(exhausted & (excess > resolution(s.level.dtype)), low, s.level)
-    level = jnp.where(done, s.level, jnp.where(close | exhausted, end, new))
-    last = jnp.where(slow, jnp.inf, jnp.abs(excess))
-    return _Search(level, low, high, last), done | close | exhausted
+    end = jnp.where(exhausted & (excess > resolution(s.level.dtype)), new.low, s.level)
+    level = jnp.where(done, s.level, jnp.where(close | exhausted, end, new.level))
+    last = jnp.where(new.slow, jnp.inf, jnp.abs(excess))
+    return _Search(level, new.low, new.high, last), done | close | exhausted

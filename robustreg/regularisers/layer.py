@@ -42,10 +42,10 @@ from robustreg.regularisers.conjugates import (
     is_one_number,
     normalised,
     ratios,
-    resolution,
     unless_tiny,
 )
 from robustreg.regularisers.divergences import deformed_exp, deformed_log, divergence_terms, missing
+from robustreg.regularisers.levels import moved, resolution
 
 # Of the loop: bisection alone would need about 60 turns in float64.
 _MAX_TURNS = 80
@@ -211,27 +211,21 @@ def _advance(state: State, sums: tuple[Array, ...], rows: Rows) -> State:
     unit, h, level = float(jnp.finfo(rows.gap.dtype).eps), rows.h, state.level
     total, width = sums
     excess = jnp.log(total / rows.mass)
-    low, high = jnp.where(excess < 0, level, state.low), jnp.where(excess > 0, level, state.high)
     spread = width / total  # E_p[1/rho]
-    newton = level + deformed_log(deformed_exp(-excess, h) / spread, h)
-    slow = jnp.abs(excess) > 0.5 * state.last
-    outside = ~((newton > low) & (newton < high))
-    # Next to the prior the root is 0 to rounding, and so is the first step: not to be bisected for.
-    at_prior = (newton <= 0) & (low == 0) & ~slow
-    new = jnp.where(outside | slow, jnp.where(at_prior, 0, 0.5 * (low + high)), newton)
+    new = moved(level, excess, spread, state.low, state.high, state.last, h)
     noise = _noise(rows, level)
     squared = 0.25 * jnp.sqrt(jnp.minimum(spread, 1) / (1 + jnp.abs(h)))
     enough = jnp.where(h > 1, 2 * unit, squared * unit ** jnp.clip(h, 0.5, 1))
     enough = jnp.minimum(enough, 0.5 * resolution(level.dtype))
-    stuck = slow | outside | (jnp.abs(newton - level) <= 2 * unit * level)
+    stuck = new.slow | new.outside | (jnp.abs(new.level - level) <= 2 * unit * level)
     close = (jnp.abs(excess) <= enough) | (stuck & (jnp.abs(excess) <= noise))
-    exhausted = high - low <= 2 * unit * high
+    exhausted = new.high - new.low <= 2 * unit * new.high
     # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
-    retreat = exhausted & (excess > resolution(rows.gap.dtype)) & (level != low)
+    retreat = exhausted & (excess > resolution(rows.gap.dtype)) & (level != new.low)
     done = state.done | ((close | exhausted) & ~retreat)
-    level = jnp.where(done, level, jnp.where(retreat, low, new))
-    last = jnp.where(slow, jnp.inf, jnp.abs(excess))
-    return State(level, low, high, last, done, state.count + 1)
+    level = jnp.where(done, level, jnp.where(retreat, new.low, new.level))
+    last = jnp.where(new.slow, jnp.inf, jnp.abs(excess))
+    return State(level, new.low, new.high, last, done, state.count + 1)
 
 
 def _noise(rows: Rows, level: Array) -> Array:
