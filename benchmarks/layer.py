@@ -9,7 +9,8 @@ Logits `[rows, A]`, normal with standard deviation 3, beta .5. Beside each metho
   `log_prior + beta * x`;
 * KL's worst case of the logarithms of its policy: `jax.nn.log_softmax`;
 * alpha 2 and 1.5: sparsemax and entmax by sorting [Martins and Astudillo 2016; Peters et al. 2019], whole rows, in JAX;
-* alpha 1.7: 50 steps of bisection, as general entmax is computed.
+* alpha 1.7: 50 steps of bisection, as general entmax is computed;
+* the same three by the library entmax in PyTorch, where both are installed (extra: pytorch), in columns of its own.
 
 (`--shapes 1024x32000` takes minutes, most of them to sort.)
 
@@ -62,8 +63,10 @@ import jax.numpy as jnp
 import numpy as np
 
 if __package__:
+    from benchmarks.gradients import optional
     from benchmarks.solvers import run_on, timed
 else:
+    from gradients import optional
     from solvers import run_on, timed
 
 BETA = 0.5
@@ -135,6 +138,29 @@ def entmax(alpha: float) -> Callable[[Any], Any]:
     return lambda x: form(x.shape[-1] ** (1 - alpha) * BETA * x)
 
 
+def by_entmax(alpha: float, x: Any, g: Any) -> list[Callable[[], Any]]:
+    """The library entmax on the same logits, forward and with its gradient, on a CPU; nothing where it is missing."""
+    torch, library = optional("torch"), optional("entmax")
+    if torch is None or library is None or jax.default_backend() != "cpu":
+        return []
+    forms = {1.5: library.entmax15, 2.0: library.sparsemax}
+    form = forms.get(alpha) or (lambda x: library.entmax_bisect(x, alpha))
+    kind = getattr(torch, x.dtype.name)
+    logits, cotangent = (torch.from_numpy(np.array(v, np.float32)).to(kind) for v in (x, g))
+    scale = x.shape[-1] ** (1 - alpha) * BETA
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return form(scale * logits)
+
+    def whole() -> Any:
+        leaf = logits.detach().requires_grad_()
+        policy = form(scale * leaf)
+        return torch.autograd.grad(policy, leaf, cotangent)
+
+    return [forward, whole]
+
+
 def pairs(rows: int, actions: int, dtype: Any) -> dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]:
     """What is compared: the library's function of the logits and the baseline, by name."""
     import robustreg as rr
@@ -180,11 +206,14 @@ def compare(shape: tuple[int, int], dtype: Any, repeats: int) -> list[dict[str, 
         forward = [jax.jit(function).lower(x).compile() for function in pair]
         whole = [jax.jit(both(function)).lower(x, g).compile() for function in pair]
         answers = [np.asarray(program(x), np.float64) for program in forward]
-        times: list[list[float]] = [[] for _ in range(4)]
+        calls: list[Callable[[], Any]] = [lambda program=program: program(x) for program in forward]
+        calls += [lambda program=program, g=g: program(x, g) for program in whole]
+        others = by_entmax(float(name.split()[1]), x, g) if name.startswith("alpha") else []
+        answers += [call().double().numpy() for call in others[:1]]
+        times: list[list[float]] = [[] for _ in (*calls, *others)]
         for _ in range(repeats + 1):
-            for i, program in enumerate((*forward, *whole)):
-                arguments = (x,) if i < 2 else (x, g)
-                times[i].append(timed(lambda program=program, arguments=arguments: program(*arguments)))
+            for taken, call in zip(times, (*calls, *others)):
+                taken.append(timed(call))
         median = [1e3 * float(np.median(t[1:])) for t in times]
         memory: Any = whole[0].memory_analysis()
         rows.append(
@@ -197,7 +226,11 @@ def compare(shape: tuple[int, int], dtype: Any, repeats: int) -> list[dict[str, 
                 "both_ms": median[2],
                 "both_of_baseline": median[2] / median[3],
                 "memory": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / x.nbytes,
-                "error": float(np.abs(answers[0] - answers[1]).max()),
+                **{
+                    f"{key}_of_entmax": m / t
+                    for key, m, t in zip(("forward", "both"), (median[0], median[2]), median[4:])
+                },
+                "error": max(float(np.abs(answers[0] - other).max()) for other in answers[1:]),
             }
         )
     return rows
@@ -206,11 +239,16 @@ def compare(shape: tuple[int, int], dtype: Any, repeats: int) -> list[dict[str, 
 def show(rows: list[dict[str, Any]]) -> None:
     """A table of one shape."""
     print(f"{rows[0]['shape']}, {rows[0]['dtype']}")
-    print(f"  {'':<22}{'forward':>9}{'factor':>8}{'both':>9}{'factor':>8}{'memory':>8}{'error':>9}")
+    heads = f"  {'':<22}{'forward':>9}{'factor':>8}{'both':>9}{'factor':>8}{'memory':>8}{'error':>9}"
+    compared = any("both_of_entmax" in row for row in rows)
+    print(heads + (f"{'PyTorch':>10}{'both':>7}" if compared else ""))
     for row in rows:
+        beside = "".join(
+            f"{row[key]:>{n}.2f}" for key, n in (("forward_of_entmax", 10), ("both_of_entmax", 7)) if key in row
+        )
         print(
             f"  {row['what']:<22}{row['forward_ms']:>9.2f}{row['forward_of_baseline']:>8.2f}{row['both_ms']:>9.2f}"
-            f"{row['both_of_baseline']:>8.2f}{row['memory']:>8.1f}{row['error']:>9.0e}"
+            f"{row['both_of_baseline']:>8.2f}{row['memory']:>8.1f}{row['error']:>9.0e}{beside}"
         )
 
 

@@ -145,10 +145,13 @@ def test_kl_moves_what_softmax_moves():
     q = np.zeros((8, 128000), np.float32)
     g = jnp.ones_like(q)
     reg = rr.kl(np.float32(0.5))
+    prior, beta = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), q.shape, q.dtype)), jnp.full(8, 0.5, q.dtype)
+    own = rr.kl(np.float32(1), log_prior=prior, state_scale=beta)
     for f, most in (
         (reg.argmax, 4),
         (lambda q: jax.vjp(reg.argmax, q)[1](g)[0], 4),
         (jax.grad(lambda q: reg.conjugate(q).sum()), 4),
+        (jax.value_and_grad(lambda q: own.conjugate(q).sum()), 4.01),
     ):
         compiled = jax.jit(f).lower(q).compile()
         assert not re.search(r"[\]}] transpose\(", str(compiled.as_text()))

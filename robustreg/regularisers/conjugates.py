@@ -61,11 +61,11 @@ def kl_maximiser(
         `(1/beta) log sum p0 exp(beta q)`, `[...]`, and `p0 exp(beta (q - that))`, `[A, ...]`.
     """
     # (Two evaluations of a gap that round differently do no harm here.)
-    masked = jnp.isneginf(log_prior)
-    best = reduce.largest(jnp.where(masked, -jnp.inf, q))
+    best = reduce.largest(jnp.where(jnp.isneginf(log_prior), -jnp.inf, q))
 
     def apart() -> Array:
-        return jnp.where(masked, 0, reduce.over(beta) * (reduce.over(best) - q))
+        # (The mask is found again, not handed into a branch: it would be written to memory for that.)
+        return jnp.where(jnp.isneginf(log_prior), 0, reduce.over(beta) * (reduce.over(best) - q))
 
     gap = apart()
     # Relative to the largest weight, not to that of the best action: its prior alone may underflow.
