@@ -12,7 +12,7 @@ from scipy import optimize
 
 import robustreg as rr
 from robustreg.cli import commands
-from robustreg.solvers import ambiguity, bellman
+from robustreg.solvers import ambiguity, bellman, exact_balls
 from robustreg.solvers.exact_balls import ExactBall
 
 G = 0.9
@@ -138,6 +138,40 @@ def test_the_worst_model_attains_the_robust_value(grid, case: Any):
         assert (model >= value - 1e-9).all()
 
 
+def moved_by_hand(p, b, v, kind):
+    """What the worst row takes off `<p, v>`: mass moved state by state."""
+    x = p.copy()
+    if kind == 1:  # from the highest value on, b/2 altogether, to the lowest
+        left, lowest = b / 2, np.argmin(v)
+        for s in np.argsort(-v):
+            if s != lowest:
+                part = min(x[s], left)
+                x[s], x[lowest], left = x[s] - part, x[lowest] + part, left - part
+    else:  # all that entries can give up, from the lowest value on
+        x = np.maximum(p - b, 0)
+        left = p.sum() - x.sum()
+        for s in np.argsort(v):
+            part = min(p[s] + b - x[s], left)
+            x[s], left = x[s] + part, left - part
+    return (p - x) @ v
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+@pytest.mark.parametrize("kind", [1, np.inf])
+def test_costs_of_sets_whose_mass_moves_in_the_order_of_values(kind, dtype, error):
+    """For any number of states: ties, empty and partial rows, radii of 0 and beyond all mass, rows that lanes share."""
+    rng = np.random.default_rng(0)
+    for n, own in itertools.product((1, 2, 5, 9, 16, 17), (1, 3)):
+        rows = np.moveaxis(rng.dirichlet(np.full(n, 0.4), (2, n, own)), -1, 2)
+        rows = (rows * rng.choice([1, 0.5, 0], size=(2, n, 1, own))).astype(dtype)
+        radius = rng.choice([0, 0.05, 0.3, 1, 3], size=(2, n, 3)).astype(dtype)
+        values = np.round(3 * rng.normal(size=(n, 3)), n % 3).astype(dtype)
+        found = np.asarray(exact_balls.greedy_cost(kind, *map(jnp.asarray, (rows, radius, values))))
+        for a, s, lane in np.ndindex(2, n, 3):
+            want = moved_by_hand(rows[a, s, :, lane % own].astype(float), radius[a, s, lane], values[:, lane], kind)
+            assert abs(found[a, s, lane] - want) <= error * (1 + np.ptp(values)), (n, own, a, s, lane)
+
+
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, np.inf])
 def test_one_step_against_convex_programs(p):
     """Both rectangularities, noise with and without a sum of 0, beside a ball of rewards: the best policy by a solver.
@@ -194,7 +228,7 @@ def test_worst_rows(p: Any):
         rows[0, 2] = np.where(np.arange(n) == 3, 0, rows[0, 2]) / np.delete(rows[0, 2], 3).sum()
         sums = rows[0].sum(-1)
         ball = ExactBall(jnp.full((1, 1), radius), jnp.asarray(rows), p)
-        x, least = np.asarray(ball._worst(jnp.asarray(h)).x)[0], np.asarray(ball._least(jnp.asarray(h)))[0]
+        x, least = np.asarray(ball._worst(jnp.asarray(h)).x)[0], rows[0] @ h - np.asarray(ball._cost(jnp.asarray(h)))[0]
         assert x.min() >= 0 and np.abs(x.sum(-1) - sums).max() < 1e-12
         assert size_of(x, rows[0], p).max() <= radius * (1 + 1e-9)
         for row, found, mass in zip(rows[0], least, sums):
@@ -222,7 +256,8 @@ def test_worst_rows(p: Any):
 
         def at(t, rows=rows, direction=direction, h=h, dh=dh, radius=radius):
             moved = ExactBall(jnp.full((1, 1), radius + 0.3 * t), jnp.asarray(rows) + t * direction, p)
-            return moved._least(jnp.asarray(h) + t * dh).sum()
+            v = jnp.asarray(h) + t * dh
+            return jnp.sum(moved.rows @ v - moved._cost(v))
 
         assert abs(jax.grad(at)(0.0) - (at(e) - at(-e)) / (2 * e)) < 1e-6
 

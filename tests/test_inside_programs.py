@@ -180,16 +180,51 @@ def test_masks_pass_where_infinities_are_looked_for():
         assert rr.solve(rr.mdp(np.full((2, 2, 2), 0.5), np.ones((2, 2)), 0.9, available=mask), rr.kl(1.0)).converged
 
 
-def test_a_forked_process_is_told_so_instead_of_waiting_for_ever(monkeypatch):
-    """What a child of this process would meet. (A real one may wait in JAX itself, before anything of ours runs.)"""
-    m, reg = rr.problems.bandit([1.0, 2.0]), rr.kl(1.0)
+def test_a_forked_process_is_told_so_instead_of_waiting_for_ever(monkeypatch, tmp_path):
+    """What a child of this process would meet: each public function says so before it asks JAX for anything."""
+    m, reg, r = rr.problems.bandit([1.0, 2.0]), rr.kl(1.0), np.array([1.0, 2.0])
+    sol = rr.solve(m, reg)
     monkeypatch.setattr(forks, "_forked", False)
     forks._in_child()
-    for call in (
+    calls = [
         lambda: rr.solve(m, reg),
+        lambda: rr.sweep(m, reg, {"beta": [1.0, 2.0]}, out=tmp_path / "sweep"),
+        lambda: rr.solve_average(m, reg),
+        lambda: rr.solve_horizon(m, reg, 3),
+        lambda: rr.solve_occupancy(m, reg, reference=np.full((1, 2), 0.5)),
+        lambda: rr.solve_game(m, reg),
+        lambda: rr.certify(m, reg, sol),
+        lambda: rr.guarantee(m, reg, sol.policy),
+        lambda: rr.calibrate(reg, np.ones((3, 1, 2)), 0.5),
+        lambda: rr.evaluate(m, sol.policy),
+        lambda: rr.occupancy(m, sol.policy),
+        lambda: rr.nominal_optimum(m),
+        lambda: rr.slack(reg, sol.perturbation),
+        lambda: rr.worst_case(reg, sol.policy),
+        lambda: rr.aggregated_slack(m, reg, sol.policy, sol.perturbation),
+        lambda: rr.critical_beta(reg, sol.perturbation),
+        lambda: rr.stack([(m, reg), (m, reg)]),
+        lambda: rr.shard(m),
+        lambda: rr.restricted(reg, np.array([True, False])),
         lambda: rr.kl(2.0),
-        lambda: reg.conjugate(np.array([1.0, 2.0])),
+        lambda: rr.alpha(2.0, 0.5),
+        lambda: rr.entropy(1.0),
+        lambda: rr.tsallis(1.0, 2.0),
+        lambda: rr.norm_ball(1.0),
+        lambda: rr.from_table([(0, 0, 0, 1.0, 1.0)], discount=0.9),
+        lambda: rr.losses.fenchel_young(reg, r, 0),
+        lambda: rr.losses.log_ratio(r, r),
+        lambda: reg.conjugate(r),
+        lambda: m.replace(reward=np.ones((1, 2))),
         rr.problems.chain,
-    ):
-        with pytest.raises(RuntimeError, match="spawn"):
-            call()
+        lambda: sol.gap,
+        lambda: sol.converged,
+        lambda: repr(sol),
+        sol.raise_if_failed,
+        lambda: sol.where_converged(sol.objective),
+        lambda: sol.extrapolated(sol),
+    ]
+    with jax.transfer_guard("disallow_explicit"):  # in a real child, what would wait for ever
+        for call in calls:
+            with pytest.raises(RuntimeError, match="spawn"):
+                call()

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from robustreg._core import forks
+
 _T = TypeVar("_T")
 
 # Files of a container's share of the processor, in the older layout: microseconds, and of how many.
@@ -48,6 +50,7 @@ def number(name: str, value: Any) -> Any:
         TypeError: if `value` is not numeric.
         ValueError: if it is a ragged nested sequence.
     """
+    forks.refuse()
     if isinstance(value, Tracer):
         return value
     if is_traced(value):
@@ -86,6 +89,7 @@ def canonical(tree: _T, dtype: np.dtype | None = None) -> _T:
     Returns:
         The same tree; the very same object where there is nothing to cast.
     """
+    forks.refuse()
     leaves, structure = jax.tree.flatten(tree)
     # Of few dtypes, hence quick: nearly always there is nothing to do.
     found = {leaf.dtype for leaf in leaves if hasattr(leaf, "dtype")}
@@ -112,6 +116,7 @@ def array(name: str, value: Any, dtype: Any = None) -> jax.Array:
     Raises:
         TypeError, ValueError: if it is none; the message says which argument, and what it is instead.
     """
+    forks.refuse()
     try:
         if isinstance(value, np.ndarray) and not value.dtype.isnative:
             value = value.astype(value.dtype.newbyteorder("="))
@@ -289,7 +294,8 @@ def check_weights(name: str, weights: Any, n_states: int) -> None:
 
 
 def expect_type(value: Any, kind: type, position: str, source: str) -> None:
-    """Refuse an argument of another class."""
+    """Refuse an argument of another class (of any, in a process that cannot compute: see `forks`)."""
+    forks.refuse()
     if not isinstance(value, kind):
         article = "an" if kind.__name__ == "MDP" else "a"
         name = kind.__name__ if kind.__name__[1].isupper() else kind.__name__.lower()

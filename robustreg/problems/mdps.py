@@ -122,7 +122,6 @@ class MDP:
 
     def _with_sparsity(self) -> "MDP":
         """Cast to the working precision, and add what can be known of transitions before they are traced."""
-        forks.refuse()
         m = self._canonical()
         # Names are left off: they would compile everything anew.
         kernel = m.transitions._with_sparsity(m.dtype)

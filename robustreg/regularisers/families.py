@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg._core import forks, pytrees
+from robustreg._core import pytrees
 from robustreg.regularisers import conjugates, divergences, layer, log_policies, parameters, tangents, worst_cases
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
@@ -273,7 +273,6 @@ def alpha(
 
 def _common(beta: Any, prior: Any, log_prior: Any, state_scale: Any) -> tuple[Array, Array | None, Array | None]:
     """Check the leaves that every regulariser has."""
-    forks.refuse()
     logs = parameters.strength("beta", beta), parameters.log_prior(prior, log_prior)
     return *logs, parameters.state_scale(state_scale)
 

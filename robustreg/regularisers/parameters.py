@@ -18,7 +18,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, containers
+from robustreg._core import checks, containers, forks
 
 # By how many units of its dtype the sum of a prior may miss 1 in 16 bits, where every entry is rounded by up to half
 # a unit of itself; and by how much a sum that nobody can look at may, whatever its dtype.
@@ -27,6 +27,7 @@ _UNITS, _UNSEEN = 4, 1e-3
 
 def number(name: str, x: ArrayLike) -> Array:
     """Read an array of explicit floating dtype, float32 or more: a weakly typed leaf would compile anew."""
+    forks.refuse()
     x = containers.plain(name, x)
     if not isinstance(x, Tracer) and checks.is_traced(x):
         x = jnp.asarray(x)  # a sequence of tracers
@@ -43,6 +44,7 @@ def number(name: str, x: ArrayLike) -> Array:
 
 def working(dtype: Any) -> np.dtype:
     """Return the dtype in which to compute with numbers of one, as JAX is configured to hold it: float32 at least."""
+    forks.refuse()
     if not jnp.issubdtype(dtype, jnp.floating):
         return np.dtype(jnp.result_type(float))
     return np.dtype(jax.dtypes.canonicalize_dtype(np.float32 if jnp.finfo(dtype).bits < 32 else dtype))

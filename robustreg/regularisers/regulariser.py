@@ -30,7 +30,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, forks, pytrees
+from robustreg._core import checks, pytrees
 from robustreg.regularisers import actions, axes, parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.sums import BoundSum
@@ -106,7 +106,6 @@ class Regulariser:
 
         See `axes.align`, to which `refuse` goes.
         """
-        forks.refuse()
         x = jnp.asarray(x)
         x = x.astype(parameters.working(x.dtype))
         if x.ndim == 0:

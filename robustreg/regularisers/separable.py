@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg._core import forks, pytrees
+from robustreg._core import pytrees
 from robustreg.regularisers import axes, marginals, parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales, weighted
@@ -94,7 +94,6 @@ class Separable(Regulariser):
             TypeError: a parameter that the family has not, or one of its own that is missing.
             ValueError: as `robustreg.kl`.
         """
-        forks.refuse()
         wanted = sorted(field.name for field in dataclasses.fields(cls) if field.name not in _COMMON)  # type: ignore
         if sorted(own) != wanted:
             raise TypeError(f"{cls.__name__}.create takes the parameters {wanted} of its own, got {sorted(own)}")

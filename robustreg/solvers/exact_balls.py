@@ -11,8 +11,9 @@ sorting. In these balls any state may be a successor, also one that P never lead
 *p = "kl"* has the relative entropy `sum x log(x/p) <= b` for a norm: `x ~ p exp(-s v)`, s by bisection.
 
 T is a minimum of operators of Markov chains: monotone, a contraction by g, and it commutes with constants up to g, so
-that the certificate is that of `bellman` as it stands. K is the chain of the worst rows. Rows are written out: memory
-and time of a backup grow with the square of S.
+that the certificate is that of `bellman` as it stands. K is the chain of the worst rows. Rows of P are written out:
+memory and time of a backup grow with the square of S. The worst rows are only where K is wanted (and for p = 2 and
+"kl"): for the others what they cost is told from sums over states that are neighbours in the order of values.
 """
 
 import math
@@ -54,8 +55,7 @@ class ExactBall:
 
     def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
         """Return the regulariser, and the action values that the worst transitions leave."""
-        plain = jnp.sum(self.rows * h[None, None], axis=2)
-        return reg, q - discount[None, None] * (plain - self._least(h))
+        return reg, q - discount[None, None] * self._cost(h)
 
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
@@ -70,17 +70,17 @@ class ExactBall:
         """Find the worst rows, as constants."""
         return lax.stop_gradient(_WORST[self.p](*lax.stop_gradient((self.rows, self.radius, h))))
 
-    def _least(self, h: Array) -> Array:
-        """`<x, h>` of the worst rows, `[A, S, *B]`, with its derivatives."""
-        if self.p in _GREEDY:  # x is piecewise linear in p and b
-            x, order = _GREEDY[self.p](self.rows, self.radius, lax.stop_gradient(h))
-            return jnp.sum(x * jnp.take_along_axis(h, order, axis=0)[None, None], axis=2)
-        # Of the others the multipliers tell how the minimum moves (envelope theorem).
+    def _cost(self, h: Array) -> Array:
+        """What the worst rows take off `<p, h>`, `[A, S, *B]`, with its derivatives."""
+        if self.p in _GREEDY:
+            return greedy_cost(self.p, self.rows, self.radius, h)
+        plain = jnp.sum(self.rows * h[None, None], axis=2)
+        # The multipliers tell how the minimum moves (envelope theorem).
         x, slope, force = self._worst(h)
         moves = jnp.sum(slope * self.rows, axis=2) - force * self.radius
         least = jnp.sum(x * h[None, None], axis=2) + moves - lax.stop_gradient(moves)
         # (A radius of 0 leaves nothing to choose: the row itself.)
-        return jnp.where(self.radius > 0, least, jnp.sum(self.rows * h[None, None], axis=2))
+        return jnp.where(self.radius > 0, plain - least, 0)
 
 
 class Rows(NamedTuple):
@@ -123,6 +123,76 @@ def _sorted(rows: Array, key: Array) -> tuple[Array, Array]:
 
 # Sets whose worst rows come in the order of the values.
 _GREEDY: dict[float | str, Callable[[Array, Array, Array], tuple[Array, Array]]] = {1: _shifted, math.inf: _filled}
+
+
+def greedy_cost(p: float | str, rows: Array, radius: Array, h: Array) -> Array:
+    """Compute what the worst rows of such a set take off `<p, h>`, `[A, S, *B]`, without writing them.
+
+    Mass is taken, state by state in an order of their values, until there is enough: b/2 from the highest on, to be put
+    at the lowest; or (intervals) all that entries can give up, `sum min(p, b)`, to be put from the lowest on, where
+    there is room for `min(p, b) + b`. What that moves is linear in `v - min v`.
+    """
+    b, v, rows = _lanes_first(radius, 2), _lanes_first(h, 1), _lanes_first(rows, 3)
+    v = v - jnp.min(v, axis=-1, keepdims=True)
+    if p == 1:
+        cost, _ = _taken(rows, jnp.zeros_like(b), 0.5 * b, v, True)
+    else:
+        put, whole = _taken(jnp.minimum(rows, b[..., None]), b, None, v, False)
+        cost = whole - put
+    return jnp.moveaxis(cost, (-2, -1), (0, 1))
+
+
+def _lanes_first(x: Array, core: int) -> Array:
+    """From `[..., *B]` to `[*B, ...]`, with `core` axes of their own."""
+    return jnp.moveaxis(x, tuple(range(core)), tuple(range(-core, 0)))
+
+
+def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: bool) -> tuple[Array, Array]:
+    """Sum `m v` over states in the order of v, as long as the sum of `m = mass + more` is below a limit, `[*B, A, S]`.
+
+    States are put together by their rank into some sqrt(S) buckets, whose sums are one product of matrices. Only in the
+    bucket in which a row reaches its limit are its entries looked at one by one.
+
+    Args:
+        mass: `[*B, A, S, S]`, not negative.
+        more: the same for all entries of a row, `[*B, A, S]`.
+        limit: `[*B, A, S]`; None is the sum of `mass`.
+        v: values, `[*B, S]`.
+        descending: whether the highest come first.
+
+    Returns:
+        That sum, and that of `mass v` over all states.
+    """
+    n = v.shape[-1]
+    width = math.isqrt(n - 1) + 1
+    count = -(-n // width)
+    fixed = lax.stop_gradient(v)
+    order = jnp.argsort(-fixed if descending else fixed, axis=-1)
+    buckets = jnp.arange(count).reshape((1,) * v.ndim + (count,))
+    member = (jnp.argsort(order, axis=-1)[..., None] // width == buckets).astype(v.dtype)
+    columns = jnp.concatenate([member, member * v[..., None]], axis=-1)[..., None, :, :]
+    sums = jnp.matmul(mass, columns, precision=lax.Precision.HIGHEST)
+    total, whole = (jnp.sum(part, axis=-1) for part in (sums[..., :count], sums[..., count:]))
+    sums = sums + more[..., None] * jnp.sum(columns, axis=-2, keepdims=True)
+    limit = (total if limit is None else limit)[..., None]
+    reached = jnp.cumsum(sums[..., :count], axis=-1)
+    last = jnp.minimum(jnp.sum(reached <= limit, axis=-1, keepdims=True), count - 1)
+    buckets, ranks = buckets[..., None, :], jnp.arange(width).reshape((1,) * (v.ndim + 1) + (width,))
+    first = buckets < last
+    left = limit - jnp.sum(jnp.where(first, sums[..., :count], 0), axis=-1, keepdims=True)
+
+    def there(x: Array) -> Array:
+        """Entries of `[*B, S]` in that bucket, by rank, `[*B, A, S, width]`; 0 beyond the last state."""
+        x = jnp.pad(jnp.take_along_axis(x, order, axis=-1), [(0, 0)] * (x.ndim - 1) + [(0, count * width - n)])
+        x = x.reshape(*x.shape[:-1], 1, 1, count, width)
+        return jnp.sum(jnp.where((buckets == last)[..., None], x, 0), axis=-2)
+
+    states = there(jnp.broadcast_to(jnp.arange(n).reshape((1,) * (v.ndim - 1) + (n,)), v.shape))
+    entries = jnp.take_along_axis(mass, states, axis=-1) + more[..., None]
+    entries = jnp.where(last * width + ranks < n, entries, 0)
+    before = jnp.cumsum(entries, axis=-1) - entries
+    taken = jnp.sum(jnp.clip(left - before, 0, entries) * there(v), axis=-1)
+    return taken + jnp.sum(jnp.where(first, sums[..., count:], 0), axis=-1), whole
 
 
 def _in_place(p: float) -> Callable[[Array, Array, Array], Rows]:

@@ -10,7 +10,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, pytrees
+from robustreg._core import checks, forks, pytrees
 
 
 class SolveError(RuntimeError):
@@ -72,6 +72,7 @@ class Answer:
     @property
     def converged(self) -> Array:
         """`[*B]` bool: the lane is certified as it was asked to be."""
+        forks.refuse()
         return self.status == int(Status.CONVERGED)
 
     def where_converged(self, x: ArrayLike, fallback: ArrayLike = 0.0) -> Array:
@@ -84,7 +85,7 @@ class Answer:
             x: `[*B, ...]`, for example `objective`.
             fallback: what stands in their place, broadcastable to x.
         """
-        x = jnp.asarray(x)
+        x = checks.array("x", x)
         kept = self.converged.reshape(self.status.shape + (1,) * (x.ndim - self.status.ndim))
         fallback = jnp.asarray(fallback, x.dtype)
         return jnp.where(kept, x, jnp.broadcast_to(fallback, x.shape))
@@ -114,6 +115,7 @@ class Answer:
         raise TypeError(f"{type(self).__name__} does not define gap")
 
     def __repr__(self) -> str:
+        forks.refuse()
         first = dataclasses.fields(self)[0].name  # type: ignore[arg-type]  # every answer is a dataclass
         x = getattr(self, first)
         head = f"{type(self).__name__}({first}={x.dtype}{list(x.shape)}"
@@ -194,6 +196,7 @@ class Solution(Answer):
         def ahead(x: Array, y: Array) -> Array:
             return jnp.where(jnp.isfinite(y), 2 * x - y, x)
 
+        forks.refuse()
         visits = self.visits
         if visits is not None and last.visits is not None:
             visits = ahead(visits, last.visits)
@@ -210,6 +213,7 @@ class Solution(Answer):
 
 def concrete(x: ArrayLike, caller: str, instead: str = "`status`") -> np.ndarray:
     """Return an array that has values."""
+    forks.refuse()
     if isinstance(x, Tracer):
         raise TypeError(f"{caller} reads values, so it cannot run inside jit, vmap or grad; use {instead} there")
     return np.asarray(x)
