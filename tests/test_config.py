@@ -160,6 +160,9 @@ def test_allowed_keys_are_the_constructors_arguments():
         ({"regulariser": {"kind": "kl", "beta": 1, "prior": [0.5, 0.5]}}, r"does not fit the problem"),
         ({"problem": {"kind": "garnet", "n_states": "many"}}, r"n_states is 'many'; expected a whole number"),
         ({"problem": {"kind": "chain", "slip": True}}, r"slip is True; expected a number"),
+        ({"problem": {"kind": "bandit", "reward": [1.0, True]}}, r"reward is \[1.0, True\]; expected numbers, not"),
+        ({"problem": {"kind": "bandit", "discount": False}}, r"discount is False; expected numbers, not"),
+        ({"example": {}}, r"hence is for `robustreg example`"),
         ({"problem": {"kind": "bandit", "discount": 1.0}}, r"\[problem\] kind 'bandit': discount is 1;"),
         ({"problem": {"kind": "bandit", "dtype": "float32"}}, r"unknown key 'dtype'"),
         (
@@ -240,7 +243,7 @@ def test_every_shipped_sweep_builds(path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", "no [sweep] table"),
+        ("", "no [sweep] table; `robustreg solve` reads such files"),
         ("[sweep]\nbeta = 3.0", "[sweep] beta is 3.0; expected a list"),
         ("[sweep]\nbeta = [1.0, 'x']", "[sweep] beta is [1.0, 'x']; expected numbers"),
         ("[sweep]\nbeta = { from = 1, to = 2 }", "[sweep] beta needs numbers from and to, and a whole number count"),
@@ -267,3 +270,10 @@ def test_mistakes_in_a_sweep(tmp_path, line, expected):
     with pytest.raises(config.ConfigError) as error:
         config.load_sweep(path)
     assert expected in str(error.value)
+
+
+def test_text_in_another_encoding_says_which_is_wanted(tmp_path):
+    path = tmp_path / "wide.toml"
+    path.write_text("[problem]\nkind = 'chain'\n", encoding="utf-16")
+    with pytest.raises(config.ConfigError, match="wide.toml: is not text in UTF-8 .*save it in that encoding"):
+        config.read(path)

@@ -155,6 +155,12 @@ def test_actions_that_nobody_may_take_are_grey(tmp_path):
     prior[2] = [1.0, 0.0]
     m = rr.problems.chain()
     sol = rr.solve(m, rr.kl(1.0, prior=prior))
+    bars = solution_figures.decision_bars(*np.array([[1.0, 2.0, 3.0], [0.5, 0.5, 0.0], [0.1, -0.1, np.nan]]))
+    for axes in bars.axes:  # the span behind the third action, beside the bars
+        assert len(axes.patches) == 4 and "nobody may take" in bars.get_suptitle()
+    odds, moved = np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([[0.0, np.nan], [0.1, 0.2]])
+    _, middle, *_ = solution_figures.heat_map(np.arange(2.0), odds, moved).axes
+    assert np.isnan(drawn(middle)).sum() == 1
     seen = []
     original = solution_figures.heat_map
     solution_figures.write(tmp_path, m, sol, excluded=prior == 0)

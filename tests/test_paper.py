@@ -261,6 +261,7 @@ def refusal(tmp_path, text):
     return str(caught.value)
 
 
+PROBLEM = "[problem]\nkind = 'chain'\n"
 DECISION = "[figure]\nkind = 'decision'\nreward = [1, 2]\nbeta = [1.0]\n"
 
 
@@ -276,6 +277,9 @@ DECISION = "[figure]\nkind = 'decision'\nreward = [1, 2]\nbeta = [1.0]\n"
         (DECISION + "alpha = 'two'", "alpha is 'two'; expected a number"),
         (DECISION.replace("[1.0]", "[0.0]"), "beta"),
         (DECISION.replace("[1.0]", "1.0"), "beta is 1.0; expected a list of numbers"),
+        (DECISION.replace("[1.0]", "[true]"), "beta is [True]; expected numbers, not true and false"),
+        ("[sweep]\nbeta = [1.0]\n" + PROBLEM, "no [figure] table; `robustreg sweep` reads such files"),
+        (PROBLEM + "[regulariser]\nkind = 'kl'\n", "no [figure] table; `robustreg solve` reads such files"),
         (DECISION.replace("[1.0]", "{ from = 1, to = 2, count = 2 }"), 'needs spacing "log"'),
         (DECISION + "[problem]\nkind = 'chain'", "takes no [problem]"),
         (DECISION + "[solver]\nkind = 'auto'", "unknown key 'solver'; allowed: figure, problem, small"),
@@ -296,7 +300,6 @@ def test_what_is_wrong_is_named_with_what_is_allowed(tmp_path, text, expected):
     assert expected in refusal(tmp_path, text)
 
 
-PROBLEM = "[problem]\nkind = 'chain'\n"
 SETS = "[figure]\nkind = 'feasible_sets'\nreward = [1, 2]\nbeta = [1.0]\nalpha = [1.0]\n"
 
 

@@ -178,7 +178,8 @@ def test_one_says_what_it_does_until_it_leaves(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--process-id", "1"], "go with --distributed"),
+        (["--process-id", "1"], "--process-id goes with --distributed"),
+        (["--lost-after", "5"], "--lost-after goes with --distributed"),
         (["--distributed", "--shard", "0/2"], "--part and --distributed exclude each other"),
     ],
 )

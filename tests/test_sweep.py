@@ -505,6 +505,16 @@ def test_what_is_left_is_told_without_the_time_of_compiling(capsys, monkeypatch)
     for seconds in (40.0, 41.0, 42.0):
         clock[0] = seconds
         report(10, 0)
-    assert [round(state["eta"], 6) for state in seen] == [360.0, 8.0, 7.0]
-    progress.reporter(True, 100, 20)
-    assert capsys.readouterr().err == "20/100 cells, compiling\n"
+    assert [round(state["eta"], 6) for state in seen[1:]] == [8.0, 7.0]
+    assert np.isnan(seen[0]["eta"]) and np.isnan(seen[0]["rate"])
+    report = progress.reporter(True, 100, 20)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])  # a line every ten seconds
+    for seconds, cells in ((80.0, 10), (100.0, 10), (101.0, 60)):
+        clock[0] = seconds
+        report(cells, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        "20/100 cells, compiling",
+        "30/100 cells",
+        "40/100 cells, 0.5/s, 120 s left",
+        "100/100 cells, 3.3/s, 0 s left",
+    ]

@@ -91,6 +91,13 @@ def test_the_legend_says_what_is_drawn_and_of_what():
     ]
     assert not figure.axes[0].collections
     assert "median of 11 (mdp)" in pictures.step_map(many).get_suptitle()
+    many.computed[:4] = False
+    figure = pictures.price(many)
+    assert legend(figure)[-1] == "line: median\nof 7 (mdp)"
+    assert f"{4 * many.computed[0].size} of {len(many)} cells are not there" in figure.get_suptitle()
+    many["status"][5, 1, 2] = rr.Status.MAX_STEPS
+    assert legend(pictures.price(many))[-1] == "not all converged"
+    assert "×: not all of them converged" in pictures.step_map(many).get_suptitle()
     zipped = table(("beta", "discount"), zipped=True, discount=np.linspace(0.5, 0.9, 6))
     assert "along the line discount changes too" in pictures.returns(zipped).get_suptitle()
 
@@ -105,7 +112,7 @@ def test_a_line_may_reach_from_one_end_of_the_numbers_to_the_other(tmp_path):
 
 
 def test_failed_cells_have_a_cross_and_missing_ones_leave_a_gap():
-    t = table(("alpha", "beta"))
+    t = table(("alpha", "beta"), alpha=np.array([-1.0, 1.0, 2.0]))
     t["status"][1, 2], t["status"][2, 4] = rr.Status.MAX_STEPS, rr.Status.NONFINITE
     t["objective"][2, 4] = np.nan
     t.computed[0, 3] = False
@@ -116,6 +123,7 @@ def test_failed_cells_have_a_cross_and_missing_ones_leave_a_gap():
     np.testing.assert_array_equal(np.flatnonzero(np.isnan(lines(axes)[0][2])), [3])
     figure = pictures.step_map(t, title="T")
     axes = figure.axes[0]
+    assert "−1" in [label.get_text() for label in axes.get_yticklabels()]
     assert set(crosses(axes)) == {(BETAS[2], 1.0), (BETAS[4], 2.0)} and "×: not converged" in figure.get_suptitle()
     shown = np.ma.filled(axes.collections[0].get_array().astype(float), np.nan)
     np.testing.assert_array_equal(np.isnan(shown), ~t.computed)

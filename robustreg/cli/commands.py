@@ -112,8 +112,9 @@ def _sweep(options: argparse.Namespace) -> int:
     with interrupts.saying(lambda: _chunks_kept(options.out)), _folder(options.out):
         if options.distributed:
             return _sweep_together(options)
-        if (options.coordinator, options.num_processes, options.process_id) != (None, None, None):
-            raise config.ConfigError("--coordinator, --num-processes and --process-id go with --distributed")
+        for name in ("coordinator", "num_processes", "process_id", "lost_after"):
+            if getattr(options, name) is not None:
+                raise config.ConfigError(f"--{name.replace('_', '-')} goes with --distributed")
         with jax.default_device(_device(options.device)), _named(options.config):
             job = config.load_sweep(options.config)
             arguments, how = _sweep_arguments(job)
@@ -137,7 +138,8 @@ def _sweep_together(options: argparse.Namespace) -> int:
         last = options.num_processes - 1
         raise config.ConfigError(f"--process-id {options.process_id}: the processes are numbered from 0 to {last}")
     where = (options.coordinator, options.num_processes, options.process_id)
-    with _named("--distributed"), cluster.join_cluster(options.out, *where, options.lost_after) as group:
+    lost = () if options.lost_after is None else (options.lost_after,)
+    with _named("--distributed"), cluster.join_cluster(options.out, *where, *lost) as group:
         with jax.default_device(_device(options.device)), _named(options.config):
             job = config.load_sweep(options.config)
             arguments, how = _sweep_arguments(job)
@@ -215,7 +217,7 @@ def _show(table: rr.Table, out: Path, title: str, part: tuple[int, int] | None =
 
 def _figure(options: argparse.Namespace) -> int:
     jax.config.update("jax_enable_x64", options.precision == "float64")
-    with _folder(options.out), _named(options.config), _nothing_written(options.out), together():
+    with _folder(options.out), _named(options.config), _nothing_written(options.out), together(), waiting():
         _drawable()
         paths = figure_config.load(options.config, options.small).write(options.out)
     for path in paths:
@@ -231,7 +233,7 @@ def _example(options: argparse.Namespace) -> int:
         print(_table(example_config.listed()))
         return 0
     jax.config.update("jax_enable_x64", True)
-    with _folder(options.out), _named(options.name), _nothing_written(options.out), together():
+    with _folder(options.out), _named(options.name), _nothing_written(options.out), together(), waiting():
         _drawable()
         report = example_config.load(options.name, options.small, options.seed)
         paths = example_config.write(report, options.out, options.name)
@@ -358,7 +360,8 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     numbers = _strength(run.job.regulariser)
     kind = numbers.pop("regulariser")
     own = f"({', '.join(f'{name}={value}' for name, value in numbers.items())})" if numbers else ""
-    title = f"{problem.title}, {kind}{own}"
+    regulariser = f"{kind}{own}".replace("-", "−")
+    title = f"{problem.title}, {regulariser}"
     logs, shape = run.job.regulariser.log_prior, (problem.mdp.n_states, problem.mdp.n_actions)
     excluded = None if logs is None else np.broadcast_to(np.isneginf(logs), shape)
     return [

@@ -179,7 +179,9 @@ def read(path: str | Path) -> dict[str, Any]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits, a path with a zero byte
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not text in UTF-8 ({error.reason}): save it in that encoding") from error
+    except ValueError as error:  # no TOML, a number of thousands of digits, a path with a zero byte
         raise ConfigError(f"{path}: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: lists or tables are nested too deeply; write them flat") from error
@@ -188,6 +190,13 @@ def read(path: str | Path) -> dict[str, Any]:
     if isinstance(problem, dict) and isinstance(problem.get("path"), str):
         problem["path"] = problem_kinds.from_its_folder(problem["path"], Path(path))
     return table
+
+
+def other_command(table: Mapping[str, Any]) -> str:
+    """Say which command reads tables like these, as the end of a message; nothing where none does."""
+    names = [name for name in ("sweep", "figure", "example") if name in table]
+    names += ["solve"] if {"problem", "regulariser"} <= set(table) else []
+    return f"; `robustreg {names[0]}` reads such files" if names else ""
 
 
 def refuse_huge(x: Any, where: str) -> None:
@@ -208,7 +217,7 @@ def load_sweep(path: str | Path) -> SweepJob:
     table, where = read(path), f"{path}: [sweep]"
     section = table.pop("sweep", None)
     if not isinstance(section, dict):
-        raise ConfigError(f"{path}: no [sweep] table")
+        raise ConfigError(f"{path}: no [sweep] table{other_command(table)}")
     job = build(table, str(path), batch=True)
     options = {key: section.pop(key) for key in ("outputs", "chunk", "zipped") if key in section}
     if not isinstance(options.get("zipped", False), bool):
@@ -266,7 +275,7 @@ def build(table: Mapping[str, Any], source: str = "configuration", batch: bool =
     Raises:
         ConfigError: something in the tables is not allowed.
     """
-    for other in ("sweep", "figure"):
+    for other in ("sweep", "figure", "example"):
         if other in table:
             raise ConfigError(
                 f"{source}: has a [{other}] table, hence is for `robustreg {other}`; remove it for a solve"
@@ -345,18 +354,22 @@ def construct(
         raise ConfigError(f"{where} kind {kind!r} needs {', '.join(missing)}")
     try:
         for name, value in arguments.items():
-            _check_scalar(name, value, parameters[name].annotation)
+            if name in parameters:
+                _check_plain(name, value, parameters[name])
         return constructor(**arguments, **supplied)
     except (TypeError, ValueError, OverflowError, OSError) as error:
         raise ConfigError(f"{where} kind {kind!r}: {error}") from error
 
 
-def _check_scalar(name: str, value: Any, annotation: Any) -> None:
-    """Arguments annotated as plain numbers: TOML's strings and booleans would go wrong far from here."""
+def _check_plain(name: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse TOML's strings where numbers are wanted, and truth values, which NumPy takes for 0 and 1."""
+    annotation = parameter.annotation
     wanted = {int: "a whole number", float: "a number"}.get(annotation)
     fits = type(value) is int or (annotation is float and type(value) is float)
     if wanted and not fits:
         raise ValueError(f"{name} is {value!r}; expected {wanted}")
+    if _has_bool(value) and type(parameter.default) is not bool:
+        raise ValueError(f"{name} is {_brief(value)}; expected numbers, not true and false")
 
 
 def refuse_unknown(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:

@@ -69,7 +69,7 @@ def _sweep(one: Any) -> None:
     )
     several.add_argument("--num-processes", metavar="N", type=_count, help="how many (JAX finds it on clusters)")
     several.add_argument("--process-id", metavar="I", type=_number, help="which, from 0 (JAX finds it on clusters)")
-    several.add_argument("--lost-after", metavar="SECONDS", type=_seconds, default=100.0, help=_LOST_HELP)
+    several.add_argument("--lost-after", metavar="SECONDS", type=_seconds, help=_LOST_HELP)
 
 
 class _ListOutputs(argparse.Action):

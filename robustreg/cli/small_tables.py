@@ -35,6 +35,8 @@ def read(path: str | Path, name: str, small: bool = False) -> dict[str, Any]:
         ConfigError: the file cannot be read, or it has other tables.
     """
     table = config.read(path)
+    if name not in table and (other := config.other_command(table)):
+        raise config.ConfigError(f"{path}: no [{name}] table{other}")
     config.refuse_unknown(table, (name, "problem", "small"), str(path))
     replaced = table.pop("small", {})
     sections = {**table, **{f"small.{key}": x for key, x in replaced.items()}} if isinstance(replaced, dict) else {}

@@ -29,6 +29,7 @@ from robustreg.figures.style import (
     dress,
     inhabited,
     new_figure,
+    probabilities_alike,
     rewards_alike,
     shown_number,
 )
@@ -48,6 +49,7 @@ def decision(numbers: Numbers, title: str = "") -> Any:
         shown = numbers["reward"], numbers["policy"][k], numbers["perturbation"][k]
         draw_decision(row, *shown, "indifferent at %s", [str(a) for a in range(numbers["reward"].size)])
         rewards_alike(row[[0, 3]], numbers["reward"], numbers["perturbed"])
+        probabilities_alike(row[[1]], numbers["policy"])
         row[0].set_ylabel(f"{strength}\n\nreward units")
     for axes, head in zip(panels[0], heads):
         axes.set_title(head)
@@ -173,7 +175,7 @@ def _mark_cells(axes: Any, grid: tuple[int, int], marks: Marks, cell: float) -> 
 
 def consistency(numbers: Numbers, title: str = "") -> Any:
     """Left: what every action is worth against the worst case, by state. Right: running totals along trajectories."""
-    figure = new_figure(12.5, 5.0)
+    figure = new_figure(12.5, 5.6)
     left, right = figure.subplots(1, 2)
     order = np.argsort(numbers["value"])
     value, used = numbers["value"][order], numbers["policy"][order] > 0
@@ -187,19 +189,20 @@ def consistency(numbers: Numbers, title: str = "") -> Any:
         left.plot(index[shut], unforced[shut], "v", mfc="none", mec=GREY, ms=4, label="the same without λ")
     left.set(xlabel="states, by value   (λ: multiplier of π ≥ 0)", ylabel="reward units")
     left.set_title("in every state: indifference")
-    left.legend(frameon=False, loc="upper left")
+    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     for n, (perturbed, nominal) in enumerate(zip(numbers["perturbed"], numbers["nominal"])):
         colour = SERIES[n % 2][0]
         kind = "the policy's actions" if n % 2 == 0 else "random actions"
         named = {"label": f"{kind}: perturbed"} if n < 2 else {}
-        width, line = ((7.0, "-"), (2.4, "--"))[n % 2]
-        right.plot(perturbed, line, color=colour, linewidth=width, alpha=0.8, zorder=3 + n % 2, **named)
+        # The policy's own is a light band, on which what is dotted in its colour is still seen.
+        shade, width, line = (("#a6cbe3", 9.0, "-"), (colour, 2.4, "--"))[n % 2]
+        right.plot(perturbed, line, color=shade, linewidth=width, zorder=3 + n % 2, **named)
         named = {"label": f"{kind}: undisturbed"} if n < 2 else {}
         right.plot(nominal, color=colour, linewidth=1.4, linestyle=":", zorder=6, **named)
     worst = np.ptp(numbers["perturbed"], axis=1).max()
     right.set(xlabel="step t", ylabel="collected so far + γᵗ V(sₜ)  (reward units)")
     right.set_title(f"along every path: constant to {worst:.0e}")
-    right.legend(frameon=False, loc="best")
+    right.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     for axes in (left, right):
         _plain(axes)
     beta = f"β = {float(numbers['beta']):g}"
@@ -248,7 +251,11 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
         "ball": f"same norm (order {float(numbers['order']):g}), rewards only lowered",
         "noise": f"noise of the same cost ({numbers['noise_return'].shape[-1]} samples)",
     }
-    top = undisturbed
+    reach = numbers["worst_cost"]
+    ends = np.array([min(reach.min(), numbers["shifted_cost"].min()), 1.15 * reach.max()])
+    lowest = min(guaranteed - ends[1], float(numbers["worst_return"].min()))
+    span = undisturbed - lowest
+    floor, top = lowest - 0.1 * span, undisturbed
     for name, (colour, marker, line) in styles.items():
         earned, cost = (numbers[f"{name}_{what}"].reshape(len(scale), -1) for what in ("return", "cost"))
         every: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4, "linestyle": line}
@@ -258,23 +265,20 @@ def attacks(numbers: Numbers, title: str = "") -> Any:
             for k, line in enumerate(right.plot(cost, earned, "-", color=colour, linewidth=0.8, alpha=0.6)):
                 line.set_label("each sample" if k == 0 else "")
             continue
-        left.plot(scale, earned, linewidth=2.4, label=names[name], **every)
+        down = f", down to {shown_number(float(earned.min()), '.3g')}" if earned.min() < floor else ""
+        left.plot(scale, earned, linewidth=2.4, label=names[name] + down, **every)
         right.plot(cost, earned, linewidth=2.4, **every)
-    reach = numbers["worst_cost"]
-    ends = np.array([min(reach.min(), numbers["shifted_cost"].min()), 1.15 * reach.max()])
     right.plot(ends, guaranteed - ends, "-", color=INK, linewidth=2, label="bound: guaranteed − cost [Fenchel–Young]")
     right.plot(
         numbers["shifted_cost"], numbers["shifted_return"], "P", color=AMBER, ms=9, mec="white", zorder=4,
         label="worst case + a constant: meets the bound",
     )  # fmt: skip
-    lowest = min(guaranteed - ends[1], float(numbers["worst_return"].min()))
-    span = undisturbed - lowest
     if top > undisturbed + 0.5 * span:
         left.collections[0].set_label(f"{names['noise']}, up to {top:.3g}")
     for axes in (left, right):
         axes.axhline(guaranteed, color=BLUE, linewidth=2, linestyle=(0, (6, 2)))
-        # Noise may earn far more than all else; where it leaves the picture, the legend says so.
-        axes.set_ylim(lowest - 0.1 * span, undisturbed + min(0.5 * span, top - undisturbed + 0.08 * span))
+        # Noise may earn far more than all else, lowered rewards less: what leaves the picture, the legend tells.
+        axes.set_ylim(floor, undisturbed + min(0.5 * span, top - undisturbed + 0.08 * span))
         axes.grid(color="#eeeeee", linewidth=0.6)
         _plain(axes)
     right.set_xlim(*ends)

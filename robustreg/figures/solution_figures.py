@@ -34,6 +34,7 @@ from robustreg.figures.style import (
     legend_of,
     literal,
     new_figure,
+    probabilities_alike,
     rewards_alike,
     write_figures,
     write_numbers,
@@ -219,7 +220,8 @@ def perturbation_maps(
         axes.set_title(literal(name))
     notes = [legend_of(marks, cell)] if marks else []
     notes += ["light grey: an action that nobody may take"] if barred else []
-    figure.supxlabel("   ".join(notes), size=10)
+    # (A letter is some .075 inches wide.)
+    figure.supxlabel(("   " if 0.075 * len("   ".join(notes)) < figure.get_figwidth() else "\n").join(notes), size=10)
     label = f"perturbation (reward units{note})\nblue: given, red: taken"
     # A place of its own: beside narrow maps matplotlib would put it on their titles.
     colour_bar(figure, panels[0].images[0], label, cax=figure.add_subplot(places[:, -1]))
@@ -246,10 +248,12 @@ def decision_bars(
     row = figure.subplots(1, 4)
     draw_decision(row, worth, probability, taken, "V = %s", list(actions) or [str(a) for a in range(worth.size)])
     rewards_alike(row[[0, 3]], worth, worth - taken)
+    probabilities_alike(row[[1]], probability)
     heads = ("action values Q", "policy π", "perturbation Δ\n(red: taken, blue: given)", "Q − Δ: indifferent")
     for axes, head in zip(row, heads):
         axes.set(title=head, xlabel="action")
-    figure.suptitle(literal(title))
+    barred = "light grey: an action that nobody may take" if np.isnan(taken).any() else ""
+    figure.suptitle("\n".join(text for text in (literal(title), barred) if text))
     return figure
 
 
@@ -273,11 +277,15 @@ def heat_map(
         states: names of the states, written where there are few.
     """
     order = np.lexsort((np.asarray(value), np.asarray(policy).argmax(-1)))
-    probability, taken = np.asarray(policy)[order].T, np.asarray(perturbation)[order].T
+    taken = np.asarray(perturbation)[order].T
+    probability = np.where(np.isnan(taken), np.nan, np.asarray(policy)[order].T)
+    named = 0 < len(states) <= _NAMED_STATES
     norm, note = diverging(taken)
     figure = new_figure(11.0, 6.5)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(1.0, 1.4, 1.4))
-    top.plot(np.asarray(value)[order], color=INK, linewidth=1.5)
+    # Between states that have names there is nothing.
+    top.plot(np.asarray(value)[order], "o" if named else "-", color=INK, linewidth=1.5)
+    top.grid(axis="y", color="#dddddd", linewidth=0.6)
     top.set_ylabel("value\n(reward units)")
     top.spines[["top", "right"]].set_visible(False)
     shared: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
@@ -289,7 +297,7 @@ def heat_map(
     for axes in (middle, bottom):
         axes.set_facecolor(EXCLUDED)
         label_some(axes.yaxis, _names(actions, len(taken)), 12)
-    if 0 < len(states) <= _NAMED_STATES:
+    if named:
         long = max(map(len, states)) * len(states) > 80
         bottom.set_xticks(range(len(states)), [literal(states[int(s)]) for s in order], rotation=90 if long else 0)
     else:

@@ -117,7 +117,7 @@ def draw_decision(
         row: four axes.
         reward: of each action, `[A]`, in reward units.
         policy: `[A]`.
-        taken: `[A]`, in reward units; NaN of actions that nobody may take.
+        taken: `[A]`, in reward units; NaN of actions that nobody may take, which are grey.
         level: what to call the line; `%s` is its number.
         names: of the actions.
     """
@@ -126,17 +126,24 @@ def draw_decision(
     units = ("reward units", "probability", "reward units", "reward units")
     for axes, height, colour, unit in zip(row, (reward, policy, taken, left), colours, units):
         axes.bar(np.arange(reward.size), height, color=colour, width=0.72)
+        for action in np.flatnonzero(np.isnan(taken)):
+            axes.axvspan(action - 0.5, action + 0.5, color=EXCLUDED, linewidth=0, zorder=0)
         axes.axhline(0.0, color=INK, linewidth=0.8)
         axes.set(ylabel=unit, xlim=(-0.6, reward.size - 0.4))
         label_some(axes.xaxis, names, max(1, 30 // (max(map(len, names)) + 1)))
         axes.spines[["top", "right"]].set_visible(False)
-    # All of the axis, unless every bar would be too low to be seen.
-    row[1].set_ylim(0.0, 1.05 if policy.max() > 0.1 else 1.1 * policy.max())
     known = np.isfinite(taken)
     mean = float(policy[known] @ left[known])
     label = level % shown_number(mean, ".3g")
     row[3].axhline(mean, color=AMBER, linewidth=2.0, linestyle="--", label=label)
     row[3].legend(frameon=False, loc="best")
+
+
+def probabilities_alike(axes: Sequence[Any], *shown: np.ndarray) -> None:
+    """Give axes of probabilities one scale: all of it, unless every bar would be low."""
+    most = max(float(np.nanmax(x)) for x in shown)
+    for each in axes:
+        each.set_ylim(0.0, 1.05 if most > 0.5 else 1.1 * most)
 
 
 def rewards_alike(axes: Sequence[Any], *shown: np.ndarray) -> None:
@@ -271,6 +278,7 @@ def legend_of(marks: Marks, cell: float) -> str:
 def _mark(axes: Any, name: str, row: int, column: int, cell: float) -> None:
     """One marked cell: filled, its letter in the middle; or an ordinary cell, the letter in a corner."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     letter, colour, fill = STYLES[name]
     style: dict[str, Any] = {"color": colour, "ha": "center", "va": "center", "weight": "bold", "zorder": 4}
@@ -279,8 +287,10 @@ def _mark(axes: Any, name: str, row: int, column: int, cell: float) -> None:
         axes.text(column, row, letter, size=min(11.0, 0.7 * cell / _POINT), **style)
         return
     if name == "water" or cell < _SMALL:
+        # Within a light border: a frame alone is lost on a dark cell.
         line = min(1.0, 4 * cell)
-        frame = Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, ec=colour, lw=line, zorder=2)
+        frame = Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, ec=colour, lw=line, zorder=2)
+        frame.set_path_effects([withStroke(linewidth=3 * line, foreground="white")])
         axes.add_patch(frame)
     if cell >= _SMALL:
         style |= {"ha": "left", "va": "top", "size": min(7.0, 0.18 * cell / _POINT)}

@@ -70,11 +70,18 @@ def _in_reach(betas: np.ndarray) -> np.ndarray:
     return ~((betas < _REACH[0]) | (betas > _REACH[1]))
 
 
-def _beyond(table: Table) -> str:
-    """How many betas are left out."""
+def _left_out(table: Table) -> str:
+    """How many betas no axis can show, and how many cells nobody has solved."""
     betas = np.asarray(table.coordinates["beta"])
-    left = int((~_in_reach(betas)).sum())
-    return f"\n{left} of {betas.size} values of β are beyond the axis" if left else ""
+    left, missing = int((~_in_reach(betas)).sum()), int((~table.computed).sum())
+    said = [f"{left} of {betas.size} values of β are beyond the axis"] if left else []
+    said += [f"{missing} of {len(table)} cells are not there"] if missing else []
+    return "".join(f"\n{x}" for x in said)
+
+
+def _there(column: Cells) -> np.ndarray:
+    """Which entries of the last axis have any value, `[others]`."""
+    return np.asarray(np.any(np.isfinite(column.values) | column.failed, axis=(0, 1, 2)))
 
 
 def write(out: Path, table: Table, title: str = "") -> list[Path]:
@@ -143,11 +150,12 @@ def step_map(table: Table, *, title: str = "") -> Any:
                 axes.plot(steps.betas[column], row, "x", color=colour, markersize=6, markeredgewidth=weight)
             axes.set_xlim(*_edges(steps.betas)[[0, -1]])
         kept = _some(rows, 12)
-        axes.set_yticks(kept, [f"{rows[order][k]:g}" for k in kept])
+        axes.set_yticks(kept, [shown_number(float(rows[order][k])) for k in kept])
         axes.set(xscale="log", title=_panel_title(steps, i, by_alpha))
-    crosses = "; ×: not converged" if failed[panels].any() else ""
-    over = f", median of {steps.values.shape[-1]} ({', '.join(steps.others)})" if steps.values.shape[-1] > 1 else ""
-    subject = f"steps of the solver in every cell{over}{crosses}{_omitted(steps, panels, by_alpha)}{_beyond(table)}"
+    several = steps.values.shape[-1] > 1
+    crosses = f"; ×: {'not all of them' if several else 'not'} converged" if failed[panels].any() else ""
+    over = f", median of {_there(steps).sum()} ({', '.join(steps.others)})" if several else ""
+    subject = f"steps of the solver in every cell{over}{crosses}{_omitted(steps, panels, by_alpha)}{_left_out(table)}"
     _label(figure, all_axes, heading(title, subject, ": "), label)
     ticks = MaxNLocator(integer=True) if isinstance(norm, Normalize) and not isinstance(norm, LogNorm) else None
     figure.colorbar(mesh, ax=list(all_axes), label="steps", aspect=30, pad=0.02, ticks=ticks)
@@ -180,15 +188,16 @@ def _lines(table: Table, styles: dict[str, tuple[str, str]], title: str, label: 
     entries = entries if len(kept) > 1 else []
     inks = [INK] * len(styles) if len(kept) > 1 else shades
     entries += [Line2D([], [], color=c, ls=s, lw=2, label=text) for c, (s, text) in zip(inks, styles.values())]
-    if (count := one.values.shape[-1]) > 1:
-        whose = f"of {count} ({', '.join(one.others)})"
+    several = one.values.shape[-1] > 1
+    if several:
+        whose = f"of {_there(one).sum()} ({', '.join(one.others)})"
         text = f"line: median\nband: 10–90 %\n{whose}" if banded else f"line: median\n{whose}"
         entries.append(Line2D([], [], color="#999999", lw=8 if banded else 0, alpha=0.4, label=text))
     if crosses:
-        entries.append(Line2D([], [], color=FAILED, marker="x", ls="", label="not converged"))
+        entries.append(Line2D([], [], color=FAILED, marker="x", ls="", label=f"not {'all ' * several}converged"))
     figure.legend(handles=entries, loc="outside right center", frameon=False)
     along = f"\nalong the line {', '.join(one.others)} changes too" if table.zipped and one.others else ""
-    _label(figure, all_axes, title + _omitted(one, panels, True) + along + _beyond(table), label)
+    _label(figure, all_axes, title + _omitted(one, panels, True) + along + _left_out(table), label)
     return figure
 
 

@@ -13,11 +13,12 @@ def reporter(progress: Any, total: int, done: int) -> Callable[[int, int], None]
     """Make what to call after every chunk, with its number of cells and how many of them failed.
 
     Args:
-        progress: False for silence, True for standard error, or a function of a dict.
+        progress: False for silence, True for standard error, or a function of a dict: `cells` done of `total`, how many
+            `failed`, and, NaN for the first chunk, cells per second (`rate`) and seconds left (`eta`).
         total: cells to do.
         done: how many of them are done already.
     """
-    state = {"cells": done, "total": total, "failed": 0, "rate": 0.0, "eta": math.nan}
+    state = {"cells": done, "total": total, "failed": 0, "rate": math.nan, "eta": math.nan}
     show = progress if callable(progress) else _shown(state) if progress else lambda state: None
     begin, before, first = time.perf_counter(), done, True
 
@@ -26,11 +27,12 @@ def reporter(progress: Any, total: int, done: int) -> Callable[[int, int], None]
         now = time.perf_counter()
         state["cells"] += cells
         state["failed"] += failed
-        state["rate"] = (state["cells"] - before) / max(now - begin, 1e-9)
-        state["eta"] = (total - state["cells"]) / state["rate"]
-        show(dict(state))
-        if first:  # until then the program was being compiled, which says nothing of the rest
+        if first:  # until now the program was being compiled, which says nothing of the rest
             begin, before, first = now, state["cells"], False
+        else:
+            state["rate"] = (state["cells"] - before) / max(now - begin, 1e-9)
+            state["eta"] = (total - state["cells"]) / state["rate"]
+        show(dict(state))
 
     return report
 
@@ -62,8 +64,10 @@ def _shown(start: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
         nonlocal last
         if state["cells"] >= state["total"] or time.monotonic() - last > 10:
             last = time.monotonic()
+            rate, eta = state["rate"], state["eta"]
+            known = "" if math.isnan(rate) else f", {rate:.{0 if rate >= 10 else 1}f}/s, {eta:.0f} s left"
             failed = f", {state['failed']} failed" if state["failed"] else ""
-            _say(f"{state['cells']}/{state['total']} cells, {state['rate']:.0f}/s, {state['eta']:.0f} s left{failed}")
+            _say(f"{state['cells']}/{state['total']} cells{known}{failed}")
 
     return line
 
