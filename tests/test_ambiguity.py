@@ -12,7 +12,8 @@ from scipy import optimize
 
 import robustreg as rr
 from robustreg.cli import commands
-from robustreg.solvers import ambiguity, bellman, exact_balls
+from robustreg.problems.successors import BoundSuccessors
+from robustreg.solvers import ambiguity, bellman, exact_balls, listed_balls
 from robustreg.solvers.exact_balls import ExactBall
 
 G = 0.9
@@ -172,6 +173,87 @@ def test_costs_of_sets_whose_mass_moves_in_the_order_of_values(kind, dtype, erro
             assert abs(found[a, s, lane] - want) <= error * (1 + np.ptp(values)), (n, own, a, s, lane)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(np.float64, 1e-12), (np.float32, 1e-5)])
+@pytest.mark.parametrize("p", [1, np.inf, "kl"])
+def test_lists_of_successors_cost_what_rows_written_out_do(p: Any, dtype, error):
+    """With padding and with a successor twice, ties among values, rows that lanes share, radii of 0 and beyond."""
+    rng, (actions, lanes) = np.random.default_rng(0), (2, 3)
+    for n, width, own, ties in ((1, 3, 1, False), (5, 2, 3, True), (9, 4, 3, False), (9, 12, 1, True)):
+        rows = np.moveaxis(rng.dirichlet(np.full(width, 0.5), (actions, n, own)), -1, 0)
+        rows = rows * rng.choice([1, 0.5, 0], size=(1, actions, n, own)) * (rng.random((width, 1, 1, 1)) > 0.2)
+        rows = BoundSuccessors(jnp.asarray(rng.integers(0, n, (width, actions, n))), jnp.asarray(rows.astype(dtype)))
+        radius = jnp.asarray(rng.choice([0, 0.05, 0.3, 1, 3], size=(actions, n, lanes)).astype(dtype))
+        h, x = rng.normal(size=(2, n, lanes)).astype(dtype)
+        h = jnp.asarray(np.round(h) if ties else h)
+        balls = listed_balls.listed(radius, rows, p), ExactBall(radius, rows._rows(1, dtype), p)
+        g, none, start = jnp.full(lanes, 0.9, dtype), jnp.zeros(lanes, dtype), jnp.zeros((actions, n, lanes), dtype)
+        policy = jnp.asarray(np.moveaxis(rng.dirichlet(np.ones(actions), (n, lanes)), -1, 0).astype(dtype))
+        listed, written = (np.asarray(ball.step(None, start, g, h, none)[1]) for ball in balls)  # type: ignore[arg-type]
+        assert np.abs(listed - written).max() <= error
+        noise = balls[0].worst_noise(policy, h, none)
+        worst = np.asarray(noise + balls[1].rows)
+        assert worst.min() >= -error and np.abs(np.asarray(noise).sum(2)).max() <= error
+        assert np.abs(0.9 * np.einsum("asib,ib->asb", noise, h) - listed).max() <= error
+        pull = balls[0].pull(policy, g, h, none)
+        entries = np.asarray(pull.entries())
+        assert np.abs(np.einsum("asib,asb->sib", noise, -0.9 * policy) - entries).max() <= error
+        assert np.abs(np.einsum("sib,ib->sb", entries, x) - pull.apply(jnp.asarray(x))).max() <= error
+        assert np.abs(np.einsum("sib,sb->ib", entries, x) - pull.transpose(jnp.asarray(x))).max() <= error
+        np.testing.assert_array_equal(pull.pick((jnp.asarray([2, 0]),)).entries(), entries[..., [2, 0]])
+
+
+@pytest.mark.parametrize("p", [1, np.inf, "kl"])
+def test_a_grid_is_solved_as_its_rows_written_out(p: Any):
+    """Value, policy's value and derivatives in reward and radius, by lists and by rows."""
+    m = rr.problems.slippery_grid(6, 0.9)
+    P = np.moveaxis(np.asarray(m.transitions.expect(np.eye(36))), 0, -1)
+    whole = rr.mdp(P, m.reward, 0.9, layout="sas", termination=m.termination, initial=m.initial)
+    found = []
+    for k in (m, whole):
+
+        def objective(reward, radius, k=k):
+            ball = rr.TransitionBall(radius, p, "sa", "exact")
+            return rr.solve(k.replace(reward=reward), rr.kl(2.0), ambiguity=ball)
+
+        sol = objective(m.reward, 0.05)
+        value = rr.evaluate(k, sol.policy, rr.kl(2.0), ambiguity=rr.TransitionBall(0.05, p, "sa", "exact"))
+        slopes = jax.grad(lambda r, b, solved=objective: solved(r, b).objective, (0, 1))(m.reward, 0.05)
+        found.append((sol.value, value, *slopes))
+        assert sol.converged and np.abs(value - sol.value).max() < 1e-10
+    for listed, written in zip(*found):
+        np.testing.assert_allclose(listed, written, rtol=1e-8, atol=1e-10)
+    bound = bellman.bind(m._with_sparsity(), rr.kl(2.0), ambiguity=rr.TransitionBall(0.05, p, "sa", "exact"))
+    assert isinstance(bound.ball, listed_balls.ListedBall)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "p", "rectangular"),
+    [
+        *(("exact", p, "sa") for p in (1, 2, np.inf, "kl")),
+        *(("kappa", p, "sa") for p in (1, 2, 3, np.inf)),
+        ("kappa", 2, "s"),
+        ("r2", 2, "s"),
+    ],
+)
+def test_second_derivatives(form, p: Any, rectangular):
+    """In reward and radius at once, against differences of the first, where rows are lists and where they are not."""
+    m = rr.problems.garnet(6, 3, 3, 0.8)
+    P = np.moveaxis(np.asarray(m.transitions.expect(np.eye(6))), 0, -1)
+    moved, radius, e = np.random.default_rng(0).normal(size=(6, 3)), 0.05 if form == "exact" else 0.01, 1e-5
+    for k in (m, rr.mdp(P, m.reward, 0.8, layout="sas")):
+
+        def objective(t, k=k):
+            ball = rr.TransitionBall(radius * (1 + t), p, rectangular, form)
+            return rr.solve(k.replace(reward=k.reward + t * moved), rr.kl(2.0), ambiguity=ball).objective
+
+        slope = jax.grad(objective)
+        second = float(jax.jvp(slope, (0.0,), (1.0,))[1])
+        assert abs(second - (slope(e) - slope(-e)) / (2 * e)) < 1e-5 * (1 + abs(second))
+        if form != "exact":  # (one kind of rows is like the other)
+            break
+
+
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, np.inf])
 def test_one_step_against_convex_programs(p):
     """Both rectangularities, noise with and without a sum of 0, beside a ball of rewards: the best policy by a solver.
@@ -228,7 +310,7 @@ def test_worst_rows(p: Any):
         rows[0, 2] = np.where(np.arange(n) == 3, 0, rows[0, 2]) / np.delete(rows[0, 2], 3).sum()
         sums = rows[0].sum(-1)
         ball = ExactBall(jnp.full((1, 1), radius), jnp.asarray(rows), p)
-        x, least = np.asarray(ball._worst(jnp.asarray(h)).x)[0], rows[0] @ h - np.asarray(ball._cost(jnp.asarray(h)))[0]
+        x, least = np.asarray(ball._worst(jnp.asarray(h)))[0], rows[0] @ h - np.asarray(ball._cost(jnp.asarray(h)))[0]
         assert x.min() >= 0 and np.abs(x.sum(-1) - sums).max() < 1e-12
         assert size_of(x, rows[0], p).max() <= radius * (1 + 1e-9)
         for row, found, mass in zip(rows[0], least, sums):

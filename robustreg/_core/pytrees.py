@@ -200,7 +200,7 @@ def put_in_lanes(x: Array, lost: Array, value: float) -> Array:
     """Put a number into the lanes `lost [*B]` of a leaf; into one that lanes share only if all of them are lost."""
     core = x.ndim - lost.ndim
     where = shared_by(lost, x.shape[core:])
-    return jnp.where(where.reshape((1,) * core + where.shape), value, x)
+    return jnp.where(where.reshape((1,) * core + where.shape), jnp.asarray(value, x.dtype), x)
 
 
 def pick_lanes(x: Array, index: tuple[Array, ...]) -> Array:

@@ -138,8 +138,7 @@ def _sweep_together(options: argparse.Namespace) -> int:
         last = options.num_processes - 1
         raise config.ConfigError(f"--process-id {options.process_id}: the processes are numbered from 0 to {last}")
     where = (options.coordinator, options.num_processes, options.process_id)
-    lost = () if options.lost_after is None else (options.lost_after,)
-    with _named("--distributed"), cluster.join_cluster(options.out, *where, *lost) as group:
+    with _named("--distributed"), cluster.join_cluster(options.out, *where, options.lost_after or 100.0) as group:
         with jax.default_device(_device(options.device)), _named(options.config):
             job = config.load_sweep(options.config)
             arguments, how = _sweep_arguments(job)
@@ -360,8 +359,7 @@ def _write(run: Run, rows: Mapping[str, str], out: Path) -> list[Path]:
     numbers = _strength(run.job.regulariser)
     kind = numbers.pop("regulariser")
     own = f"({', '.join(f'{name}={value}' for name, value in numbers.items())})" if numbers else ""
-    regulariser = f"{kind}{own}".replace("-", "−")
-    title = f"{problem.title}, {regulariser}"
+    title = f"{problem.title}, {f'{kind}{own}'.replace('-', '−')}"
     logs, shape = run.job.regulariser.log_prior, (problem.mdp.n_states, problem.mdp.n_actions)
     excluded = None if logs is None else np.broadcast_to(np.isneginf(logs), shape)
     return [

@@ -27,22 +27,26 @@ and gradients solve with it as with any other.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from robustreg._core import checks, pytrees, roots
 from robustreg.problems.mdps import MDP
+from robustreg.problems.successors import BoundSuccessors
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.norms import BoundNorm
 from robustreg.regularisers.sums import BoundSum
-from robustreg.solvers import exact_balls
+from robustreg.solvers import exact_balls, listed_balls
 from robustreg.solvers.chains import Product
 from robustreg.solvers.exact_balls import ExactBall
+from robustreg.solvers.listed_balls import ListedBall
 from robustreg.solvers.plain import FixedPolicy, HardMax
 
 _FORMS, _KINDS = ("r2", "kappa", "exact"), ("s", "sa")
@@ -81,10 +85,14 @@ class TransitionBall:
         batch: Any = jnp.broadcast_shapes(*shapes)
         return batch
 
-    def bind(self, batch_ndim: int, dtype: Any, transitions: Transitions) -> "BoundBall | ExactBall":
+    def bind(self, batch_ndim: int, dtype: Any, transitions: Transitions) -> "BoundBall | ExactBall | ListedBall":
         """Lay it out for the kernels, with bound transitions: radius `[A or 1, S or 1, *b]`."""
         if self.form != "exact":
             return self._laid_out(batch_ndim, dtype, transitions.n_states)
+        # Lists cost the square of their length for each row, rows that are written out S sqrt(S).
+        if isinstance(transitions, BoundSuccessors) and self.p in listed_balls.KINDS:
+            if transitions.fan_out**4 <= transitions.n_states**3:
+                return listed_balls.listed(self._radii(batch_ndim, dtype), transitions, self.p)
         return ExactBall(self._radii(batch_ndim, dtype), transitions._rows(batch_ndim, dtype), self.p)
 
     def _laid_out(self, batch_ndim: int, dtype: Any, n_states: int) -> "BoundBall":
@@ -127,7 +135,7 @@ class BoundBall:
 
     def norm(self, h: Array, c: Array) -> tuple[Array, Array]:
         """Measure `V = h + c`, `[*B]`, with the slope of that, `[S, *B]`."""
-        x = h + c[None] if self.form == "r2" else h - lax.stop_gradient(_centre(h, self.q))[None]
+        x = h + c[None] if self.form == "r2" else h - _centre(h, self.q)[None]
         return _norm(x, self.q)
 
     def contraction(self, discount: Array, n_states: int) -> Array:
@@ -186,8 +194,12 @@ def _centre(h: Array, q: float) -> Array:
         return 0.5 * (low + high)
     if q == 2:
         return jnp.mean(h, axis=0)
-    if q == 1:
-        return jnp.median(h, axis=0)
+    return jnp.median(h, axis=0) if q == 1 else _balance(h, q)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _balance(h: Array, q: float) -> Array:
+    """The w at which powers `q - 1` of the deviations on both sides sum to the same."""
 
     def above(middle: Array) -> Array:
         x = h - middle[None]
@@ -195,8 +207,19 @@ def _centre(h: Array, q: float) -> Array:
         x = x / jnp.where(width > 0, width, 1)[None]
         return ~(jnp.sum(jnp.sign(x) * jnp.abs(x) ** (q - 1), axis=0) > 0)
 
-    low, high = roots.bisect(above, low, high, like=h)
+    low, high = roots.bisect(above, jnp.min(h, axis=0), jnp.max(h, axis=0), like=h)
     return 0.5 * (low + high)
+
+
+@_balance.defjvp
+def _balance_jvp(q: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """It moves as the mean does, with weights `|h - w|^(q - 2)`."""
+    w = _balance(*primals, q)
+    x = jnp.abs(primals[0] - w[None])
+    top = lax.stop_gradient(jnp.max(x, axis=0, keepdims=True))
+    least = float(jnp.finfo(x.dtype).tiny) ** 0.5
+    weight = jnp.maximum(x / jnp.where(top > 0, top, 1), least) ** (q - 2)
+    return w, jnp.sum(weight * tangents[0], axis=0) / jnp.sum(weight, axis=0)
 
 
 def _with_radius(reg: Bound, radius: Array, p: float) -> Bound:

@@ -79,6 +79,7 @@ from robustreg.solvers import lifetimes, ranges
 from robustreg.solvers.ambiguity import BoundBall, TransitionBall
 from robustreg.solvers.chains import Chain
 from robustreg.solvers.exact_balls import ExactBall
+from robustreg.solvers.listed_balls import ListedBall
 
 
 @pytrees.dataclass
@@ -119,7 +120,7 @@ class BoundProblem:
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
     averaged: bool = pytrees.static(default=False)
-    ball: BoundBall | ExactBall | None = None
+    ball: BoundBall | ExactBall | ListedBall | None = None
 
     @property
     def n_states(self) -> int:

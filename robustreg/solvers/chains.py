@@ -1,17 +1,27 @@
 """The Markov chain of a policy as a linear operator: `K = g P_pi`, applied, transposed, written out."""
 
 from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from robustreg._core import pytrees
+from robustreg.problems.successors import BoundSuccessors
 from robustreg.problems.transitions import Transitions
 
 
+class _OfLanes:
+    """Base of operators whose arrays all end in the axes of lanes."""
+
+    def pick(self, index: tuple[Array, ...]) -> Self:
+        """Return the lanes at `index`, one array `[n]` per batch axis."""
+        return jax.tree.map(lambda x: pytrees.pick_lanes(x, index), self)
+
+
 @pytrees.dataclass
-class Product:
+class Product(_OfLanes):
     """A matrix that is the product of two vectors, `left right^T`, `[S, *B]` each."""
 
     left: Array
@@ -31,7 +41,7 @@ class Product:
 
 
 @pytrees.dataclass
-class Written:
+class Written(_OfLanes):
     """A matrix written out, `[S, S, *B]` (row: state, column: successor)."""
 
     matrix: Array
@@ -47,6 +57,47 @@ class Written:
     def entries(self) -> Array:
         """Return it."""
         return self.matrix
+
+
+@pytrees.dataclass
+class Moved:
+    """A matrix of lists and a few columns: what states lose of their successors less what they gain elsewhere.
+
+    Attributes:
+        lost: one entry per action and successor.
+        lowest: columns of what is gained, `[R, *B]`.
+        gained: `[R, S, *B]`.
+    """
+
+    lost: BoundSuccessors
+    lowest: Array
+    gained: Array
+
+    def pick(self, index: tuple[Array, ...]) -> "Moved":
+        """Return the lanes at `index`, one array `[n]` per batch axis."""
+        lowest, gained = (pytrees.pick_lanes(x, index) for x in (self.lowest, self.gained))
+        return Moved(self.lost._take_lanes(index), lowest, gained)
+
+    def apply(self, x: Array) -> Array:
+        """Multiply by a vector, `[S, *B]`."""
+        there = jnp.take_along_axis(x, self.lowest, axis=0)
+        return jnp.sum(self.lost._expect(x), axis=0) - jnp.sum(self.gained * there[:, None], axis=0)
+
+    def transpose(self, y: Array) -> Array:
+        """Multiply a vector by it, `[S, *B]`."""
+        there = jnp.sum(self.gained * y[None], axis=1)
+        return self.lost._push(y[None]) - jnp.sum(jnp.where(self._columns, there[:, None], 0), axis=0)
+
+    def entries(self) -> Array:
+        """Write it out, `[S, S, *B]`."""
+        lost = self.lost._written_out(jnp.ones(self.lost.probabilities.shape[1:], self.gained.dtype))
+        return lost - jnp.sum(jnp.where(self._columns[:, None], self.gained[:, :, None], 0), axis=0)
+
+    @property
+    def _columns(self) -> Array:
+        """Which state each column is, bool `[R, S, *B]`."""
+        states = jnp.arange(self.gained.shape[1], dtype=self.lowest.dtype)
+        return self.lowest[:, None] == states.reshape((1, -1) + (1,) * (self.lowest.ndim - 1))
 
 
 @pytrees.dataclass
@@ -70,7 +121,7 @@ class Chain:
     longest: Array
     backwards: Transitions | None
     ends: bool = pytrees.static()
-    pull: "Product | Written | None" = None
+    pull: Product | Written | Moved | None = None
 
     @property
     def horizon(self) -> Array:
@@ -83,7 +134,7 @@ class Chain:
         """Return the lanes at `index`, one array `[n]` per batch axis."""
         own = (self.policy, self.discount, self.exit_rate, self.longest)
         policy, discount, exit_rate, longest = (pytrees.pick_lanes(x, index) for x in own)
-        pull = jax.tree.map(lambda x: pytrees.pick_lanes(x, index), self.pull)
+        pull = None if self.pull is None else self.pull.pick(index)
         return Chain(self.transitions._take_lanes(index), policy, discount, exit_rate, longest, None, self.ends, pull)
 
     def apply(self, x: Array, add: Callable[[Array], Array] = pytrees.total) -> Array:

@@ -16,10 +16,12 @@ memory and time of a backup grow with the square of S. The worst rows are only w
 "kl"): for the others what they cost is told from sums over states that are neighbours in the order of values.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -59,39 +61,28 @@ class ExactBall:
 
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
-        return self._worst(h).x - self.rows
+        return self._worst(h) - self.rows
 
     def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
         """Find what K loses against that of P."""
-        lost = self.rows - self._worst(h).x
+        lost = self.rows - self._worst(h)
         return Written(discount[None, None] * jnp.sum(policy[:, :, None] * lost, axis=0))
 
-    def _worst(self, h: Array) -> "Rows":
-        """Find the worst rows, as constants."""
-        return lax.stop_gradient(_WORST[self.p](*lax.stop_gradient((self.rows, self.radius, h))))
+    def _worst(self, h: Array) -> Array:
+        """Find the worst rows, `[A, S, S, *B]`."""
+        return _WORST[self.p](self.rows, self.radius, h)
 
     def _cost(self, h: Array) -> Array:
-        """What the worst rows take off `<p, h>`, `[A, S, *B]`, with its derivatives."""
+        """What the worst rows take off `<p, h>`, `[A, S, *B]`."""
         if self.p in _GREEDY:
             return greedy_cost(self.p, self.rows, self.radius, h)
-        plain = jnp.sum(self.rows * h[None, None], axis=2)
-        # The multipliers tell how the minimum moves (envelope theorem).
-        x, slope, force = self._worst(h)
-        moves = jnp.sum(slope * self.rows, axis=2) - force * self.radius
-        least = jnp.sum(x * h[None, None], axis=2) + moves - lax.stop_gradient(moves)
-        # (A radius of 0 leaves nothing to choose: the row itself.)
-        return jnp.where(self.radius > 0, plain - least, 0)
+        over = h - lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
+        return jnp.sum((self.rows - self._worst(h)) * over[None, None], axis=2)
 
 
-class Rows(NamedTuple):
-    """The worst rows, `[A, S, S, *B]`, with the derivatives of `<x, v>` in p, `[A, S, S, *B]`, and -b, `[A, S, *B]`.
-
-    (The last two are left at 0 where x itself can be differentiated.)
-    """
-
-    x: Array
-    slope: Array
-    force: Array
+def some(radius: Array) -> Array:
+    """Make a radius positive: at 0, where a minimum meets a maximum, derivatives are those of the least one."""
+    return radius + 1024 * jnp.finfo(radius.dtype).tiny
 
 
 def _shifted(rows: Array, radius: Array, h: Array) -> tuple[Array, Array]:
@@ -100,14 +91,14 @@ def _shifted(rows: Array, radius: Array, h: Array) -> tuple[Array, Array]:
     # What lies at the lowest value stays there.
     high = p.at[:, :, -1].set(0)
     before = jnp.cumsum(high, axis=2) - high
-    gone = jnp.clip(0.5 * radius[:, :, None] - before, 0, high)
+    gone = jnp.clip(0.5 * some(radius)[:, :, None] - before, 0, high)
     return (high - gone).at[:, :, -1].set(p[:, :, -1] + jnp.sum(gone, axis=2)), order
 
 
 def _filled(rows: Array, radius: Array, h: Array) -> tuple[Array, Array]:
     """The worst rows with intervals around entries: the lowest values, which come first, get all that they may have."""
     p, order = _sorted(rows, h)
-    b = radius[:, :, None]
+    b = some(radius)[:, :, None]
     least = jnp.maximum(p - b, 0)
     room = p + b - least
     before = jnp.cumsum(room, axis=2) - room
@@ -132,7 +123,7 @@ def greedy_cost(p: float | str, rows: Array, radius: Array, h: Array) -> Array:
     at the lowest; or (intervals) all that entries can give up, `sum min(p, b)`, to be put from the lowest on, where
     there is room for `min(p, b) + b`. What that moves is linear in `v - min v`.
     """
-    b, v, rows = _lanes_first(radius, 2), _lanes_first(h, 1), _lanes_first(rows, 3)
+    b, v, rows = _lanes_first(some(radius), 2), _lanes_first(h, 1), _lanes_first(rows, 3)
     v = v - jnp.min(v, axis=-1, keepdims=True)
     if p == 1:
         cost, _ = _taken(rows, jnp.zeros_like(b), 0.5 * b, v, True)
@@ -195,97 +186,104 @@ def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: 
     return taken + jnp.sum(jnp.where(first, sums[..., count:], 0), axis=-1), whole
 
 
-def _in_place(p: float) -> Callable[[Array, Array, Array], Rows]:
+def _in_place(p: float) -> Callable[[Array, Array, Array], Array]:
     """The worst rows of such a set in their own order."""
 
-    def worst(rows: Array, radius: Array, h: Array) -> Rows:
+    def worst(rows: Array, radius: Array, h: Array) -> Array:
         x, order = _GREEDY[p](rows, radius, h)
         place = jnp.broadcast_to(jnp.argsort(order, axis=0)[None, None], x.shape)
-        zero = jnp.zeros_like(x)
-        return Rows(jnp.take_along_axis(x, place, axis=2), zero, zero[:, :, 0])
+        return jnp.take_along_axis(x, place, axis=2)
 
     return worst
 
 
-def _spread(rows: Array, radius: Array, h: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """Rows and values in one shape, sums and radii, and one over the range of the values (1 where it is 0)."""
-    shape = jnp.broadcast_shapes(rows.shape, h.shape)
-    p, v = jnp.broadcast_to(rows, shape), jnp.broadcast_to(h[None, None], shape)
-    mass = jnp.sum(p, axis=2)
-    width = jnp.max(v, axis=2) - jnp.min(v, axis=2)
-    return p, v, mass, jnp.broadcast_to(radius, mass.shape), jnp.where(width > 0, 1 / jnp.where(width > 0, width, 1), 0)
-
-
-def _strength(beyond: Callable[[Array], Array], radius: Array, scale: Array, like: Any) -> Array:
-    """The s at which the ball ends, 0 where nothing is to be moved.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _strength(size: Callable[[Array, Array, Array], Array], p: Array, v: Array, radius: Array) -> Array:
+    """The s at which the ball ends, 0 where nothing is to be moved, `[A, S, *B]`.
 
     In units of 1/range it lies between what moves nothing and what leaves the lowest value alone.
+
+    Args:
+        size: how far the row moves at `(s, p, v)`; grows with s.
+        p, v: rows and the values of their successors, `[A, S, n, *B]`.
+        radius: `[A, S, *B]`.
     """
-    digits = jnp.finfo(radius.dtype).nmant
+    width, digits = jnp.max(v, axis=2) - jnp.min(v, axis=2), jnp.finfo(radius.dtype).nmant
+    scale = jnp.where(width > 0, 1 / jnp.where(width > 0, width, 1), 0)
     ends = jnp.full_like(radius, -0.98 * digits), jnp.full_like(radius, 0.7 * digits)
-    low, _ = roots.bisect(lambda s: beyond(jnp.exp(s) * scale), *ends, size=1.0, like=like)
+    low, _ = roots.bisect(lambda s: size(jnp.exp(s) * scale, p, v) > radius, *ends, size=1.0, like=(p, v))
     return jnp.where(radius > 0, jnp.exp(low) * scale, 0)
 
 
-def _projected(rows: Array, radius: Array, h: Array) -> Rows:
-    """The worst rows in the 2-norm: projections of `p - s v`."""
-    p, v, mass, radius, scale = _spread(rows, radius, h)
-    # From the lowest value: w is then of the size of p, and not of that of s v, in which p would be lost.
-    lowest = jnp.min(v, axis=2, keepdims=True)
-    n = jnp.arange(1, p.shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
-
-    def at(s: Array) -> tuple[Array, Array, Array]:
-        y = p - s[:, :, None] * (v - lowest)
-        down = -jnp.sort(-y, axis=2)
-        level = (jnp.cumsum(down, axis=2) - mass[:, :, None]) / n
-        count = jnp.maximum(jnp.sum(down > level, axis=2, keepdims=True), 1)
-        w = jnp.take_along_axis(level, count - 1, axis=2)
-        x = jnp.maximum(y - w, 0)
-        return x, w[:, :, 0], jnp.sqrt(jnp.sum((x - p) ** 2, axis=2))
-
-    s = _strength(lambda s: at(s)[2] > radius, radius, scale, (p, v))
-    x, w, distance = at(s)
-    active = (distance >= radius * (1 - 1e-3)) & (s > 0)
-    force = jnp.where(active, radius / jnp.where(s > 0, s, 1), 0)
-    # On the support x = p - s (v - lowest) - w, which tells the price of mass; it is the value where nothing moves.
-    price = jnp.where(active, lowest[:, :, 0] - w / jnp.where(s > 0, s, 1), _value_there(x, v))
-    towards = (p - x) / jnp.where(distance > 0, distance, 1)[:, :, None]
-    return Rows(x, force[:, :, None] * towards + price[:, :, None], force)
-
-
-def _tilted(rows: Array, radius: Array, h: Array) -> Rows:
-    """The worst rows by relative entropy, `p exp(-s v)` with the mass of p."""
-    p, v, mass, radius, scale = _spread(rows, radius, h)
-    fall = v - jnp.min(jnp.where(p > 0, v, jnp.inf), axis=2, keepdims=True)
-
-    def at(s: Array) -> tuple[Array, Array]:
-        """Return what entries are multiplied by, and the relative entropy."""
-        # (An entry of 0 stays 0, at whatever value.)
-        tilt = -s[:, :, None] * jnp.where(p > 0, fall, 0)
-        total = jnp.sum(p * jnp.exp(tilt), axis=2)
-        logs = tilt - jnp.log(jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), 1))[:, :, None]
-        return jnp.exp(logs), jnp.sum(p * jnp.exp(logs) * logs, axis=2)
-
-    s = _strength(lambda s: at(s)[1] > radius, radius, scale, (p, v))
-    factor, entropy = at(s)
-    x = p * factor
+@_strength.defjvp
+def _strength_jvp(size: Any, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """Where the ball binds, `size(s, p, v) = radius` on both sides of a change."""
+    p, v, radius = primals
+    s = _strength(size, *primals)
+    # (By differentiable functions of s, so that the rule can be differentiated in turn.)
+    reached, moved = jax.jvp(lambda p, v: size(s, p, v), primals[:2], tangents[:2])
+    slope = jax.jvp(lambda s: size(s, p, v), (s,), (jnp.ones_like(s),))[1]
     # A ball that holds the lowest value alone does not bind.
-    active = (entropy >= radius * (1 - 1e-3)) & (s > 0)
-    force = jnp.where(active, 1 / jnp.where(s > 0, s, 1), 0)
-    # L = <x, v> + force (sum x log(x/p) - b) + w (sum p - sum x): its slope in x is 0, in p it is w - force x/p.
-    w = _value_there(x, v + force[:, :, None] * (1 + jnp.log(jnp.maximum(factor, jnp.finfo(p.dtype).tiny))))
-    return Rows(x, w[:, :, None] - force[:, :, None] * factor, force)
+    binds = (reached >= radius * (1 - 1e-3)) & (s > 0) & (slope > 0)
+    return s, jnp.where(binds, (tangents[2] - moved) / jnp.where(binds, slope, 1), 0)
 
 
-def _value_there(x: Array, v: Array) -> Array:
-    """The value at the largest entry of a row, `[A, S, *B]`."""
-    return jnp.take_along_axis(v, jnp.argmax(x, axis=2)[:, :, None], axis=2)[:, :, 0]
+def _projected(rows: Array, radius: Array, h: Array) -> Array:
+    """The worst rows in the 2-norm: projections of `p - s v`."""
+    # From the lowest value: w is then of the size of p, and not of that of s v, in which p would be lost.
+    p, over = jnp.broadcast_arrays(rows, (h - jnp.min(h, axis=0, keepdims=True))[None, None])
+    s = _strength(_distance, p, over, jnp.broadcast_to(radius, p.shape[:2] + p.shape[3:]))
+    return _projection(s, p, over)
 
 
-_WORST: dict[float | str, Callable[[Array, Array, Array], Rows]] = {
+def _projection(s: Array, p: Array, v: Array) -> Array:
+    """The probabilities, with the mass of p, that are closest to `p - s v`."""
+    y = p - s[:, :, None] * v
+    n = jnp.arange(1, p.shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
+    down = -jnp.sort(-y, axis=2)
+    level = (jnp.cumsum(down, axis=2) - jnp.sum(p, axis=2, keepdims=True)) / n
+    count = jnp.maximum(jnp.sum(down > level, axis=2, keepdims=True), 1)
+    return jnp.maximum(y - jnp.take_along_axis(level, count - 1, axis=2), 0)
+
+
+def _distance(s: Array, p: Array, v: Array) -> Array:
+    """How far that is from p, in the 2-norm."""
+    moved = jnp.sum((_projection(s, p, v) - p) ** 2, axis=2)
+    return jnp.where(moved > 0, jnp.sqrt(jnp.where(moved > 0, moved, 1)), 0)
+
+
+def tilted(rows: Array, radius: Array, values: Array) -> Array:
+    """Find the worst rows by relative entropy, `p exp(-s v)` with the mass of p, `[A, S, n, *B]`.
+
+    Args:
+        rows: `[A, S, n, *b]`, of n successors.
+        radius: `[A or 1, S or 1, *b]`.
+        values: of the successors, `[A or 1, S or 1, n, *b]`.
+    """
+    p, v = jnp.broadcast_arrays(rows, values)
+    s = _strength(_entropy, p, v, jnp.broadcast_to(radius, p.shape[:2] + p.shape[3:]))
+    return p * jnp.exp(_logs(s, p, v))
+
+
+def _logs(s: Array, p: Array, v: Array) -> Array:
+    """Logarithms of what entries of p are multiplied by."""
+    fall = v - lax.stop_gradient(jnp.min(jnp.where(p > 0, v, jnp.inf), axis=2, keepdims=True))
+    # (An entry of 0 stays 0, at whatever value.)
+    tilt = -s[:, :, None] * jnp.where(p > 0, fall, 0)
+    mass, total = jnp.sum(p, axis=2), jnp.sum(p * jnp.exp(tilt), axis=2)
+    return tilt - jnp.log(jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), 1))[:, :, None]
+
+
+def _entropy(s: Array, p: Array, v: Array) -> Array:
+    """Relative entropy of such a row to p."""
+    logs = _logs(s, p, v)
+    return jnp.sum(p * jnp.exp(logs) * logs, axis=2)
+
+
+_WORST: dict[float | str, Callable[[Array, Array, Array], Array]] = {
     1: _in_place(1),
     2: _projected,
     math.inf: _in_place(math.inf),
-    "kl": _tilted,
+    "kl": lambda rows, radius, h: tilted(rows, radius, h[None, None]),
 }
 KINDS = tuple(_WORST)
