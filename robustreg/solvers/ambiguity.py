@@ -64,7 +64,8 @@ class TransitionBall:
         rectangular: "s" where the actions of a state share the radius, "sa" where every pair has its own.
         form: "kappa", for noise that sums to 0 (the value's deviation from a constant is penalised), "r2", for any
             noise (the value itself is, so that adding a constant to the reward is no longer harmless), or "exact", for
-            rows that stay probabilities ("sa" with p = 1, 2, infinity or "kl"; see `exact_balls`).
+            rows that stay probabilities ("sa" with p = 1, 2, infinity or "kl"; see `exact_balls`). Time and memory are
+            then those of rows written out, `S^2 A`, but for lists of few successors (p = 1, infinity, "kl").
         per_state: `[*B, S]`, not negative; multiplies the radius. None is 1.
         per_pair: `[*B, S, A]`, not negative; multiplies the radius ("sa" alone). None is 1.
     """
