@@ -11,9 +11,8 @@ one batch, at a discount of .9 and radii of .1 over the largest that contracts; 
 same problem without uncertainty, median of interleaved runs. Published, for loops in Python [Kumar et al. 2022]: 1.2 to
 2.2 for L1, L2 and Linf, 37 to 41 for L3 to L10.
 
-*Exact sets*: the same of rows that stay probabilities, beside the ratios of these problems for p = 1 and infinity, whose
-rows are written out; and, to a certified error of 1e-6 with the default solver, on a grid of 32 x 32 cells, whose rows are
-lists.
+*Exact sets*: the same ratio where rows stay probabilities, for p = 1 and infinity; these rows are written out. Then, to
+a certified error of 1e-6 with the default solver, on a grid of 32 x 32 cells, whose rows are lists.
 
 *Conic programs* [Derman, Geist and Mannor 2021]: the same grid with rewards (radius 1e-3) and transitions (1e-5)
 uncertain, evaluated and improved by value iteration until values move by less than 1e-3, each backup a cone program per

@@ -12,8 +12,9 @@ sorting. In these balls any state may be a successor, also one that P never lead
 
 T is a minimum of operators of Markov chains: monotone, a contraction by g, and it commutes with constants up to g, so
 that the certificate is that of `bellman` as it stands. K is the chain of the worst rows. Rows of P are written out
-(those that are short lists of successors are not, but for p = 2: `listed_balls`): memory and time of a backup grow with the square of S. The worst rows are only where K is wanted (and for p = 2 and
-"kl"): for the others what they cost is told from sums over states that are neighbours in the order of values.
+(those that are short lists of successors are not, but for p = 2: `listed_balls`): memory and time of a backup grow with
+the square of S. The worst rows are only where K is wanted (and for p = 2 and "kl"): for the others what they cost is
+told from sums over states that are neighbours in the order of values.
 """
 
 import functools
