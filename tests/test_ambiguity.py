@@ -173,6 +173,42 @@ def test_costs_of_sets_whose_mass_moves_in_the_order_of_values(kind, dtype, erro
             assert abs(found[a, s, lane] - want) <= error * (1 + np.ptp(values)), (n, own, a, s, lane)
 
 
+def of_strength(p, over, s, kind):
+    """The row that an adversary of strength s makes of p, and how far that is from p, in extended precision."""
+    if kind == 2:
+        y = np.sort(p - s * over)[::-1]
+        level = (np.cumsum(y) - p.sum()) / np.arange(1, len(p) + 1)
+        x = np.maximum(p - s * over - level[np.sum(y > level) - 1], 0)
+        return x, np.linalg.norm((x - p).astype(float))
+    lost = (p * np.expm1(-s * over)).sum() / p.sum()
+    logs = -s * over - (np.log1p(lost) if lost > -0.5 else np.log((p * np.exp(-s * over)).sum() / p.sum()))
+    return p * np.exp(logs), (p * (logs * np.exp(logs) - np.expm1(logs))).sum()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(np.float64, 1e-13), (np.float32, 5e-6)])
+@pytest.mark.parametrize("kind", [2, "kl"])
+def test_strength_of_the_adversary_against_bisection(kind, dtype, error):
+    """Radii from 1e-10 to beyond all that can move, values of any scale, entries of 1e-12."""
+    rng, n, count = np.random.default_rng(0), 5, 80
+    rows = rng.dirichlet(np.full(n, 0.3), count)
+    rows[::4, 0] = 1e-12 * rng.random(count // 4)
+    rows, radius = (rows / rows.sum(1, keepdims=True)).astype(dtype), (10.0 ** rng.uniform(-10, 1, count)).astype(dtype)
+    for scale in (1e-3, 1.0, 1e3):
+        v = (scale * rng.normal(size=n)).astype(dtype)
+        rule = exact_balls._WORST[kind]
+        found = np.asarray(jax.jit(rule)(jnp.asarray(rows[None]), jnp.asarray(radius[None]), jnp.asarray(v)))[0]
+        for p, b, x in zip(rows, radius, found):
+            there = np.ones(n, bool) if kind == 2 else p > 0
+            q, over = p[there].astype(np.longdouble), v[there].astype(np.longdouble)
+            over = over - over.min()
+            low, high = (np.longdouble(10.0**k) / over.max() for k in (-12, 12 if kind == 2 else 9))
+            for _ in range(140):
+                middle = np.sqrt(low * high)
+                low, high = (low, middle) if of_strength(q, over, middle, kind)[1] > b else (middle, high)
+            wanted = of_strength(q, over, high, kind)[0]
+            assert abs(((wanted - x[there]) * over).sum()) <= error * over.max(), (p, b, v)
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(np.float64, 1e-12), (np.float32, 1e-5)])
 @pytest.mark.parametrize("p", [1, np.inf, "kl"])
 def test_lists_of_successors_cost_what_rows_written_out_do(p: Any, dtype, error):

@@ -209,11 +209,27 @@ def _strength(size: Callable[[Array, Array, Array], Array], p: Array, v: Array, 
         p, v: rows and the values of their successors, `[A, S, n, *B]`.
         radius: `[A, S, *B]`.
     """
-    width, digits = jnp.max(v, axis=2) - jnp.min(v, axis=2), jnp.finfo(radius.dtype).nmant
+    width, about = jnp.max(v, axis=2) - jnp.min(v, axis=2), jnp.finfo(radius.dtype)
     scale = jnp.where(width > 0, 1 / jnp.where(width > 0, width, 1), 0)
-    ends = jnp.full_like(radius, -0.98 * digits), jnp.full_like(radius, 0.7 * digits)
-    low, _ = roots.bisect(lambda s: size(jnp.exp(s) * scale, p, v) > radius, *ends, size=1.0, like=(p, v))
-    return jnp.where(radius > 0, jnp.exp(low) * scale, 0)
+    low, high = jnp.full_like(radius, -0.98 * about.nmant), jnp.full_like(radius, 0.7 * about.nmant)
+
+    def measure(x: Array, _: None) -> tuple[Array, Array, None]:
+        """In logarithms of both, where a small ball is a straight line."""
+        s = jnp.exp(x) * scale
+        moved, slope = jax.jvp(lambda s: size(s, p, v), (s,), (s,))
+        moved = jnp.maximum(moved, about.tiny)
+        return jnp.log(moved) - jnp.log(jnp.maximum(radius, about.tiny)), slope / moved, None
+
+    # Where all that can move does not fill the ball, or nothing is to be moved, there is no root.
+    free = (radius == 0) | (size(jnp.exp(high) * scale, p, v) <= radius)
+    near = functools.partial(jnp.full_like, fill_value=float(about.eps) ** 0.75)
+    found = roots.newton(
+        measure, jnp.zeros_like(radius), low, high, close=0.0, near=near, turns=100, hopeless=free, like=(p, v)
+    )
+    # From a step or a bracket that short, one more leaves what rounding does to `size`.
+    value, slope, _ = measure(found.x, None)
+    step = jnp.clip(jnp.nan_to_num(value / slope, nan=0.0), -near(value), near(value))
+    return jnp.where(radius > 0, jnp.exp(jnp.where(free, high, found.x - step)) * scale, 0)
 
 
 @_strength.defjvp
@@ -234,22 +250,26 @@ def _projected(rows: Array, radius: Array, h: Array) -> Array:
     # From the lowest value: w is then of the size of p, and not of that of s v, in which p would be lost.
     p, over = jnp.broadcast_arrays(rows, (h - jnp.min(h, axis=0, keepdims=True))[None, None])
     s = _strength(_distance, p, over, jnp.broadcast_to(radius, p.shape[:2] + p.shape[3:]))
-    return _projection(s, p, over)
+    return p + _noise(s, p, over)
 
 
-def _projection(s: Array, p: Array, v: Array) -> Array:
-    """The probabilities, with the mass of p, that are closest to `p - s v`."""
-    y = p - s[:, :, None] * v
+def _noise(s: Array, p: Array, v: Array) -> Array:
+    """What to add to p for the probabilities, with its mass, that are closest to `p - s v`."""
+    y = lax.stop_gradient(p - s[:, :, None] * v)
     n = jnp.arange(1, p.shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
     down = -jnp.sort(-y, axis=2)
-    level = (jnp.cumsum(down, axis=2) - jnp.sum(p, axis=2, keepdims=True)) / n
+    level = (jnp.cumsum(down, axis=2) - lax.stop_gradient(jnp.sum(p, axis=2, keepdims=True))) / n
     count = jnp.maximum(jnp.sum(down > level, axis=2, keepdims=True), 1)
-    return jnp.maximum(y - jnp.take_along_axis(level, count - 1, axis=2), 0)
+    left = y > jnp.take_along_axis(level, count - 1, axis=2)
+    # On what is left of the row all move by `-s v - w`, the rest goes; no p is in it that a small s v would be lost in.
+    moved = jnp.where(left, s[:, :, None] * v, p)
+    w = -jnp.sum(moved, axis=2, keepdims=True) / jnp.maximum(jnp.sum(left, axis=2, keepdims=True), 1).astype(p.dtype)
+    return -moved - jnp.where(left, w, 0)
 
 
 def _distance(s: Array, p: Array, v: Array) -> Array:
     """How far that is from p, in the 2-norm."""
-    moved = jnp.sum((_projection(s, p, v) - p) ** 2, axis=2)
+    moved = jnp.sum(_noise(s, p, v) ** 2, axis=2)
     return jnp.where(moved > 0, jnp.sqrt(jnp.where(moved > 0, moved, 1)), 0)
 
 
@@ -271,14 +291,26 @@ def _logs(s: Array, p: Array, v: Array) -> Array:
     fall = v - lax.stop_gradient(jnp.min(jnp.where(p > 0, v, jnp.inf), axis=2, keepdims=True))
     # (An entry of 0 stays 0, at whatever value.)
     tilt = -s[:, :, None] * jnp.where(p > 0, fall, 0)
-    mass, total = jnp.sum(p, axis=2), jnp.sum(p * jnp.exp(tilt), axis=2)
-    return tilt - jnp.log(jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), 1))[:, :, None]
+    mass = jnp.sum(p, axis=2)
+    kept, lost = (
+        jnp.where(mass > 0, jnp.sum(p * x, axis=2) / jnp.where(mass > 0, mass, 1), none)
+        for x, none in ((jnp.exp(tilt), 1), (jnp.expm1(tilt), 0))
+    )
+    # (The logarithm of a number close to 1, or close to 0, by what is close to 0.)
+    near = lost > -0.5
+    logs = jnp.where(near, jnp.log1p(jnp.where(near, lost, 0)), jnp.log(jnp.where(near, 1, kept)))
+    return tilt - logs[:, :, None]
 
 
 def _entropy(s: Array, p: Array, v: Array) -> Array:
     """Relative entropy of such a row to p."""
     logs = _logs(s, p, v)
-    return jnp.sum(p * jnp.exp(logs) * logs, axis=2)
+    # (x log x - x + 1 in the place of x log x, for the sum of x is that of 1; near x = 1 by its series.)
+    small = jnp.abs(logs) < 1e-2
+    near = jnp.where(small, logs, 0)
+    near = near**2 * (0.5 + near * (1 / 3 + near * (1 / 8 + near * (1 / 30 + near / 144))))
+    far = jnp.where(small, 0, logs)
+    return jnp.sum(p * jnp.where(small, near, far * jnp.exp(far) - jnp.expm1(far)), axis=2)
 
 
 _WORST: dict[float | str, Callable[[Array, Array, Array], Array]] = {
