@@ -339,3 +339,18 @@ def test_failures_are_the_verdict_whatever_was_asked_for(tmp_path, capsys):
     text = CHAIN + "[solver]\nmax_steps = 1\n[sweep]\nbeta = [1.0, 2.0]\noutputs = ['objective']\n"
     code, out, err = run(capsys, "sweep", config(tmp_path, text), "--out", tmp_path / "out")
     assert code == 1 and "2 cells did not converge" in err and out.count("MAX_STEPS") == 2
+
+
+def test_a_signal_after_the_work_is_done_does_not_change_the_exit_code():
+    """While the interpreter ends its own handlers are gone already."""
+    codes = []
+    for pause in (0.0, 0.1, 0.2, 0.3):
+        work = [sys.executable, "-m", "robustreg", "info"]
+        with subprocess.Popen(work, stdout=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # it ends soon
+            time.sleep(pause)
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+        codes.append(process.returncode)
+    assert set(codes) <= {0, 130}

@@ -6,6 +6,7 @@ its own waits for the signal, says what is kept, and ends the process at once. F
 nothing is lost but the work in flight.
 """
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -38,6 +39,8 @@ def watch() -> None:
     # The interpreter's handler in C writes the number of the signal there, whatever Python is doing.
     signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _watched)
+    # Before the interpreter ends it takes handlers away: a signal would then kill what has done all its work.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_wait, args=(here, there), daemon=True).start()
 
 
