@@ -74,7 +74,7 @@ def test_an_interrupted_solve_says_so_and_leaves_nothing(tmp_path):
 
 def test_an_interrupted_sweep_says_what_is_kept_and_is_resumed(tmp_path, capsys):
     # So many chunks that it is not over when the signal comes.
-    path, out = config(tmp_path, SWEEP.replace("count = 40", "count = 1000")), tmp_path / "out"
+    path, out = config(tmp_path, SWEEP.replace("count = 40", "count = 3000")), tmp_path / "out"
     code, err, seconds = interrupted(out, "sweep", path, "--out", out)
     assert (code, seconds < 5) == (130, True), err
     assert err.splitlines()[-1].startswith("robustreg: interrupted; ") and "Traceback" not in err
