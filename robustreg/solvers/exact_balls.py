@@ -6,9 +6,9 @@ For every pair, with rows p of P that sum to 1 - termination, and values v of th
 
 *p = 1* (twice the total variation): mass b/2 goes from the best successors to the worst state, the very best first.
 *p = infinity* (an interval around every entry): the lowest values get what they may have, the very lowest first.
-*p = 2*: `x = (p - s (v - w))_+` for the w that keeps the mass and the s for which the ball ends; s by bisection, w by
-sorting. In these balls any state may be a successor, also one that P never leads to.
-*p = "kl"* has the relative entropy `sum x log(x/p) <= b` for a norm: `x ~ p exp(-s v)`, s by bisection.
+*p = 2*: `x = (p - s (v - w))_+` for the w that keeps the mass and the s for which the ball ends; s by Newton's
+method, w by sorting. In these balls any state may be a successor, also one that P never leads to.
+*p = "kl"* has the relative entropy `sum x log(x/p) <= b` for a norm: `x ~ p exp(-s v)`, s by Newton's method.
 
 T is a minimum of operators of Markov chains: monotone, a contraction by g, and it commutes with constants up to g, so
 that the certificate is that of `bellman` as it stands. K is the chain of the worst rows. Rows of P are written out
@@ -31,8 +31,26 @@ from robustreg.regularisers.bound import Bound
 from robustreg.solvers.chains import Written
 
 
+class Stochastic:
+    """Base of sets whose rows stay probabilities: whatever is chosen, T keeps constants up to g and contracts by it."""
+
+    keeps_constants = True
+
+    def contraction(self, discount: Array, n_states: int) -> Array:
+        """Return the modulus of the operator, g."""
+        return discount
+
+    def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
+        """Return the regulariser, and the action values that the worst transitions leave."""
+        return reg, q - discount[None, None] * self._cost(h)
+
+    def _cost(self, h: Array) -> Array:
+        """Compute what the worst rows take off `<p, h>`, `[A, S, *B]`."""
+        raise NotImplementedError
+
+
 @pytrees.dataclass
-class ExactBall:
+class ExactBall(Stochastic):
     """Balls around rows in the kernels' layout.
 
     Attributes:
@@ -45,20 +63,10 @@ class ExactBall:
     rows: Array
     p: float | str = pytrees.static()
 
-    keeps_constants = True
-
-    def contraction(self, discount: Array, n_states: int) -> Array:
-        """Return the modulus of the operator, g."""
-        return discount
-
     def rounding(self, discount: Array, size: Array) -> Array:
         """Bound what the cost of a value of that size errs by, in units of u: two sums over S states."""
         n = self.rows.shape[2]
         return 8 * (4 + min(n, 4 * n**0.5)) * discount * size
-
-    def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
-        """Return the regulariser, and the action values that the worst transitions leave."""
-        return reg, q - discount[None, None] * self._cost(h)
 
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
@@ -74,7 +82,6 @@ class ExactBall:
         return _WORST[self.p](self.rows, self.radius, h)
 
     def _cost(self, h: Array) -> Array:
-        """What the worst rows take off `<p, h>`, `[A, S, *B]`."""
         if self.p in _GREEDY:
             return greedy_cost(self.p, self.rows, self.radius, h)
         over = h - lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
@@ -254,7 +261,7 @@ def _projected(rows: Array, radius: Array, h: Array) -> Array:
 
 
 def _noise(s: Array, p: Array, v: Array) -> Array:
-    """What to add to p for the probabilities, with its mass, that are closest to `p - s v`."""
+    """Find what to add to p for the probabilities, with its mass, that are closest to `p - s v`."""
     y = lax.stop_gradient(p - s[:, :, None] * v)
     n = jnp.arange(1, p.shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
     down = -jnp.sort(-y, axis=2)

@@ -18,7 +18,6 @@ from jax import Array, lax
 
 from robustreg._core import pytrees
 from robustreg.problems.successors import BoundSuccessors
-from robustreg.regularisers.bound import Bound
 from robustreg.solvers import exact_balls
 from robustreg.solvers.chains import Moved
 
@@ -26,7 +25,7 @@ KINDS = (1, math.inf, "kl")
 
 
 class Worst(NamedTuple):
-    """What the worst rows of a set move.
+    """Mass that the worst rows of a set move.
 
     Attributes:
         lost: by each successor, `[K, A, S, *B]`.
@@ -40,7 +39,7 @@ class Worst(NamedTuple):
 
 
 @pytrees.dataclass
-class ListedBall:
+class ListedBall(exact_balls.Stochastic):
     """Balls around rows of successors in the kernels' layout.
 
     Attributes:
@@ -55,25 +54,17 @@ class ListedBall:
     probabilities: Array
     p: float | str = pytrees.static()
 
-    keeps_constants = True
-
-    def contraction(self, discount: Array, n_states: int) -> Array:
-        """Return the modulus of the operator, g."""
-        return discount
-
     def rounding(self, discount: Array, size: Array) -> Array:
         """Bound what the cost of a value of that size errs by, in units of u: sums over lists and lowest states."""
         n = 2 * self.indices.shape[0]
         return 8 * (4 + min(n, 4 * n**0.5)) * discount * size
 
-    def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
-        """Return the regulariser, and the action values that the worst transitions leave."""
+    def _cost(self, h: Array) -> Array:
         worst = self._worst(h)
         low = lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
         moved = jnp.sum(worst.lost * (self._ahead(h) - low[None, None]), axis=0)
         found = jnp.take_along_axis(h, worst.lowest, axis=0) - low
-        cost = moved - jnp.sum(worst.gained * found[:, None, None], axis=0)
-        return reg, q - discount[None, None] * cost
+        return moved - jnp.sum(worst.gained * found[:, None, None], axis=0)
 
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
