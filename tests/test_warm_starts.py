@@ -111,6 +111,24 @@ def test_a_training_loop_carries_solutions_and_saves_products(monkeypatch):
     assert jax.tree.structure(same) == jax.tree.structure(start)
 
 
+@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+def test_guesses_continue_the_polynomial_through_what_they_are_given(degree):
+    """A loop may carry guesses instead of solutions; parameters that move evenly are foreseen the better."""
+    solve = lambda by: rr.solve(moved(by), REG, visits=True)  # noqa: E731
+    *earlier, next_one = (solve(0.005 * i) for i in range(degree + 2))
+    points = np.arange(degree + 1.0)
+    last, *before = reversed(earlier)
+    guess: Any = last.extrapolated(*before)
+    carried: Any = last.extrapolated().extrapolated(*(known.extrapolated() for known in before))
+    for name in ("value", "visits"):
+        known = np.stack([np.asarray(getattr(x, name)) for x in earlier])
+        right = [np.polyval(np.polyfit(points, column, degree), degree + 1) for column in known.T]
+        np.testing.assert_allclose(getattr(guess, name), right, rtol=1e-9)
+        np.testing.assert_array_equal(getattr(carried, name), getattr(guess, name))
+    miss = [np.abs(x.value - next_one.value).max() for x in (last, guess)]
+    assert miss[1] < 0.1**degree * miss[0] or degree == 0
+
+
 def test_guesses_are_linear_and_leave_out_what_failed():
     one: Any = rr.solve(GRID, REG, visits=True)
     two: Any = rr.solve(moved(0.1), REG, visits=True)

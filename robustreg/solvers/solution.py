@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -141,6 +142,21 @@ class Guess:
     value: Array
     visits: Array | None
 
+    def extrapolated(self, *earlier: "Guess | Solution") -> "Guess":
+        """Guess where a solve ends, if parameters go on as they went: see `Solution.extrapolated`."""
+        forks.refuse()
+        # The polynomial through n points in a row, at the next: n, -n (n - 1)/2, ... for the last, the one before, ...
+        weights = [(-1) ** i * math.comb(len(earlier) + 1, i + 1) for i in range(len(earlier) + 1)]
+
+        def ahead(x: Array, *before: Array) -> Array:
+            y = sum(weight * past for weight, past in zip(weights, (x, *before)))
+            return jnp.where(jnp.isfinite(y), y, x)
+
+        visits, past = self.visits, [known.visits for known in earlier if known.visits is not None]
+        if visits is not None and len(past) == len(earlier):
+            visits = ahead(visits, *past)
+        return Guess(ahead(self.value, *(known.value for known in earlier)), visits)
+
 
 @pytrees.dataclass
 class Solution(Answer):
@@ -182,25 +198,22 @@ class Solution(Answer):
         """Certified uncertainty `max_s upper - lower`, `[*B]`."""
         return jnp.max(checks.canonical(self.upper - self.lower), axis=-1)
 
-    def extrapolated(self, last: Self) -> Guess:
-        """Guess where the next solve ends, if parameters go on as they went from `last` to this one: for its `init`.
+    def extrapolated(self, *earlier: "Solution | Guess") -> Guess:
+        """Guess where the next solve ends, if parameters go on as they went until now: for its `init`.
+
+        One earlier solution extends a line, two a parabola, three a cubic. Each value is closer where parameters move
+        evenly (a whole gradient, an optimiser with momentum), and multiplies what is noise in their moves, and the
+        errors that `tol` allows, by three, seven, fifteen.
 
         Args:
-            last: the solution before this one, of the same problem but for its numbers.
+            earlier: the solutions before this one, the last first, of the same problem but for its numbers. A loop may
+                carry guesses instead, which are smaller: `sol.extrapolated()` is one that holds this solution's own.
 
         Returns:
-            value and visits, linear in both, which a solve checks like any others; those of this solution in lanes of
-            which the last one failed.
+            value and visits, which a solve checks like any others; those of this solution in lanes of which an earlier
+            one failed.
         """
-
-        def ahead(x: Array, y: Array) -> Array:
-            return jnp.where(jnp.isfinite(y), 2 * x - y, x)
-
-        forks.refuse()
-        visits = self.visits
-        if visits is not None and last.visits is not None:
-            visits = ahead(visits, last.visits)
-        return Guess(ahead(self.value, last.value), visits)
+        return Guess(self.value, self.visits).extrapolated(*earlier)
 
     def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
         width, tol = np.asarray(self.gap)[lane] / 2, np.broadcast_to(np.asarray(self.tol), self.status.shape)[lane]
