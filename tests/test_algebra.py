@@ -253,6 +253,59 @@ def test_batches_of_sums_and_balls(drawn):
             assert np.abs(whole.value[i] - alone.value[i]).max() <= float(whole.tol[i] + alone.tol[i])
 
 
+def test_policies_of_a_sum_with_a_ball_move_as_differences_say(drawn):
+    """Where actions are not played as well: the norm knows which."""
+    rng, prior, _ = drawn
+    q, change = rng.normal(size=(2, S, A))
+    for reg, strict in (
+        (rr.alpha(2.0, 3.0, prior) + rr.norm_ball(0.3, 2.0), False),
+        (rr.alpha(1.5, 3.0) + rr.norm_ball(0.3, 3.0), False),
+        (rr.kl(3.0, prior) + rr.norm_ball(0.3, 1.5), True),
+    ):
+        p, moved = jax.jvp(reg.argmax, (q,), (change,))
+        differences = (reg.argmax(q + 1e-6 * change) - reg.argmax(q - 1e-6 * change)) / 2e-6
+        assert np.abs(moved - differences).max() < 1e-8
+        assert strict or (np.asarray(p) == 0).any()
+        radius = jax.jvp(lambda t, reg=reg: _with_radius(reg, t).argmax(q), (0.3,), (1.0,))[1]
+        other = (_with_radius(reg, 0.3 + 1e-6).argmax(q) - _with_radius(reg, 0.3 - 1e-6).argmax(q)) / 2e-6
+        assert np.abs(radius - other).max() < 1e-8
+
+
+def _with_radius(reg, radius):
+    return reg.parts[0] + dataclasses.replace(reg.parts[1], radius=jnp.asarray(radius))
+
+
+class Variation(rr.Separable):
+    """The 1-norm: flat on both sides of a kink."""
+
+    def generator(self, ratio):
+        return jnp.abs(ratio - 1)
+
+
+class DeadZone(rr.Separable):
+    """Nothing near the reference, a square beyond: smooth, and flat where it costs nothing."""
+
+    def generator(self, ratio):
+        return jnp.maximum(jnp.abs(ratio - 1) - 0.5, 0) ** 2
+
+
+@pytest.mark.parametrize("family", [Variation, DeadZone])
+def test_generators_with_flat_slopes(family):
+    """The policy is worth the conjugate, and none is worth more, also where p jumps from one psi to the next."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(200, 4))
+    q[::3] = np.round(q[::3])
+    prior, beta = rng.dirichlet(np.ones(4), 200), 10 ** rng.uniform(-1, 1.5, 200)
+    reg = family.create(beta=beta, prior=prior[:, None])
+    p, value = np.asarray(reg.argmax(q[:, None]))[:, 0], np.asarray(reg.conjugate(q[:, None]))[:, 0]
+    assert p.min() >= 0 and np.abs(p.sum(-1) - 1).max() < 1e-12
+    costs = (prior * np.asarray(family.create(beta=1.0).generator(p / prior))).sum(-1) / beta
+    assert np.abs((p * q).sum(-1) - costs - value).max() < 1e-9
+    some = rng.dirichlet(np.ones(4), (50, 200))
+    others = (prior * np.asarray(family.create(beta=1.0).generator(some / prior))).sum(-1) / beta
+    assert ((some * q).sum(-1) - others <= value + 1e-12).all()
+
+
 def test_play_against_sums(drawn):
     """Explicit play needs how far policies move: that of a sum of two halves is that of the whole."""
     _, prior, _ = drawn

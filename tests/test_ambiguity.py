@@ -13,7 +13,7 @@ from scipy import optimize
 import robustreg as rr
 from robustreg.cli import commands
 from robustreg.problems.successors import BoundSuccessors
-from robustreg.solvers import ambiguity, bellman, exact_balls, listed_balls
+from robustreg.solvers import ambiguity, bellman, exact_balls, listed_balls, plain
 from robustreg.solvers.exact_balls import ExactBall
 
 G = 0.9
@@ -87,10 +87,12 @@ CASES: list[tuple[Any, str, str, Any]] = [
     (rr.kl(5.0), "sa", "exact", 2),
     (rr.alpha(2.0, 5.0), "sa", "exact", np.inf),
     (rr.kl(5.0), "sa", "exact", "kl"),
+    (rr.kl(5.0), "s", "exact", np.inf),
+    (rr.alpha(2.0, 5.0), "s", "exact", 2),
 ]
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("case", [*range(len(CASES) - 1), pytest.param(len(CASES) - 1, marks=pytest.mark.slow)])
 def test_the_worst_model_attains_the_robust_value(grid, case: Any):
     """In it the policy is worth the value; the certified interval holds that of plain sweeps; other noise does less."""
     reg, rectangular, form, kind = CASES[case]
@@ -111,20 +113,23 @@ def test_the_worst_model_attains_the_robust_value(grid, case: Any):
     # The nominal solution is not the robust one, and it shows (unless all pairs are charged alike: a constant).
     assert float(wrong.gap.max()) > 1e-4 or (rectangular, form) == ("sa", "kappa")
     assert (wrong.lower <= value + 1e-9).all() and (value <= wrong.upper + 1e-9).all()
-    swept = rr.solve(grid, reg, rr.ValueIteration(), ambiguity=ball, tol=1e-9).raise_if_failed()
+    # (Rows that share a radius take their time: fewer sweeps.)
+    sweeps = rr.ValueIteration() if (rectangular, form, kind) != ("s", "exact", 2) else rr.Newton(linear="direct")
+    swept = rr.solve(grid, reg, sweeps, ambiguity=ball, tol=1e-9).raise_if_failed()
     assert (swept.lower <= sol.upper).all() and (sol.lower <= swept.upper).all()
     # Noise of the same size in other directions hurts no more.
     P, rng = np.asarray(grid.transitions.probabilities), np.random.default_rng(1)
     if form == "exact":
         assert transitions.min() > -1e-12 and np.abs(transitions.sum(-1) - 1).max() < 1e-9
-        assert size_of(transitions, P, p).max() <= radius * (1 + 1e-6)
+        assert size_of(transitions, P, p, rectangular).max() <= radius * (1 + 1e-6)
     for _ in range(20):
         if form == "exact":  # on the way to other distributions
             other = rng.dirichlet(np.full(25, 0.05), P.shape[:2])
             if p == "kl":  # convex: a part of the way costs no more than that part
                 other = np.where(P > 0, other, 0) + 1e-9 * P
                 other = other / other.sum(-1, keepdims=True)
-                moved = P + (radius / np.maximum(size_of(other, P, p), radius))[..., None] * (other - P)
+                size = np.maximum(size_of(other, P, p, rectangular), radius)
+                moved = P + (radius / size).reshape(25, -1, 1) * (other - P)
                 model = np.linalg.solve(np.eye(25) - G * np.einsum("sa,sat->st", policy, moved), paid)
                 assert (model >= worst - 1e-9).all()
                 continue
@@ -270,6 +275,7 @@ def test_a_grid_is_solved_as_its_rows_written_out(p: Any):
         *(("kappa", p, "sa") for p in (1, 2, 3, np.inf)),
         ("kappa", 2, "s"),
         ("r2", 2, "s"),
+        ("exact", 2, "s"),
     ],
 )
 def test_second_derivatives(form, p: Any, rectangular):
@@ -326,11 +332,70 @@ def test_one_step_against_convex_programs(p):
             assert abs(found[s] - best) < 1e-6
 
 
-def size_of(x: Any, p: Any, kind: Any) -> Any:
-    """By how much rows differ: in a norm, or the relative entropy."""
-    if kind != "kl":
-        return np.linalg.norm(x - p, kind, axis=-1)
-    return np.where(x > 0, x * np.log(np.where(x > 0, x, 1) / np.where(p > 0, p, 1)), 0).sum(-1)
+def size_of(x: Any, p: Any, kind: Any, rectangular: str = "sa") -> Any:
+    """By how much rows, or all rows of a state, differ: in a norm, or the relative entropy."""
+    if kind == "kl":
+        each = np.where(x > 0, x * np.log(np.where(x > 0, x, 1) / np.where(p > 0, p, 1)), 0).sum(-1)
+        return each if rectangular == "sa" else each.sum(-1)
+    return np.linalg.norm((x - p).reshape(*x.shape[: -1 if rectangular == "sa" else -2], -1), kind, axis=-1)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(np.float64, 1e-11), (np.float32, 1e-5)])
+@pytest.mark.parametrize("kind", [2, "kl"])
+def test_rows_that_share_a_radius(kind, dtype, error):
+    """One step between what its policy is sure of, by bisection in extended precision, and what its noise leaves.
+
+    With rows of one successor, of mass .9, and with entries of 0; radii of 0 and beyond all that can move.
+    """
+    rng, n, k = np.random.default_rng(0), 6, 3
+    P = rng.dirichlet(np.full(n, 0.6), (n, k))
+    P[0, 0], P[1, 1] = np.eye(n)[2], np.where(P[1, 1] < 0.1, 0, P[1, 1])
+    P /= P.sum(-1, keepdims=True)
+    P[2] *= 0.9
+    P, r, v = P.astype(dtype), rng.normal(size=(n, k)).astype(dtype), (3 * rng.normal(size=n)).astype(dtype)
+    m = rr.mdp(
+        P,
+        r,
+        discount=dtype(G),
+        layout="sas",
+        termination=(np.where(np.arange(n) == 2, 0.1, 0)[:, None] + 0 * r).astype(dtype),
+    )
+    over, wide = (v - v.min()).astype(np.longdouble), P.astype(np.longdouble)
+    lowest = np.where((P > 0) | (kind == 2), v, np.inf).min(-1, keepdims=True)
+    above = (v - lowest).astype(np.longdouble) * ((P > 0) | (kind == 2))
+
+    @jax.jit
+    def step(reg, radius):
+        problem = bellman.bind(m, reg, ambiguity=rr.TransitionBall(radius, kind, "s", "exact"))
+        h, c = jnp.asarray(v), jnp.zeros((), dtype)
+        th, policy, _ = bellman.backup(problem, h, c)
+        assert problem.ball is not None
+        return th, policy, problem.ball.worst_noise(policy, h, c)
+
+    for reg, radius in itertools.product((None, rr.kl(2.0), rr.kl(50.0), rr.alpha(2.0, 3.0)), (0, 0.03, 0.3, 4.0)):
+        bound: Any = plain.regulariser_or_none(m, reg and jax.tree.map(lambda x: x.astype(dtype), reg))
+        th, policy, noise = (np.asarray(x, float) for x in step(bound, jnp.asarray(radius, dtype)))
+        policy, noise = policy.T, np.moveaxis(noise, 0, 1)
+        x = P + noise
+        assert x.min() > -error and np.abs(noise.sum(-1)).max() < error
+        assert (size_of(x, P, kind, "s") <= radius * (1 + 20 * error) + error**2).all()
+        paid = np.zeros(n) if reg is None else np.asarray(reg.value(policy))
+        q = r + G * P @ v
+        for s in range(n):
+            # What the policy is sure of: the noise of one strength for all actions, at which the radius is spent.
+            spent, low, high = np.inf, np.longdouble(1e-15), np.longdouble(1e5 if kind == 2 else 1e18)
+            for _ in range(120):
+                middle = np.sqrt(low * high)
+                rows = [of_strength(wide[s, a], policy[s, a] * above[s, a], middle, kind) for a in range(k)]
+                spent = np.linalg.norm([size for _, size in rows], 2 if kind == 2 else 1)
+                low, high = (low, middle) if spent > radius else (middle, high)
+            lost = sum(policy[s, a] * ((wide[s, a] - row) * over).sum() for a, (row, _) in enumerate(rows))
+            sure = (policy[s] * q[s]).sum() - G * lost - paid[s]
+            assert abs(th[s] - sure) < 10 * error
+        # (Where the radius is not spent, actions that are not played are left alone.)
+        left = r + G * x @ v
+        best = left.max(-1) if reg is None else np.asarray(reg.conjugate(left))
+        assert radius == 4.0 or np.abs(best - th).max() < 10 * error
 
 
 @pytest.mark.parametrize("p", [1, 2, np.inf, "kl"])
@@ -505,7 +570,7 @@ def test_what_is_refused(grid):
         (rr.TransitionBall(0.1, 0.5), "p of a TransitionBall"),
         (rr.TransitionBall(0.1, 2, "state"), "rectangular"),
         (rr.TransitionBall(0.1, 2, "s", "ball"), "form"),
-        (rr.TransitionBall(0.1, 2, "s", "exact"), "sa"),
+        (rr.TransitionBall(0.1, 1, "s", "exact"), "p = 1 needs"),
         (rr.TransitionBall(0.1, 3, "sa", "exact"), "exact"),
         (rr.TransitionBall(0.1, "kl", "sa"), "no norm"),
         (rr.TransitionBall(0.1, "l1"), "or .kl."),

@@ -46,6 +46,22 @@ def test_roots_are_found_to_rounding(name, dtype):
     assert (np.abs(np.asarray(x) - root) <= 8 * slack).all()
 
 
+def test_a_lane_at_its_root_stays_there():
+    """A step that rounding leaves no length of is the last one: no reason to halve a wide bracket anew."""
+    targets, turned = jnp.asarray([1.0, 2.0, 300.0]), []
+
+    def measure(x, _):
+        jax.debug.callback(lambda: turned.append(1))
+        return (x - targets) + 1e-17, jnp.ones_like(x), None
+
+    low, high = jnp.full(3, -1e3), jnp.full(3, 1e6)
+    near = lambda x: 2.0**-52 * jnp.abs(x)  # noqa: E731
+    found = roots.newton(measure, targets + 1, low, high, close=0.0, near=near, turns=200)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(found.x, targets)
+    assert len(turned) == 2
+
+
 def test_a_jump_is_bracketed_and_lanes_do_not_touch():
     """Where a function jumps over 0 the bracket closes around the jump; a NaN lane holds nobody up."""
     place = jnp.asarray([0.3, np.nan, -2.0])

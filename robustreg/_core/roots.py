@@ -95,10 +95,13 @@ def newton(
     def turn(s: Search, done: Array) -> tuple[Search, Array]:
         value, slope, carried = measure(s.x, s.carried)
         low, high = jnp.where(value < 0, s.x, s.low), jnp.where(value > 0, s.x, s.high)
-        step = s.x - value / slope
-        good = (step > low) & (step < high) & (jnp.abs(step - s.x) <= 0.5 * s.moved)
-        x = jnp.where(good, step, 0.5 * (low + high))
-        moved, margin, exact = jnp.abs(x - s.x), near(s.x), jnp.abs(value) <= close
+        step, margin = s.x - value / slope, near(s.x)
+        length = jnp.abs(step - s.x)
+        # (A step that rounding leaves no length of ends on the bracket, not in it. Infinite slopes make none.)
+        arrived = (length <= margin) & jnp.isfinite(slope)
+        good = ((step > low) & (step < high) & (length <= 0.5 * s.moved)) | arrived
+        x = jnp.where(good, jnp.clip(step, low, high), 0.5 * (low + high))
+        moved, exact = jnp.abs(x - s.x), jnp.abs(value) <= close
         short = (moved <= margin) | (high - low <= 2 * margin)
         kept = jnp.where(done | exact, s.x, x)
         return Search(kept, low, high, moved, s.exact | exact, carried), done | exact | short
@@ -114,8 +117,9 @@ def secant(
     """Find roots by the regula falsi, of which an end that stays twice counts half (the Illinois rule), `[...]`.
 
     Args:
-        measure: the function.
-        low, high: the brackets, `[...]`.
+        measure: the function; never asked at the ends, where it is taken for -1 and 1 at first (to look there would
+            compile it twice more).
+        low, high: the brackets, `[...]`. Of a root beyond them, the nearer end.
         close: values of the function, and lengths of the bracket, that count as 0.
         turns: most of them.
         like: what `measure` reads besides (see `loops`).
@@ -138,7 +142,8 @@ def secant(
         return new, done | (jnp.abs(value) <= close) | (s.high - s.low <= close) | jnp.isnan(value)
 
     middle = 0.5 * (low + high)
-    begun = _Falsi(middle, low, high, measure(low), measure(high), jnp.zeros_like(middle))
+    one = jnp.ones_like(middle)
+    begun = _Falsi(middle, low, high, -one, one, jnp.zeros_like(middle))
     return loops.until_done(turn, begun, jnp.zeros(middle.shape, bool), turns, like).x
 
 

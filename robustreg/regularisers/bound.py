@@ -121,6 +121,11 @@ class Bound:
         """Tell whether never taking an allowed action costs infinitely much, broadcastable to `[...]`."""
         return jnp.zeros((), bool)
 
+    @property
+    def roughness(self) -> Array:
+        """Size of numbers whose rounding a marginal has beside that of its own, broadcastable to `[...]`."""
+        return jnp.zeros((), self.beta.dtype)
+
     def policy_change(self, dq: Array) -> Array:
         """Bound the change of the maximiser in the 1-norm where no action value changes by more than `dq`, `[*B]`."""
         return jnp.full_like(dq, 2)

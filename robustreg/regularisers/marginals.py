@@ -26,7 +26,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from robustreg._core import loops, roots
 from robustreg.regularisers.bound import Bound
@@ -51,14 +51,15 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
     best = reduce.largest(jnp.where(masked, -jnp.inf, q))
     gap = jnp.where(masked, 0, reduce.over(best) - q)
 
-    def top(log_policy: Array) -> Array:
-        return reduce.largest(jnp.where(masked, -jnp.inf, -gap - reg.marginal(log_policy)))
+    def top(marginal: Array) -> Array:
+        return reduce.largest(jnp.where(masked, -jnp.inf, -gap - marginal))
 
     reference = jnp.broadcast_to(jax.nn.log_softmax(reg.log_prior, axis=reduce.axis), q.shape)
     if reg.log_prior.shape[reduce.axis] == 1:  # one number stands for every action
         reference = jnp.full_like(q, -math.log(q.shape[reduce.axis]))
-    low, high = top(jnp.zeros_like(q)), top(jnp.where(masked, 0, reference))
-    find = functools.partial(_logs, reg, gap, masked)
+    ends = reg.marginal(jnp.full_like(q, _floor(q.dtype))), reg.marginal(jnp.zeros_like(q))
+    low, high = top(ends[1]), top(reg.marginal(jnp.where(masked, 0, reference)))
+    find = functools.partial(_logs, reg, gap, masked, ends)
     hopeless = ~(jnp.isfinite(low) & jnp.isfinite(high))
 
     def measure(psi: Array, logs: Array) -> tuple[Array, Array, Array]:
@@ -67,14 +68,14 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
         total = reduce.total(policy)
         return -jnp.log(total), reduce.total(reg.yields(policy)) / total, logs
 
-    unit = float(jnp.finfo(q.dtype).eps)
+    unit, rough = float(jnp.finfo(q.dtype).eps), jnp.broadcast_to(reg.roughness, best.shape)
     end = roots.newton(
         measure,
         high,
         low,
         high,
         close=4 * unit,
-        near=lambda psi: unit * jnp.abs(psi),
+        near=lambda psi: unit * (jnp.abs(psi) + 2 * rough),
         turns=_MAX_TURNS,
         hopeless=hopeless,
         carried=jnp.where(masked, 0, reference),
@@ -85,27 +86,37 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
     loss = weighted(policy, gap, reduce.total) + reg.value(policy) - end.x * (1 - total)
     # One Newton step in policy space: the error of psi moves mass in proportion to dp/dm.
     w = reg.yields(policy)
-    near = jnp.maximum(policy + reduce.over((1 - total) / reduce.total(w)) * w, 0)
+    spread = reduce.total(w)
+    near = jnp.maximum(policy + reduce.over((1 - total) / jnp.where(spread == 0, 1, spread)) * w, 0)
 
     def between() -> Array:
-        """Mix the sides of the bracket: where a slope is flat to rounding, p jumps from one psi to the next."""
-        many, few = (jnp.exp(find(x, end.carried)) for x in (end.low, end.high))
+        """Mix both sides of psi: where a slope is flat to rounding, p jumps from one psi to the next."""
+        # (Right on a flat, any p will do for `find`; a little beyond, its end, if one comes from that side.)
+        beyond = 4 * unit * (jnp.abs(end.x) + reduce.largest(gap) + 1 / reg.beta)
+        sides = jnp.stack([end.x - beyond, end.x + beyond])
+        starts = jnp.stack([jnp.zeros_like(gap), jnp.full_like(gap, 0.5 * _floor(q.dtype))])
+        many, few = jnp.exp(lax.map(lambda side: find(*side), (sides, starts)))
         excess, short = reduce.total(many) - 1, 1 - reduce.total(few)
-        share = short / jnp.where(excess + short > 0, excess + short, 1)
+        share = jnp.clip(short / jnp.where(excess + short > 0, excess + short, 1), 0, 1)
         return jnp.where(resolved, near, few + reduce.over(share) * (many - few))
 
-    resolved = reduce.over((jnp.abs(total - 1) < 1e-3) & jnp.all(jnp.isfinite(near), axis=reduce.axis))
+    off, flat = jnp.abs(total - 1), jnp.any((w == 0) & (policy > unit), axis=reduce.axis)
+    resolved = (off <= 4 * unit) | ((off < unit**0.5) & ~flat & jnp.all(jnp.isfinite(near), axis=reduce.axis))
+    resolved = reduce.over(resolved)
     policy = loops.cond(jnp.all(resolved), lambda: near, between)
     policy = policy / reduce.over(reduce.total(policy))
     return jnp.where(hopeless, jnp.nan, best - loss), jnp.where(reduce.over(hopeless), jnp.nan, policy)
 
 
-def _logs(reg: Bound, gap: Array, masked: Array, psi: Array, start: Array) -> Array:
-    """`log p` with `m(p) = -gap - psi`, `[A, ...]`, from a guess; minus infinity where there is none, or masked."""
+def _logs(reg: Bound, gap: Array, masked: Array, ends: tuple[Array, Array], psi: Array, start: Array) -> Array:
+    """`log p` with `m(p) = -gap - psi`, `[A, ...]`, from a guess; minus infinity where there is none, or masked.
+
+    `ends` are the marginals at the least probability that counts, and at 1.
+    """
+    rough = jnp.broadcast_to(reg.roughness, psi.shape)
     unit, floor = float(jnp.finfo(gap.dtype).eps), _floor(gap.dtype)
     target = -gap - reg.reduce.over(psi)
-    absent = masked | (reg.marginal(jnp.full_like(gap, floor)) >= target)
-    full = reg.marginal(jnp.zeros_like(gap)) <= target
+    absent, full = masked | (ends[0] >= target), ends[1] <= target
     ones = jnp.ones_like(gap)
 
     def measure(u: Array, _: None) -> tuple[Array, Array, None]:
@@ -117,7 +128,7 @@ def _logs(reg: Bound, gap: Array, masked: Array, psi: Array, start: Array) -> Ar
         jnp.where(jnp.isfinite(start), jnp.clip(start, floor, 0), 0.5 * floor),
         jnp.full_like(gap, floor),
         jnp.zeros_like(gap),
-        close=0.0,
+        close=2 * unit * reg.reduce.over(rough),
         near=lambda u: unit * (1 + jnp.abs(u)),
         turns=_MAX_TURNS,
         hopeless=absent | full | jnp.isnan(target),

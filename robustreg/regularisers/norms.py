@@ -26,13 +26,14 @@ from jax import Array
 from robustreg._core import loops, pytrees
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales, weighted
+from robustreg.regularisers.least import Least
 
 # Newton's method on a convex function: 4 to 8 turns are typical.
 _MAX_TURNS = 60
 
 
 @pytrees.dataclass
-class BoundNorm(Bound):
+class BoundNorm(Least):
     """`Omega(p) = ||p||_q / beta`.
 
     Attributes:
@@ -65,16 +66,15 @@ class BoundNorm(Bound):
         escaped = jnp.any((policy > 0) & jnp.isneginf(self.log_prior), axis=self.reduce.axis)
         return jnp.where(escaped, jnp.inf, self.dual(policy) / self.beta)
 
-    def marginal(self, log_policy: Array) -> Array:
+    def slopes(self, policy: Array) -> Array:
         """Compute `(p/||p||_q)^(q-1)/beta`, `[A, ...]`: a gradient, or one of several."""
-        policy = jnp.exp(log_policy)
         if math.isinf(self.p):
             slope = jnp.ones_like(policy)
         elif self.p == 1:
             best = (policy >= self.reduce.over(self.reduce.largest(policy))).astype(policy.dtype)
             slope = best / self.reduce.over(self.reduce.total(best))
         else:
-            slope = (policy / self.reduce.over(self.dual(policy))) ** (1 / (self.p - 1))
+            slope = self._power(policy)
         return slope / self.reduce.over(self.beta)
 
     def maximiser(self, q: Array) -> tuple[Array, Array]:
@@ -98,21 +98,37 @@ class BoundNorm(Bound):
         weight = jnp.where(ahead > 0, ahead ** (self.p - 1), 0)
         return weight / self.reduce.over(self.reduce.total(weight))
 
-    def rate(self, log_policy: Array) -> Array:
-        """Compute `dm/dlog p` at a fixed norm, `[A, ...]`."""
-        power = 0.0 if math.isinf(self.p) else 1 / (self.p - 1)
-        return power * self.marginal(log_policy)
+    def _power(self, policy: Array) -> Array:
+        """`(p/||p||_q)^(q-1)`, `[A, ...]`, with derivatives at 0, where a root has none."""
+        on = policy > 0
+        share = jnp.where(on, policy, 1) / self.reduce.over(self.dual(policy))
+        return jnp.where(on, share ** (1 / (self.p - 1)), 0)
+
+    @property
+    def searched(self) -> bool:
+        """Whether it is the least of `Scaled`."""
+        return 1 < self.p < math.inf
+
+    def bracket(self, like: Array) -> tuple[Array, Array]:
+        """Return the logarithms of the norms of a uniform distribution and of a single action, `[...]`."""
+        top = jnp.zeros_like(self.reduce.largest(like))
+        return top - math.log(like.shape[self.reduce.axis]) / self.p, top
+
+    def best(self, policy: Array) -> Array:
+        """Return the logarithm of the norm, `[...]`."""
+        return jnp.log(self.dual(policy))
+
+    def beyond(self, policy: Array, log_s: Array) -> Array:
+        """Measure s against the norm of the policy, `[...]`."""
+        return log_s - self.best(policy)
 
     def bend(self, policy: Array) -> tuple[Array, Array]:
-        """Find how the norm's own change takes off that rate: `c [...]` and `b [A, ...]`, as in `rate/p - c b b^T`."""
-        power = 0.0 if math.isinf(self.p) else 1 / (self.p - 1)
-        norm = self.dual(policy)
-        b = (policy / self.reduce.over(norm)) ** power
-        return power / (self.beta * norm), b
+        """Find how the norm's own change bends the marginals."""
+        return 1 / ((self.p - 1) * self.beta * self.dual(policy)), self._power(policy)
 
-    def at_scale(self, s: Array) -> "Scaled":
+    def at(self, log_s: Array) -> "Scaled":
         """Return what the norm is the least of, over s."""
-        return Scaled(s, self.beta, self.log_prior, self.p, self.reduce)
+        return Scaled(jnp.exp(log_s), self.beta, self.log_prior, self.p, self.reduce)
 
     def policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         """Compute the change of the maximiser, `[A, ...]`: of `d^(p-1)/sum d^(p-1)` with `d = (Q - x)_+`."""

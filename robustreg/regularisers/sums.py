@@ -8,7 +8,7 @@ The parts are sums over actions, and so is the whole: marginals add up, and `mar
 masked where any part masks it.
 
 **A norm among the parts** (`norms`) is none, but the least of sums over actions, `radius ||p||_q = min_s phi(p, s)`,
-convex in both. So the conjugate is `max_s` of that of the other parts and `phi(., s)`, and its best s, where
+convex in both (`least`). So the conjugate is `max_s` of that of the other parts and `phi(., s)`, and its best s, where
 `||p||_q = s`, is found by regula falsi: a third search around the two of `marginals`.
 
 Parts that share one reference are 0 there together, and the sum has that reference. References that differ leave no
@@ -16,7 +16,6 @@ policy for free: robust sets need not hold 0 then, nor grow with the strengths.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from robustreg._core import pytrees, roots
 from robustreg.regularisers import marginals
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales
-from robustreg.regularisers.norms import BoundNorm
+from robustreg.regularisers.least import Least
 
 
 @pytrees.dataclass
@@ -73,26 +72,36 @@ class BoundSum(Bound):
         """Compute the sum of the marginals, `[A, ...]`."""
         return functools.reduce(jnp.add, (part.marginal(log_policy) for part in self.parts))
 
+    @property
+    def roughness(self) -> Array:
+        """The largest of the parts'."""
+        return functools.reduce(jnp.maximum, (part.roughness for part in self.parts))
+
     def rate(self, log_policy: Array) -> Array:
         """Compute the sum of the marginals' rates, `[A, ...]`."""
         return functools.reduce(jnp.add, (part.rate(log_policy) for part in self.parts))
 
     @property
-    def _norm(self) -> BoundNorm | None:
+    def _least(self) -> Least | None:
         """The summand that is no sum over actions, if there is one."""
-        return next((part for part in self.parts if isinstance(part, BoundNorm) and not math.isinf(part.p)), None)
+        return next((part for part in self.parts if isinstance(part, Least) and part.searched), None)
+
+    @property
+    def _others(self) -> tuple[Bound, ...]:
+        """The summands without it."""
+        return tuple(part for part in self.parts if part is not self._least)
 
     def maximiser(self, q: Array) -> tuple[Array, Array]:
         """Compute the conjugate and its maximiser; see `marginals`, and above for a norm among the parts."""
-        return marginals.maximiser(self, q) if self._norm is None else _with_norm(self, self._norm, q)
+        return marginals.maximiser(self, q) if self._least is None else _with_least(self, self._least, q)
 
     def policy_tangent(self, policy: Array, dq: Array | None, change: Any) -> Array:
         """Compute the change of the maximiser, `[A, ...]`."""
-        norm, reduce = self._norm, self.reduce
-        if norm is None:
+        least, reduce = self._least, self.reduce
+        if least is None:
             return super().policy_tangent(policy, dq, change)
-        w, z = self.yields(policy), self.forces(policy, dq, change)
-        c, b = norm.bend(policy)
+        w, z = self.yields(policy), self._forces(policy, dq, change)
+        c, b = least.bend(policy)
         left = 1 - c * reduce.plain_sum(b * b * w)
 
         def solved(v: Array) -> Array:
@@ -101,6 +110,26 @@ class BoundSum(Bound):
 
         t, ones = solved(z), solved(jnp.ones_like(policy))
         return t - ones * reduce.over(reduce.plain_sum(t) / reduce.plain_sum(ones))
+
+    def yields(self, policy: Array) -> Array:
+        """Compute `dp/dm`, `[A, ...]`, with a part that is no sum over actions at a fixed s (see `least`)."""
+        least = self._least
+        if least is None:
+            return super().yields(policy)
+        return BoundSum((*self._others, least.at(least.best(policy))), False).yields(policy)
+
+    def _forces(self, policy: Array, dq: Array | None, change: Any) -> Array:
+        """Compute `dq - d_leaves m` where one part is no sum over actions, `[A, ...]`.
+
+        Its marginals depend on all of the policy, also on which actions are not played.
+        """
+        least, on = self._least, policy != 0
+        others = BoundSum(self._others, False)
+        moved = BoundSum(tuple(c for c, part in zip(change.parts, self.parts) if part is not least), False)
+        own = next(c for c, part in zip(change.parts, self.parts) if part is least)
+        assert least is not None
+        z = others.forces(policy, dq, moved) if others.parts else jnp.where(on, 0 if dq is None else dq, 0)
+        return z - jnp.where(on, least._explicit(own, lambda part: part.slopes(policy)), 0)
 
     def worst_case(self, policy: Array, action: Array | None = None) -> Array:
         """Compute the sum of the worst cases, `[A, ...]`."""
@@ -132,19 +161,14 @@ class BoundSum(Bound):
         return BoundSum(tuple(part.with_reduce(reduce) for part in self.parts), self.has_reference)
 
 
-def _with_norm(whole: BoundSum, norm: BoundNorm, q: Array) -> tuple[Array, Array]:
-    """The conjugate and maximiser of a sum with a norm in it."""
-    reduce, n = whole.reduce, q.shape[whole.reduce.axis]
-    others = tuple(part for part in whole.parts if part is not norm)
-    unit = float(jnp.finfo(q.dtype).eps)
+def _with_least(whole: BoundSum, least: Least, q: Array) -> tuple[Array, Array]:
+    """The conjugate and maximiser of a sum with such a part in it."""
 
-    def at(log_s: Array) -> tuple[Array, Array, Array]:
-        s = jnp.exp(log_s)
-        value, policy = marginals.maximiser(BoundSum((*others, norm.at_scale(s)), False), q)
-        return jnp.log(norm.dual(policy)) - log_s, value, policy
+    def at(log_s: Array) -> tuple[Array, Array]:
+        return marginals.maximiser(BoundSum((*whole._others, least.at(log_s)), False), q)
 
-    # A distribution's norm is between that of the uniform one and 1.
-    top = jnp.zeros_like(reduce.largest(q))
-    low, high = top - math.log(n) / norm.p, top
-    x = roots.secant(lambda x: -at(x)[0], low, high, close=4 * unit, turns=60, like=(whole, q))
-    return at(x)[1:]
+    def beyond(log_s: Array) -> Array:
+        return least.beyond(at(log_s)[1], log_s)
+
+    close = 4 * float(jnp.finfo(q.dtype).eps)
+    return at(roots.secant(beyond, *least.bracket(q), close=close, turns=60, like=(whole, q)))

@@ -43,11 +43,12 @@ from robustreg.regularisers import parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.norms import BoundNorm
 from robustreg.regularisers.sums import BoundSum
-from robustreg.solvers import exact_balls, listed_balls
+from robustreg.solvers import exact_balls, listed_balls, shared_balls
 from robustreg.solvers.chains import Product
 from robustreg.solvers.exact_balls import ExactBall
 from robustreg.solvers.listed_balls import ListedBall
 from robustreg.solvers.plain import FixedPolicy, HardMax
+from robustreg.solvers.shared_balls import SharedBall
 
 _FORMS, _KINDS = ("r2", "kappa", "exact"), ("s", "sa")
 
@@ -64,8 +65,9 @@ class TransitionBall:
         rectangular: "s" where the actions of a state share the radius, "sa" where every pair has its own.
         form: "kappa", for noise that sums to 0 (the value's deviation from a constant is penalised), "r2", for any
             noise (the value itself is, so that adding a constant to the reward is no longer harmless), or "exact", for
-            rows that stay probabilities ("sa" with p = 1, 2, infinity or "kl"; see `exact_balls`). Time and memory are
-            then those of rows written out, `S^2 A`, but for lists of few successors (p = 1, infinity, "kl").
+            rows that stay probabilities (p = 1, 2, infinity or "kl"; see `exact_balls`; "s" in `shared_balls`, where
+            p = 1 is not there). Time and memory are then those of rows written out, `S^2 A`, but for lists of few
+            successors (p = 1, infinity, "kl"); where rows share a radius, a backup takes some hundred times as long.
         per_state: `[*B, S]`, not negative; multiplies the radius. None is 1.
         per_pair: `[*B, S, A]`, not negative; multiplies the radius ("sa" alone). None is 1.
     """
@@ -86,10 +88,13 @@ class TransitionBall:
         batch: Any = jnp.broadcast_shapes(*shapes)
         return batch
 
-    def bind(self, batch_ndim: int, dtype: Any, transitions: Transitions) -> "BoundBall | ExactBall | ListedBall":
+    def bind(self, batch_ndim: int, dtype: Any, transitions: Transitions) -> "Balls":
         """Lay it out for the kernels, with bound transitions: radius `[A or 1, S or 1, *b]`."""
         if self.form != "exact":
             return self._laid_out(batch_ndim, dtype, transitions.n_states)
+        if self.rectangular == "s" and self.p in shared_balls.KINDS:
+            return SharedBall(self._radii(batch_ndim, dtype), transitions._rows(batch_ndim, dtype), self.p)
+        # (A bound on every entry is none that rows share.)
         # Lists cost the square of their length for each row, rows that are written out S sqrt(S).
         if isinstance(transitions, BoundSuccessors) and self.p in listed_balls.KINDS:
             if transitions.fan_out**4 <= transitions.n_states**3:
@@ -161,6 +166,9 @@ class BoundBall:
         else:
             weight = _norm(policy, self.q)[0] * self.radius[0]
         return Product(discount[None] * weight, self.norm(h, c)[1])
+
+
+Balls = BoundBall | ExactBall | ListedBall | SharedBall
 
 
 def _dual_exponent(p: float) -> float:
@@ -263,10 +271,12 @@ def checked(ball: Any, mdp: MDP) -> TransitionBall:
     for name, value, allowed in (("rectangular", ball.rectangular, _KINDS), ("form", ball.form, _FORMS)):
         if value not in allowed:
             raise ValueError(f"{name} of a TransitionBall must be one of {allowed}, got {value!r}")
-    if ball.form == "exact" and (ball.rectangular != "sa" or ball.p not in exact_balls.KINDS):
-        raise ValueError('form "exact" is there for rectangular="sa" and p = 1, 2, infinity or "kl"')
+    if ball.form == "exact" and ball.p not in exact_balls.KINDS:
+        raise ValueError('form "exact" is there for p = 1, 2, infinity or "kl"')
+    if ball.form == "exact" and ball.rectangular == "s" and ball.p == 1:
+        raise ValueError('form "exact" is there for p = 2, infinity or "kl" with rectangular="s": p = 1 needs "sa"')
     if ball.form != "exact" and ball.p == "kl":
-        raise ValueError('p="kl" is no norm: it is there for form="exact" and rectangular="sa"')
+        raise ValueError('p="kl" is no norm: it is there for form="exact"')
     if ball.per_pair is not None and ball.rectangular == "s":
         raise ValueError('a radius per pair asks for rectangular="sa": in "s" the actions of a state share one')
     sizes: dict[str, Any] = {}

@@ -76,10 +76,8 @@ from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import Scales
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import lifetimes, ranges
-from robustreg.solvers.ambiguity import BoundBall, TransitionBall
+from robustreg.solvers.ambiguity import Balls, TransitionBall
 from robustreg.solvers.chains import Chain
-from robustreg.solvers.exact_balls import ExactBall
-from robustreg.solvers.listed_balls import ListedBall
 
 
 @pytrees.dataclass
@@ -120,7 +118,7 @@ class BoundProblem:
     ends: bool = pytrees.static()
     strict: bool = pytrees.static(default=False)
     averaged: bool = pytrees.static(default=False)
-    ball: BoundBall | ExactBall | ListedBall | None = None
+    ball: Balls | None = None
 
     @property
     def n_states(self) -> int:

@@ -206,8 +206,8 @@ def _in_place(p: float) -> Callable[[Array, Array, Array], Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _strength(size: Callable[[Array, Array, Array], Array], p: Array, v: Array, radius: Array) -> Array:
-    """The s at which the ball ends, 0 where nothing is to be moved, `[A, S, *B]`.
+def strength(size: Callable[[Array, Array, Array], Array], p: Array, v: Array, radius: Array) -> Array:
+    """Find the s at which the ball ends, 0 where nothing is to be moved, `[A, S, *B]`.
 
     In units of 1/range it lies between what moves nothing and what leaves the lowest value alone.
 
@@ -239,11 +239,11 @@ def _strength(size: Callable[[Array, Array, Array], Array], p: Array, v: Array, 
     return jnp.where(radius > 0, jnp.exp(jnp.where(free, high, found.x - step)) * scale, 0)
 
 
-@_strength.defjvp
+@strength.defjvp
 def _strength_jvp(size: Any, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     """Where the ball binds, `size(s, p, v) = radius` on both sides of a change."""
     p, v, radius = primals
-    s = _strength(size, *primals)
+    s = strength(size, *primals)
     # (By differentiable functions of s, so that the rule can be differentiated in turn.)
     reached, moved = jax.jvp(lambda p, v: size(s, p, v), primals[:2], tangents[:2])
     slope = jax.jvp(lambda s: size(s, p, v), (s,), (jnp.ones_like(s),))[1]
@@ -256,11 +256,11 @@ def _projected(rows: Array, radius: Array, h: Array) -> Array:
     """The worst rows in the 2-norm: projections of `p - s v`."""
     # From the lowest value: w is then of the size of p, and not of that of s v, in which p would be lost.
     p, over = jnp.broadcast_arrays(rows, (h - jnp.min(h, axis=0, keepdims=True))[None, None])
-    s = _strength(_distance, p, over, jnp.broadcast_to(radius, p.shape[:2] + p.shape[3:]))
-    return p + _noise(s, p, over)
+    s = strength(_distance, p, over, jnp.broadcast_to(radius, p.shape[:2] + p.shape[3:]))
+    return p + projection(s, p, over)
 
 
-def _noise(s: Array, p: Array, v: Array) -> Array:
+def projection(s: Array, p: Array, v: Array) -> Array:
     """Find what to add to p for the probabilities, with its mass, that are closest to `p - s v`."""
     y = lax.stop_gradient(p - s[:, :, None] * v)
     n = jnp.arange(1, p.shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
@@ -276,7 +276,7 @@ def _noise(s: Array, p: Array, v: Array) -> Array:
 
 def _distance(s: Array, p: Array, v: Array) -> Array:
     """How far that is from p, in the 2-norm."""
-    moved = jnp.sum(_noise(s, p, v) ** 2, axis=2)
+    moved = jnp.sum(projection(s, p, v) ** 2, axis=2)
     return jnp.where(moved > 0, jnp.sqrt(jnp.where(moved > 0, moved, 1)), 0)
 
 
@@ -289,12 +289,12 @@ def tilted(rows: Array, radius: Array, values: Array) -> Array:
         values: of the successors, `[A or 1, S or 1, n, *b]`.
     """
     p, v = jnp.broadcast_arrays(rows, values)
-    s = _strength(_entropy, p, v, jnp.broadcast_to(radius, p.shape[:2] + p.shape[3:]))
-    return p * jnp.exp(_logs(s, p, v))
+    s = strength(entropy, p, v, jnp.broadcast_to(radius, p.shape[:2] + p.shape[3:]))
+    return p * jnp.exp(log_tilt(s, p, v))
 
 
-def _logs(s: Array, p: Array, v: Array) -> Array:
-    """Logarithms of what entries of p are multiplied by."""
+def log_tilt(s: Array, p: Array, v: Array) -> Array:
+    """Find the logarithms of what entries of p are multiplied by, `[A, S, n, *B]`."""
     fall = v - lax.stop_gradient(jnp.min(jnp.where(p > 0, v, jnp.inf), axis=2, keepdims=True))
     # (An entry of 0 stays 0, at whatever value.)
     tilt = -s[:, :, None] * jnp.where(p > 0, fall, 0)
@@ -309,9 +309,9 @@ def _logs(s: Array, p: Array, v: Array) -> Array:
     return tilt - logs[:, :, None]
 
 
-def _entropy(s: Array, p: Array, v: Array) -> Array:
-    """Relative entropy of such a row to p."""
-    logs = _logs(s, p, v)
+def entropy(s: Array, p: Array, v: Array) -> Array:
+    """Measure the relative entropy of such a row to p."""
+    logs = log_tilt(s, p, v)
     # (x log x - x + 1 in the place of x log x, for the sum of x is that of 1; near x = 1 by its series.)
     small = jnp.abs(logs) < 1e-2
     near = jnp.where(small, logs, 0)
