@@ -4,8 +4,9 @@ What users hold is a `Regulariser` (`regulariser`, with sums), what computes is 
 and alpha, `entropies` what has no reference, `separable` f-divergences of your own, `balls` norms.
 
 Below them: `divergences` and `worst_cases` (formulas), `conjugates` (maximisers in the layout of the solvers), `layer`
-(the same by the row, for one-step problems), `marginals` (the maximiser of anything that is a sum over actions), `sums`
-and `norms`. `parameters`, `axes` and `masks` say what the arguments may be and which axes meet.
+(the same by the row, for one-step problems), `marginals` (the maximiser of anything that is a sum over actions),
+`sums`, `norms` and what they are the `least` of. `parameters`, `axes` and `masks` say what the arguments may be and
+which axes meet.
 """
 
 from robustreg.regularisers.bound import maximise

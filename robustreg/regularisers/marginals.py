@@ -13,6 +13,8 @@ The best p has `m_a(p_a) = q_a - psi` wherever that has a solution `p_a > 0`, an
 
   for at its left end one action alone has probability 1, and at its right end none has more than a distribution p0.
 
+Where a marginal is flat, p jumps from one psi to the next: then both sides of the jump are mixed so that `sum p = 1`.
+
 **Value.** The dual function at psi, `psi + sum_a max_p [p (q_a - psi) - phi_a(p)]`, of which psi is the minimum: a root
 that errs by x costs `x^2`, and an error of p as little.
 

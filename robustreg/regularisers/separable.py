@@ -15,9 +15,10 @@ Constants and multiples of `ratio - 1` in f change nothing. The slope `f'(p/p0)`
 differentiation; where f' is known in terms of `log(p/p0)`, override `slope` with it, which keeps digits of
 probabilities that underflow. A parameter of the family is a field of the class (`order: Array`), one number per lane.
 
-**What f must do**: be convex and finite for every ratio above 0, differentiable there, and evaluate to a few units of
-rounding of the numbers it is made of. f(0) may be infinite (then every allowed action is played), and so may the slope
-at 0 (then every allowed action has a positive probability). The search for the policy is in `marginals`.
+**What f must do**: be convex and finite for every ratio above 0, differentiable there but for kinks (that of the total
+variation, `abs(ratio - 1)`, say), and evaluate to a few units of rounding of the numbers it is made of. f(0) may be
+infinite (then every allowed action is played), and so may the slope at 0 (then every allowed action has a positive
+probability). The search for the policy is in `marginals`.
 """
 
 import dataclasses

@@ -5,10 +5,11 @@ next value, `loop` runs a method and stops it (`solve`), `answers` makes a `solu
 solves the systems `(I - K) x = b` of Newton's method and of gradients, with `elimination` where Krylov methods fail;
 `implicit` attaches derivatives to the fixed point. `evaluation` is the same loop for one policy, `average` the same
 loop for the reward per step in the long run; `horizon` takes the same backup a fixed number of times. `ambiguity` is
-noise in the transitions (in `exact_balls` and `listed_balls` rows stay probabilities). `ranges` measures the numbers of
-a problem for its rounding bound, `lifetimes` the steps of episodes without a discount; `undiscounted` says what is
-proved where they need not end. `joint` regularises the joint occupancy of states and actions instead (`joint_dual`,
-`joint_bounds`). `resident` and `resident_kernel` are `solve` as one kernel on a CUDA device.
+noise in the transitions (where rows stay probabilities: `exact_balls`, `listed_balls`, `shared_balls`). `ranges`
+measures the numbers of a problem for its rounding bound, `lifetimes` the steps of episodes without a discount;
+`undiscounted` says what is proved where they need not end. `joint` regularises the joint occupancy of states and
+actions instead (`joint_dual`, `joint_bounds`). `resident` and `resident_kernel` are `solve` as one kernel on a CUDA
+device.
 """
 
 from robustreg.solvers.average import Average, solve_average
