@@ -50,7 +50,7 @@ class Search(NamedTuple):
     Attributes:
         x: the place, `[...]`.
         low, high: its bracket.
-        moved: length of the last step.
+        moved, before: lengths of the last step and of the one before it.
         exact: whether the function is 0 there for all that counts.
         carried: what the last evaluation left for the next one.
     """
@@ -59,6 +59,7 @@ class Search(NamedTuple):
     low: Array
     high: Array
     moved: Array
+    before: Array
     exact: Array
     carried: Any
 
@@ -78,7 +79,9 @@ def newton(
 ) -> Search:
     """Find roots by Newton's method, kept in a bracket by bisection.
 
-    Newton's step is taken where it stays in the bracket and is at most half as long as the last one, else the middle.
+    Newton's step is taken where it stays in the bracket and is at most half as long as the one before the last, else
+    the middle. (From a middle the root may be as far as the step there was long: beside that alone, Newton's next step
+    would be refused, and so for ever.)
 
     Args:
         measure: of a place and what the last evaluation carried: the function, its slope and what to carry on.
@@ -99,29 +102,37 @@ def newton(
         length = jnp.abs(step - s.x)
         # (A step that rounding leaves no length of ends on the bracket, not in it. Infinite slopes make none.)
         arrived = (length <= margin) & jnp.isfinite(slope)
-        good = ((step > low) & (step < high) & (length <= 0.5 * s.moved)) | arrived
+        good = ((step > low) & (step < high) & (length <= 0.5 * s.before)) | arrived
         x = jnp.where(good, jnp.clip(step, low, high), 0.5 * (low + high))
         moved, exact = jnp.abs(x - s.x), jnp.abs(value) <= close
         short = (moved <= margin) | (high - low <= 2 * margin)
         kept = jnp.where(done | exact, s.x, x)
-        return Search(kept, low, high, moved, s.exact | exact, carried), done | exact | short
+        return Search(kept, low, high, moved, s.moved, s.exact | exact, carried), done | exact | short
 
     none = jnp.zeros(start.shape, bool)
-    begun = Search(start, low, high, jnp.full_like(start, jnp.inf), none, carried)
+    endless = jnp.full_like(start, jnp.inf)
+    begun = Search(start, low, high, endless, endless, none, carried)
     return loops.until_done(turn, begun, none if hopeless is None else hopeless, turns, like)
 
 
 def secant(
-    measure: Callable[[Array], Array], low: Array, high: Array, *, close: float, turns: int, like: Any = ()
+    measure: Callable[[Array], Array],
+    low: Array,
+    high: Array,
+    *,
+    close: float,
+    turns: int,
+    first: float = 0.5,
+    like: Any = (),
 ) -> Array:
     """Find roots by the regula falsi, of which an end that stays twice counts half (the Illinois rule), `[...]`.
 
     Args:
-        measure: the function; never asked at the ends, where it is taken for -1 and 1 at first (to look there would
-            compile it twice more).
+        measure: the function; never asked at the ends (to look there would compile it twice more).
         low, high: the brackets, `[...]`. Of a root beyond them, the nearer end.
         close: values of the function, and lengths of the bracket, that count as 0.
         turns: most of them.
+        first: share of the bracket at which to look first.
         like: what `measure` reads besides (see `loops`).
     """
 
@@ -143,7 +154,7 @@ def secant(
 
     middle = 0.5 * (low + high)
     one = jnp.ones_like(middle)
-    begun = _Falsi(middle, low, high, -one, one, jnp.zeros_like(middle))
+    begun = _Falsi(middle, low, high, -first * one, (1 - first) * one, jnp.zeros_like(middle))
     return loops.until_done(turn, begun, jnp.zeros(middle.shape, bool), turns, like).x
 
 

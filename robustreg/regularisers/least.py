@@ -18,6 +18,11 @@ class Least(Bound):
         """Whether s has to be looked for."""
         return True
 
+    @property
+    def first(self) -> float:
+        """Share of the bracket at which to look for s first."""
+        return 0.5
+
     def bracket(self, like: Array) -> tuple[Array, Array]:
         """Return where `log s` is at the least and at the most, `[...]` like an array."""
         raise TypeError(f"{type(self).__name__} does not define bracket")

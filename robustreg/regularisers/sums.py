@@ -171,4 +171,4 @@ def _with_least(whole: BoundSum, least: Least, q: Array) -> tuple[Array, Array]:
         return least.beyond(at(log_s)[1], log_s)
 
     close = 4 * float(jnp.finfo(q.dtype).eps)
-    return at(roots.secant(beyond, *least.bracket(q), close=close, turns=60, like=(whole, q)))
+    return at(roots.secant(beyond, *least.bracket(q), close=close, turns=60, first=least.first, like=(whole, q)))

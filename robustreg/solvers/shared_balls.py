@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from robustreg._core import pytrees
@@ -167,10 +168,21 @@ class SharedCost(Least):
         return jnp.log(jnp.maximum(self.strength(policy), jnp.finfo(policy.dtype).tiny))
 
     def bracket(self, like: Array) -> tuple[Array, Array]:
-        """Return strengths that move nothing, and such that leave the lowest value alone, `[S, *B]`."""
+        """Return strengths that do not spend the budget, and such that leave the lowest value alone, `[S, *B]`.
+
+        Rows move by at most `s p_a` times the deviation of the values, `width sqrt(S)/2` or less (2-norm), and to a
+        relative entropy of at most `(s p_a width)^2 / 8`.
+        """
         width, about = jnp.max(self.values, axis=(0, 1, 2)), jnp.finfo(like.dtype)
         unit = jnp.broadcast_to(-jnp.log(jnp.where(width > 0, width, 1)), like.shape[1:])
-        return unit - 0.98 * about.nmant, unit + 0.7 * about.nmant
+        least = jnp.sqrt((8 / self.rows.shape[2] if self.p == 2 else 8) * self.budget())
+        none = float(np.exp(-0.98 * about.nmant))
+        return unit + jnp.log(jnp.maximum(0.9 * least, none)), unit + 0.7 * about.nmant
+
+    @property
+    def first(self) -> float:
+        """Most budgets are spent long before rows are nothing but their lowest value."""
+        return 0.05
 
     def at(self, log_s: Array) -> "AtStrength":
         """Return `g phi(., s)`."""
