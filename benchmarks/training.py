@@ -25,16 +25,17 @@ Typical printout (2 shared CPU cores, JAX 0.12.0):
 
     S=256 discount 0.99, 1828 sweeps from zero
                            ms per step   spread  of cold  compile s    error
-      cold                       0.499    0.135    1.00x        2.5  0.00088
-      last value                 0.264    0.054    0.53x        2.5   0.0018
-      last solution              0.247    0.037    0.49x        2.7  0.00073
-      warm                       0.229    0.024    0.46x        2.6  0.00073
-      argument                   0.235    0.023    0.47x          3  0.00073
-      by hand, implicit          4.372    0.191    8.77x       0.32   0.0013
-      unrolled                  16.522    1.455   33.14x       0.35   0.0013
+      cold                       0.466    0.071    1.00x        2.4  1.2e-05
+      last value                 0.279    0.070    0.60x        2.4  2.6e-05
+      last solution              0.271    0.062    0.58x        2.7    4e-05
+      line                       0.231    0.093    0.50x        2.7    2e-06
+      parabola                   0.163    0.043    0.35x        2.8  4.8e-06
+      cubic                      0.148    0.026    0.32x        2.8  4.3e-06
+      argument                   0.140    0.035    0.30x        3.1  4.3e-06
+      by hand, implicit          4.803    0.125   10.32x       0.29    3e-08
+      unrolled                  18.824    1.320   40.43x       0.52  1.2e-08
 
-(A weight moves by 1e-3 per step: V by a tenth, log-probabilities by half. Value and gradient take some 449 products
-cold, 188 from the last value and 142 from the last solution. Where weights move by 1e-5, warm is .34 of cold.)
+(A weight moves by up to 1e-3 per step, and V by a tenth in the first of them.)
 """
 
 import argparse

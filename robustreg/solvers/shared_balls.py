@@ -18,8 +18,8 @@ the dual of its maximum it is the least of sums over actions (`regularisers.leas
 
 whose marginals are `<P_a - x_a(s p_a), v>`. Its worst case is what the noise takes off each action.
 
-**Cost.** Three searches, one in the other, each of whose steps looks at every row that is written out: some hundred
-times a backup where each pair has a radius of its own.
+**Cost.** Three searches, one in the other, each of whose steps looks at every row that is written out: some 50 times a
+backup where each pair has a radius of its own.
 """
 
 import functools
