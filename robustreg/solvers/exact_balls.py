@@ -74,8 +74,8 @@ class ExactBall(Stochastic):
 
     def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
         """Find what K loses against that of P."""
-        lost = self.rows - self._worst(h)
-        return Written(discount[None, None] * jnp.sum(policy[:, :, None] * lost, axis=0))
+        noise = self.worst_noise(policy, h, c)
+        return Written(-discount[None, None] * jnp.sum(policy[:, :, None] * noise, axis=0))
 
     def _worst(self, h: Array) -> Array:
         """Find the worst rows, `[A, S, S, *B]`."""

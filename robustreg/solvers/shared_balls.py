@@ -35,25 +35,14 @@ from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.least import Least
 from robustreg.regularisers.sums import BoundSum
 from robustreg.solvers import exact_balls
-from robustreg.solvers.chains import Written
 from robustreg.solvers.plain import FixedPolicy, HardMax
 
 KINDS = (2, "kl")
 
 
 @pytrees.dataclass
-class SharedBall(exact_balls.Stochastic):
-    """Balls around all rows of a state together, in the kernels' layout.
-
-    Attributes:
-        radius: `[1, S or 1, *b]`.
-        rows: of P, `[A, S, S, *b]`.
-        p: 2 or "kl".
-    """
-
-    radius: Array
-    rows: Array
-    p: float | str = pytrees.static()
+class SharedBall(exact_balls.ExactBall):
+    """Balls around all rows of a state together: `radius` is `[1, S or 1, *b]`, p is 2 or "kl"."""
 
     def rounding(self, discount: Array, size: Array) -> Array:
         """Bound what the cost of a value of that size errs by, in units of u: two sums over S states, and searches."""
@@ -79,11 +68,6 @@ class SharedBall(exact_balls.Stochastic):
         cost = self._cost_of(jnp.ones((1,) * (h.ndim - 1), h.dtype), h, jnp.zeros((1,) * policy.ndim, h.dtype))
         return cost.noise_at(cost.strength(policy)[None] * policy)
 
-    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
-        """Find what K loses against that of P."""
-        noise = self.worst_noise(policy, h, c)
-        return Written(-discount[None, None] * jnp.sum(policy[:, :, None] * noise, axis=0))
-
     def _cost_of(self, discount: Array, h: Array, log_prior: Array) -> "SharedCost":
         """Psi of the states whose successors have these values."""
         # Rows keep their mass, so that it may be counted from the lowest value.
@@ -94,7 +78,7 @@ class SharedBall(exact_balls.Stochastic):
 
 @pytrees.dataclass
 class SharedCost(Least):
-    """What the noise of all rows together costs a policy, `g Psi(p)`.
+    """Hold what the noise of all rows together costs a policy, `g Psi(p)`.
 
     Attributes:
         discount: g, `[*b]`.
@@ -157,7 +141,7 @@ class SharedCost(Least):
 
     def value(self, policy: Array) -> Array:
         """Compute `g Psi(p)`, `[S, *B]`."""
-        return jnp.sum(policy * self.taken(self.strength(policy)[None] * policy), axis=0)
+        return jnp.sum(policy * self.slopes(policy), axis=0)
 
     def slopes(self, policy: Array) -> Array:
         """Compute what the worst noise takes off each action, `[A, S, *B]`."""
