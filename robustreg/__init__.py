@@ -27,15 +27,17 @@ from robustreg.game.coupled_sets import Features, SharedBudget
 from robustreg.game.minimax import Game, solve_game
 from robustreg.game.sets import Box, StatesOnly
 from robustreg.problems.cassandra import from_cassandra
+from robustreg.problems.dense import Dense
 from robustreg.problems.gymnasium import from_gymnasium
 from robustreg.problems.handles import trainable
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.problems.mdps import MDP, mdp
 from robustreg.problems.prism import from_prism
 from robustreg.problems.sharding import shard
 from robustreg.problems.stacking import stack
 from robustreg.problems.successors import Successors
 from robustreg.problems.tables import from_table
-from robustreg.problems.transitions import Dense, MatrixFree, Transitions
+from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.balls import NormBall, norm_ball
 from robustreg.regularisers.entropies import Entropy, Tsallis, entropy, tsallis
 from robustreg.regularisers.families import KL, Alpha, alpha, kl

@@ -22,9 +22,10 @@ from robustreg._core.npz import ArchiveError, Arrays, opened
 from robustreg.adversary.certificates import Certificate
 from robustreg.adversary.guarantees import Guarantee
 from robustreg.game.minimax import Game
+from robustreg.problems.dense import Dense
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.problems.mdps import MDP
 from robustreg.problems.successors import Successors
-from robustreg.problems.transitions import Dense, MatrixFree
 from robustreg.regularisers.balls import NormBall
 from robustreg.regularisers.entropies import Entropy
 from robustreg.regularisers.families import KL, Alpha

@@ -12,9 +12,9 @@ from scipy import optimize
 
 import robustreg as rr
 from robustreg.cli import commands
+from robustreg.problems.dense import Dense
 from robustreg.problems.successors import BoundSuccessors
-from robustreg.solvers import ambiguity, bellman, exact_balls, listed_balls, plain
-from robustreg.solvers.exact_balls import ExactBall
+from robustreg.solvers import ambiguity, bellman, exact_balls, greedy_balls, listed_balls, plain
 
 G = 0.9
 
@@ -172,7 +172,17 @@ def test_costs_of_sets_whose_mass_moves_in_the_order_of_values(kind, dtype, erro
         rows = (rows * rng.choice([1, 0.5, 0], size=(2, n, 1, own))).astype(dtype)
         radius = rng.choice([0, 0.05, 0.3, 1, 3], size=(2, n, 3)).astype(dtype)
         values = np.round(3 * rng.normal(size=(n, 3)), n % 3).astype(dtype)
-        found = np.asarray(exact_balls.greedy_cost(kind, *map(jnp.asarray, (rows, radius, values))))
+        kernel, h = Dense(jnp.asarray(np.moveaxis(rows, (1, 0, 2), (-3, -2, -1)))), jnp.asarray(values)
+        ball = greedy_balls.greedy(jnp.asarray(radius), kernel, kind)
+        weight, one = jnp.asarray(rng.random((2, n, 3)).astype(dtype)), jnp.ones(3, dtype)
+        found, noise = np.asarray(ball._cost(h)), np.asarray(ball.worst_noise(weight, h, one))
+        pulled = np.asarray(ball.pull(weight, 0.5 * one, h, one).entries())
+        assert np.abs(pulled + 0.5 * np.einsum("asl,asjl->sjl", weight, noise)).max() <= error
+        # The worst rows keep their mass, are no further away than they may be, and attain the cost.
+        size = np.abs(noise).sum(2) if kind == 1 else np.abs(noise).max(2)
+        assert (rows + noise).min() >= -error and np.abs(noise.sum(2)).max() <= error and (size <= radius + error).all()
+        attained = -np.einsum("asjl,jl->asl", noise, values - values.min(0))
+        assert np.abs(attained - found).max() <= error * (1 + np.ptp(values))
         for a, s, lane in np.ndindex(2, n, 3):
             want = moved_by_hand(rows[a, s, :, lane % own].astype(float), radius[a, s, lane], values[:, lane], kind)
             assert abs(found[a, s, lane] - want) <= error * (1 + np.ptp(values)), (n, own, a, s, lane)
@@ -226,13 +236,14 @@ def test_lists_of_successors_cost_what_rows_written_out_do(p: Any, dtype, error)
         radius = jnp.asarray(rng.choice([0, 0.05, 0.3, 1, 3], size=(actions, n, lanes)).astype(dtype))
         h, x = rng.normal(size=(2, n, lanes)).astype(dtype)
         h = jnp.asarray(np.round(h) if ties else h)
-        balls = listed_balls.listed(radius, rows, p), ExactBall(radius, rows._rows(1, dtype), p)
+        dense = rows._rows(1, dtype)
+        balls = listed_balls.listed(radius, rows, p), ambiguity.written_out(radius, rows, p)
         g, none, start = jnp.full(lanes, 0.9, dtype), jnp.zeros(lanes, dtype), jnp.zeros((actions, n, lanes), dtype)
         policy = jnp.asarray(np.moveaxis(rng.dirichlet(np.ones(actions), (n, lanes)), -1, 0).astype(dtype))
         listed, written = (np.asarray(ball.step(None, start, g, h, none)[1]) for ball in balls)  # type: ignore[arg-type]
         assert np.abs(listed - written).max() <= error
         noise = balls[0].worst_noise(policy, h, none)
-        worst = np.asarray(noise + balls[1].rows)
+        worst = np.asarray(noise + dense)
         assert worst.min() >= -error and np.abs(np.asarray(noise).sum(2)).max() <= error
         assert np.abs(0.9 * np.einsum("asib,ib->asb", noise, h) - listed).max() <= error
         pull = balls[0].pull(policy, g, h, none)
@@ -398,6 +409,11 @@ def test_rows_that_share_a_radius(kind, dtype, error):
         assert radius == 4.0 or np.abs(best - th).max() < 10 * error
 
 
+def kernel_of(rows):
+    """A bound kernel of rows `[A, S, S]`."""
+    return Dense(jnp.swapaxes(jnp.asarray(rows), 0, 1))
+
+
 @pytest.mark.parametrize("p", [1, 2, np.inf, "kl"])
 def test_worst_rows(p: Any):
     """Against a linear program (p = 1, infinity) and SLSQP; derivatives in rows, values and radius by differences.
@@ -410,8 +426,9 @@ def test_worst_rows(p: Any):
         rows[0, 1] *= 0.9
         rows[0, 2] = np.where(np.arange(n) == 3, 0, rows[0, 2]) / np.delete(rows[0, 2], 3).sum()
         sums = rows[0].sum(-1)
-        ball = ExactBall(jnp.full((1, 1), radius), jnp.asarray(rows), p)
-        x, least = np.asarray(ball._worst(jnp.asarray(h)))[0], rows[0] @ h - np.asarray(ball._cost(jnp.asarray(h)))[0]
+        ball, v = ambiguity.written_out(jnp.full((1, 1), radius), kernel_of(rows), p), jnp.asarray(h)
+        noise: Any = ball.worst_noise(jnp.ones((1, n)), v, jnp.zeros(()))
+        x, least = rows[0] + np.asarray(noise)[0], rows[0] @ h - np.asarray(ball._cost(v))[0]
         assert x.min() >= 0 and np.abs(x.sum(-1) - sums).max() < 1e-12
         assert size_of(x, rows[0], p).max() <= radius * (1 + 1e-9)
         for row, found, mass in zip(rows[0], least, sums):
@@ -438,9 +455,10 @@ def test_worst_rows(p: Any):
         direction, dh = rows * (rng.standard_normal(rows.shape)), rng.standard_normal(n)
 
         def at(t, rows=rows, direction=direction, h=h, dh=dh, radius=radius):
-            moved = ExactBall(jnp.full((1, 1), radius + 0.3 * t), jnp.asarray(rows) + t * direction, p)
-            v = jnp.asarray(h) + t * dh
-            return jnp.sum(moved.rows @ v - moved._cost(v))
+            moved, v = jnp.asarray(rows) + t * direction, jnp.asarray(h) + t * dh
+            return jnp.sum(
+                moved @ v - ambiguity.written_out(jnp.full((1, 1), radius + 0.3 * t), kernel_of(moved), p)._cost(v)
+            )
 
         assert abs(jax.grad(at)(0.0) - (at(e) - at(-e)) / (2 * e)) < 1e-6
 

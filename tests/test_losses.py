@@ -464,6 +464,10 @@ def test_what_has_no_weight_counts_for_nothing():
         (lambda: losses.sampled_worst_case(rr.kl(np.ones(2)), np.ones(3)), ValueError, r"beta has shape \[2\]"),
         (lambda: losses.sampled_guarantee(rr.kl(1.0), np.ones(2), np.ones(3)), ValueError, "returns has shape"),
         (lambda: losses.implicit_reward(rr.kl(1.0), "a"), TypeError, "log_ratio must be an array"),
+        (lambda: losses.implicit_reward(rr.kl(1.0), ["a", 1.0]), TypeError, "log_ratio must be an array"),
+        (lambda: losses.dpo(rr.kl(1.0), None, np.ones(3)), ValueError, "chosen must be an array"),
+        (lambda: losses.log_ratio(np.ones(3), None), ValueError, "reference must be an array"),
+        (lambda: losses.sampled_slack(rr.kl(1.0), None), ValueError, "perturbation must be an array"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(call, error, text):

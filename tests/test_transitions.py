@@ -1,5 +1,8 @@
 """Three kinds of transitions, one operator: expect and push are transposes, padding is inert, kinds agree."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +50,7 @@ def test_batched_kernels(kind):
     P = cases.P[:, None]
     transitions = dense(P) if kind == "dense" else successors(P)
     assert transitions.batch_shape == P.shape[:2]
-    for shape in ((len(CASES), 4), (4,)):
+    for shape in ((len(CASES), 4), (4,), (len(CASES), 40)):
         v, mu = rng.normal(size=(*shape, STATES)), rng.normal(size=(*shape, STATES, ACTIONS))
         np.testing.assert_allclose(np.asarray(transitions.expect(v)), np.einsum("...sat,...t->...sa", P, v), atol=1e-14)
         np.testing.assert_allclose(np.asarray(transitions.push(mu)), np.einsum("...sat,...sa->...t", P, mu), atol=1e-14)
@@ -106,3 +109,28 @@ def test_wrong_shapes_are_refused(vectors):
             CASES[0].transitions(kind).expect(np.ones(STATES + 1))
         with pytest.raises((ValueError, TypeError)):
             CASES[0].transitions(kind).push(np.ones((ACTIONS, STATES)))
+
+
+def _copies(compiled: str, size: int) -> list[str]:
+    """Arrays of so many numbers that a compiled program makes: no arguments, and no other views of them."""
+    entry = compiled[compiled.index("ENTRY") :].splitlines()[1:]
+    made = [re.match(r"\s+(?:ROOT )?%\S+ = f\d+\[([\d,]+)\]\S* ([a-z-]+)\(", line) for line in entry]
+    lines = [(line, *m.groups()) for line, m in zip(entry, made) if m]
+    views = ("parameter", "bitcast", "reshape", "get-tuple-element")
+    return [line for line, dims, what in lines if math.prod(map(int, dims.split(","))) == size and what not in views]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="which products copy a factor is a matter of the compiler")
+@pytest.mark.parametrize("own", [1, 6])
+def test_products_do_not_copy_the_kernel(own):
+    """In another order of factors each of them did, which took ten to twenty times as long as the product."""
+    s, a, lanes = 40, 3, 6
+    kernel = rr.Dense(jnp.ones((own, s, a, s)) / s)
+    v, mu = jnp.ones((s, lanes)), jnp.ones((a, s, lanes))
+    for product, x in ((rr.Dense._expect, v), (rr.Dense._push, mu), (rr.Dense._mixed, mu[..., :own])):
+        assert not _copies(jax.jit(product).lower(kernel, x).compile().as_text(), kernel.probabilities.size)
+    if own == 1:
+        return
+    # (Such a copy is found.)
+    other = jax.jit(lambda k, x: jnp.einsum("bsat,tb->asb", k.probabilities, jnp.broadcast_to(x[:, :1], (s, own))))
+    assert _copies(other.lower(kernel, v).compile().as_text(), kernel.probabilities.size)

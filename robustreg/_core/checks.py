@@ -120,7 +120,11 @@ def array(name: str, value: Any, dtype: Any = None) -> jax.Array:
     try:
         if isinstance(value, np.ndarray) and not value.dtype.isnative:
             value = value.astype(value.dtype.newbyteorder("="))
-        x = value if isinstance(value, jax.Array | np.ndarray) else jnp.asarray(value)
+        known = isinstance(value, jax.Array | np.ndarray)
+        # (JAX says of text that it will be refused some day, or is.)
+        if not known and any(isinstance(leaf, str | bytes) for leaf in jax.tree.leaves(value)):
+            raise TypeError("text")
+        x = value if known else jnp.asarray(value)
         if not _is_real(x.dtype):
             raise TypeError(f"dtype {x.dtype}")
         return jnp.asarray(x, dtype)

@@ -109,7 +109,8 @@ def _consistency(
     checks.expect_type(reg, Regulariser, "first argument", "kl")
     if (logs is None) == (perturbation is None):
         raise ValueError("give log_policy, or the perturbation of the actions taken, one of the two")
-    *arrays, logs, taken, weight = common(**given, log_policy=logs, perturbation=perturbation, weights=weights)
+    given = {**given, "log_policy": logs, "perturbation": perturbation, "weights": weights}
+    *arrays, logs, taken, weight = common("log_policy", "perturbation", "weights", **given)
     every = action is None and taken is None
     if every and (steps != 1 or jnp.ndim(logs) == 0):
         raise ValueError("without actions expected log_policy [*B, A] and steps=1; along a path, pass action=")
@@ -180,7 +181,7 @@ def fenchel_young(reg: Regulariser, q: ArrayLike, target: ArrayLike, *, weights:
     checks.expect_type(reg, Regulariser, "first argument", "kl")
     wanted = checks.array("target", target)
     numbers = jnp.issubdtype(wanted.dtype, jnp.integer)
-    values, weight, t = common(q=q, weights=weights, target=None if numbers else wanted)
+    values, weight, t = common("weights", "target", q=q, weights=weights, target=None if numbers else wanted)
     if values.ndim == 0 or 0 in values.shape:
         raise ValueError(f"q has shape {list(values.shape)}; expected [*B, ..., A], none empty")
     place = axes.align(reg._leaves, values.shape, True).shape

@@ -63,7 +63,7 @@ def log_ratio(log_prob: ArrayLike, reference: ArrayLike, *, mask: ArrayLike | No
     Raises:
         ValueError: shapes that do not fit.
     """
-    logs, base, counted = common(log_prob=log_prob, reference=reference, mask=mask)
+    logs, base, counted = common("mask", log_prob=log_prob, reference=reference, mask=mask)
     logs, base, counted = expect_alike(logs.shape, "the shape of log_prob", log_prob=logs, reference=base, mask=counted)
     base = lax.stop_gradient(base)
     if counted is None:
@@ -142,7 +142,8 @@ def _margin(
     if not parts:
         raise ValueError("the first argument holds no regulariser; pass one, or several whose links add up")
     checks.require("label_smoothing", smoothing, lambda e: (e >= 0) & (e < 0.5), "a share of 0 or more, below 1/2")
-    best, worst, weight, share = common(chosen=chosen, rejected=rejected, weights=weights, label_smoothing=smoothing)
+    given = {"chosen": chosen, "rejected": rejected, "weights": weights, "label_smoothing": smoothing}
+    best, worst, weight, share = common("weights", **given)
     worst, weight, share = expect_alike(
         best.shape, "the shape of chosen", rejected=worst, weights=weight, label_smoothing=share
     )

@@ -49,7 +49,8 @@ def sampled_worst_case(
         TypeError: another regulariser.
         ValueError: axes that do not fit.
     """
-    ratio, known, weight = common(log_ratio=log_ratio, divergence=divergence, weights=weights)
+    given = {"log_ratio": log_ratio, "divergence": divergence, "weights": weights}
+    ratio, known, weight = common("divergence", "weights", **given)
     _expect_samples(ratio)
     order, beta = (x.astype(ratio.dtype) for x in order_and_strength(reg, ratio.shape))
     if isinstance(reg, KL):
@@ -79,7 +80,8 @@ def _mean(x: Array, weight: Array | None, shape: tuple[int, ...]) -> Array:
 def _empirical(reg: Any, perturbation: ArrayLike, log_ratio: Any, weights: Any) -> tuple[Any, Array]:
     """Return the regulariser with samples as actions and their weights as its prior, and the samples `[..., 1, N]`."""
     reach.expect_reference(reg, "first argument")
-    samples, ratio, weight = common(perturbation=perturbation, log_ratio=log_ratio, weights=weights)
+    given = {"perturbation": perturbation, "log_ratio": log_ratio, "weights": weights}
+    samples, ratio, weight = common("log_ratio", "weights", **given)
     _expect_samples(samples)
     ratio, weight = expect_alike(samples.shape, "the shape of the perturbation", log_ratio=ratio, weights=weight)
     logs = jnp.zeros_like(samples) if ratio is None else -ratio
@@ -167,7 +169,8 @@ def sampled_guarantee(
         TypeError: another regulariser.
         ValueError: axes that do not fit.
     """
-    ret, ratio, known, weight = common(returns=returns, log_ratio=log_ratio, divergence=divergence, weights=weights)
+    given = {"returns": returns, "log_ratio": log_ratio, "divergence": divergence, "weights": weights}
+    ret, ratio, known, weight = common("divergence", "weights", **given)
     _expect_samples(ratio)
     (ret,) = expect_alike(ratio.shape, "the shape of log_ratio", returns=ret)
     return _mean(ret - sampled_worst_case(reg, ratio, divergence=known, weights=weight), weight, ratio.shape)

@@ -11,13 +11,18 @@ from robustreg.regularisers import parameters
 from robustreg.regularisers.families import Divergence
 
 
-def common(**given: Any) -> tuple[Any, ...]:
-    """Arguments that are given as arrays of the widest floating dtype among them, float32 or more; None stays None."""
-    arrays = {name: checks.canonical(checks.array(name, x)) for name, x in given.items() if x is not None}
+def common(*optional: str, **given: Any) -> tuple[Any, ...]:
+    """Read arguments as arrays of the widest floating dtype among them, float32 or more; optional ones may stay None.
+
+    Raises:
+        TypeError, ValueError: an argument that is no array of real numbers, named.
+    """
+    read = {name: x for name, x in given.items() if x is not None or name not in optional}
+    arrays = {name: checks.canonical(checks.array(name, x)) for name, x in read.items()}
     strong = [x.dtype for x in arrays.values() if jnp.issubdtype(x.dtype, jnp.floating) and not x.weak_type and x.ndim]
     strong = strong or [x.dtype for x in arrays.values() if jnp.issubdtype(x.dtype, jnp.floating) and not x.weak_type]
     dtype = parameters.working(max(strong, key=lambda d: jnp.finfo(d).bits)) if strong else jnp.result_type(float)
-    return tuple(None if x is None else arrays[name].astype(dtype) for name, x in given.items())
+    return tuple(arrays[name].astype(dtype) if name in arrays else None for name in given)
 
 
 def expect_alike(shape: tuple[int, ...], what: str, **given: Array | None) -> tuple[Any, ...]:

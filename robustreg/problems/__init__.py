@@ -7,6 +7,7 @@ makes one batch of problems of different sizes, `sharding` splits one over devic
 """
 
 from robustreg.problems.cassandra import from_cassandra
+from robustreg.problems.dense import Dense
 from robustreg.problems.episodes import endless_states
 from robustreg.problems.generators import (
     CELLS,
@@ -23,6 +24,7 @@ from robustreg.problems.generators import (
 )
 from robustreg.problems.gymnasium import from_gymnasium, from_scipy
 from robustreg.problems.handles import trainable
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.problems.mdps import MDP, mdp
 from robustreg.problems.prism import from_prism
 from robustreg.problems.problem import Problem
@@ -30,7 +32,7 @@ from robustreg.problems.sharding import shard
 from robustreg.problems.stacking import stack
 from robustreg.problems.successors import Successors
 from robustreg.problems.tables import from_table
-from robustreg.problems.transitions import Dense, MatrixFree, Transitions
+from robustreg.problems.transitions import Transitions
 
 __all__ = [
     "CELLS",

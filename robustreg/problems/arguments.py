@@ -13,8 +13,10 @@ from jax import Array, lax
 
 from robustreg._core import checks, containers
 from robustreg.problems import function_checks
+from robustreg.problems.dense import Dense
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.problems.successors import Successors
-from robustreg.problems.transitions import Dense, MatrixFree, Transitions
+from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import masks
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustreg._core import checks
-from robustreg.problems.transitions import MatrixFree
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.regularisers import masks
 
 

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustreg._core import checks
+from robustreg.problems.dense import Dense
 from robustreg.problems.mdps import MDP, mdp
 from robustreg.problems.successors import Successors
-from robustreg.problems.transitions import Dense
 
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))
 """Actions of a grid world as (rows, columns): up, right, down, left, in turning order."""

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from robustreg._core import checks, containers
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.problems.successors import Successors
-from robustreg.problems.transitions import MatrixFree
 from robustreg.regularisers import masks
 
 

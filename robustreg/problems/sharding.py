@@ -20,9 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from robustreg._core import checks
+from robustreg.problems.dense import Dense
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.problems.mdps import MDP
 from robustreg.problems.successors import Successors
-from robustreg.problems.transitions import Dense, MatrixFree
 
 _CORES = {"reward": 2, "initial": 1, "termination": 2, "available": 2}
 

@@ -15,9 +15,10 @@ import numpy as np
 from jax import Array
 
 from robustreg._core import checks
+from robustreg.problems.dense import Dense
 from robustreg.problems.mdps import MDP
 from robustreg.problems.successors import Successors, written_out
-from robustreg.problems.transitions import Dense, Transitions
+from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.families import KL, Alpha
 from robustreg.regularisers.regulariser import Regulariser, Sum
 

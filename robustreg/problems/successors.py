@@ -17,7 +17,8 @@ from jax import Array, lax
 
 from robustreg._core import checks, loops, pytrees
 from robustreg.problems import sparsity
-from robustreg.problems.transitions import Dense, Transitions
+from robustreg.problems.dense import Dense
+from robustreg.problems.transitions import Transitions
 
 _UNROLL = 8  # successor slots per pass, see `BoundSuccessors`
 

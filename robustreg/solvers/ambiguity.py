@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from robustreg._core import checks, pytrees, roots
+from robustreg.problems.dense import Dense
 from robustreg.problems.mdps import MDP
 from robustreg.problems.successors import BoundSuccessors
 from robustreg.problems.transitions import Transitions
@@ -43,9 +44,10 @@ from robustreg.regularisers import parameters
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.norms import BoundNorm
 from robustreg.regularisers.sums import BoundSum
-from robustreg.solvers import exact_balls, listed_balls, shared_balls
+from robustreg.solvers import exact_balls, greedy_balls, listed_balls, shared_balls
 from robustreg.solvers.chains import Product
 from robustreg.solvers.exact_balls import ExactBall
+from robustreg.solvers.greedy_balls import GreedyBall
 from robustreg.solvers.listed_balls import ListedBall
 from robustreg.solvers.plain import FixedPolicy, HardMax
 from robustreg.solvers.shared_balls import SharedBall
@@ -99,7 +101,7 @@ class TransitionBall:
         if isinstance(transitions, BoundSuccessors) and self.p in listed_balls.KINDS:
             if transitions.fan_out**4 <= transitions.n_states**3:
                 return listed_balls.listed(self._radii(batch_ndim, dtype), transitions, self.p)
-        return ExactBall(self._radii(batch_ndim, dtype), transitions._rows(batch_ndim, dtype), self.p)
+        return written_out(self._radii(batch_ndim, dtype), transitions, self.p)
 
     def _laid_out(self, batch_ndim: int, dtype: Any, n_states: int) -> "BoundBall":
         radius = self._radii(batch_ndim, dtype)
@@ -168,7 +170,7 @@ class BoundBall:
         return Product(discount[None] * weight, self.norm(h, c)[1])
 
 
-Balls = BoundBall | ExactBall | ListedBall | SharedBall
+Balls = BoundBall | ExactBall | GreedyBall | ListedBall | SharedBall
 
 
 def _dual_exponent(p: float) -> float:
@@ -257,6 +259,16 @@ def refuse_sum(reg: Bound, p: float) -> None:
         )
 
 
+def written_out(radius: Array, transitions: Transitions, p: float | str) -> ExactBall | GreedyBall:
+    """Make the exact balls of a radius `[A or 1, S or 1, *b]` around the rows of a bound kernel."""
+    if p in greedy_balls.KINDS and isinstance(transitions, Dense):
+        return greedy_balls.greedy(radius, transitions, p)
+    rows = transitions._rows(radius.ndim - 2, radius.dtype)
+    if p in greedy_balls.KINDS:
+        return greedy_balls.greedy(radius, Dense(jnp.moveaxis(rows, (1, 0, 2), (-3, -2, -1))), p)
+    return ExactBall(radius, rows, p)
+
+
 def checked(ball: Any, mdp: MDP) -> TransitionBall:
     """Read the ambiguity set of an MDP: with arrays for numbers, all in range.
 
@@ -271,7 +283,7 @@ def checked(ball: Any, mdp: MDP) -> TransitionBall:
     for name, value, allowed in (("rectangular", ball.rectangular, _KINDS), ("form", ball.form, _FORMS)):
         if value not in allowed:
             raise ValueError(f"{name} of a TransitionBall must be one of {allowed}, got {value!r}")
-    if ball.form == "exact" and ball.p not in exact_balls.KINDS:
+    if ball.form == "exact" and ball.p not in (*greedy_balls.KINDS, *exact_balls.KINDS):
         raise ValueError('form "exact" is there for p = 1, 2, infinity or "kl"')
     if ball.form == "exact" and ball.rectangular == "s" and ball.p == 1:
         raise ValueError('form "exact" is there for p = 2, infinity or "kl" with rectangular="s": p = 1 needs "sa"')

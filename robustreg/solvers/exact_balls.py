@@ -11,14 +11,12 @@ method, w by sorting. In these balls any state may be a successor, also one that
 *p = "kl"* has the relative entropy `sum x log(x/p) <= b` for a norm: `x ~ p exp(-s v)`, s by Newton's method.
 
 T is a minimum of operators of Markov chains: monotone, a contraction by g, and it commutes with constants up to g, so
-that the certificate is that of `bellman` as it stands. K is the chain of the worst rows. Rows of P are written out
-(those that are short lists of successors are not, but for p = 2: `listed_balls`): memory and time of a backup grow with
-the square of S. The worst rows are only where K is wanted (and for p = 2 and "kl"): for the others what they cost is
-told from sums over states that are neighbours in the order of values.
+that the certificate is that of `bellman` as it stands. K is the chain of the worst rows. Rows of P are written out:
+memory and time of a backup grow with the square of S. Here are p = 2 and "kl"; p = 1 and infinity, which need no row of
+their own, in `greedy_balls`; rows that are short lists of successors, but for p = 2, in `listed_balls`.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +54,7 @@ class ExactBall(Stochastic):
     Attributes:
         radius: `[A or 1, S or 1, *b]`.
         rows: of P, `[A, S, S, *b]`.
-        p: 1, 2, infinity or "kl".
+        p: 2 or "kl".
     """
 
     radius: Array
@@ -70,139 +68,21 @@ class ExactBall(Stochastic):
 
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
-        return self._worst(h) - self.rows
+        return _WORST[self.p](self.rows, self.radius, h) - self.rows
 
     def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
         """Find what K loses against that of P."""
         noise = self.worst_noise(policy, h, c)
         return Written(-discount[None, None] * jnp.sum(policy[:, :, None] * noise, axis=0))
 
-    def _worst(self, h: Array) -> Array:
-        """Find the worst rows, `[A, S, S, *B]`."""
-        return _WORST[self.p](self.rows, self.radius, h)
-
     def _cost(self, h: Array) -> Array:
-        if self.p in _GREEDY:
-            return greedy_cost(self.p, self.rows, self.radius, h)
         over = h - lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
-        return jnp.sum((self.rows - self._worst(h)) * over[None, None], axis=2)
+        return jnp.sum((self.rows - _WORST[self.p](self.rows, self.radius, h)) * over[None, None], axis=2)
 
 
 def some(radius: Array) -> Array:
     """Make a radius positive: at 0, where a minimum meets a maximum, derivatives are those of the least one."""
     return radius + 1024 * jnp.finfo(radius.dtype).tiny
-
-
-def _shifted(rows: Array, radius: Array, h: Array) -> tuple[Array, Array]:
-    """The worst rows in the 1-norm, from the highest values to the lowest, and that order, `[S, *B]`."""
-    p, order = _sorted(rows, -h)
-    # What lies at the lowest value stays there.
-    high = p.at[:, :, -1].set(0)
-    before = jnp.cumsum(high, axis=2) - high
-    gone = jnp.clip(0.5 * some(radius)[:, :, None] - before, 0, high)
-    return (high - gone).at[:, :, -1].set(p[:, :, -1] + jnp.sum(gone, axis=2)), order
-
-
-def _filled(rows: Array, radius: Array, h: Array) -> tuple[Array, Array]:
-    """The worst rows with intervals around entries: the lowest values, which come first, get all that they may have."""
-    p, order = _sorted(rows, h)
-    b = some(radius)[:, :, None]
-    least = jnp.maximum(p - b, 0)
-    room = p + b - least
-    before = jnp.cumsum(room, axis=2) - room
-    return least + jnp.clip(jnp.sum(p - least, axis=2, keepdims=True) - before, 0, room), order
-
-
-def _sorted(rows: Array, key: Array) -> tuple[Array, Array]:
-    """Rows in the order of a key of their successors, `[S, *B]`, and that order."""
-    shape, order = jnp.broadcast_shapes(rows.shape, key.shape), jnp.argsort(key, axis=0)
-    every = jnp.broadcast_to(order[None, None], shape)
-    return jnp.take_along_axis(jnp.broadcast_to(rows, shape), every, axis=2), order
-
-
-# Sets whose worst rows come in the order of the values.
-_GREEDY: dict[float | str, Callable[[Array, Array, Array], tuple[Array, Array]]] = {1: _shifted, math.inf: _filled}
-
-
-def greedy_cost(p: float | str, rows: Array, radius: Array, h: Array) -> Array:
-    """Compute what the worst rows of such a set take off `<p, h>`, `[A, S, *B]`, without writing them.
-
-    Mass is taken, state by state in an order of their values, until there is enough: b/2 from the highest on, to be put
-    at the lowest; or (intervals) all that entries can give up, `sum min(p, b)`, to be put from the lowest on, where
-    there is room for `min(p, b) + b`. What that moves is linear in `v - min v`.
-    """
-    b, v, rows = _lanes_first(some(radius), 2), _lanes_first(h, 1), _lanes_first(rows, 3)
-    v = v - jnp.min(v, axis=-1, keepdims=True)
-    if p == 1:
-        cost, _ = _taken(rows, jnp.zeros_like(b), 0.5 * b, v, True)
-    else:
-        put, whole = _taken(jnp.minimum(rows, b[..., None]), b, None, v, False)
-        cost = whole - put
-    return jnp.moveaxis(cost, (-2, -1), (0, 1))
-
-
-def _lanes_first(x: Array, core: int) -> Array:
-    """From `[..., *B]` to `[*B, ...]`, with `core` axes of their own."""
-    return jnp.moveaxis(x, tuple(range(core)), tuple(range(-core, 0)))
-
-
-def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: bool) -> tuple[Array, Array]:
-    """Sum `m v` over states in the order of v, as long as the sum of `m = mass + more` is below a limit, `[*B, A, S]`.
-
-    States are put together by their rank into some sqrt(S) buckets, whose sums are one product of matrices. Only in the
-    bucket in which a row reaches its limit are its entries looked at one by one.
-
-    Args:
-        mass: `[*B, A, S, S]`, not negative.
-        more: the same for all entries of a row, `[*B, A, S]`.
-        limit: `[*B, A, S]`; None is the sum of `mass`.
-        v: values, `[*B, S]`.
-        descending: whether the highest come first.
-
-    Returns:
-        That sum, and that of `mass v` over all states.
-    """
-    n = v.shape[-1]
-    width = math.isqrt(n - 1) + 1
-    count = -(-n // width)
-    fixed = lax.stop_gradient(v)
-    order = jnp.argsort(-fixed if descending else fixed, axis=-1)
-    buckets = jnp.arange(count).reshape((1,) * v.ndim + (count,))
-    member = (jnp.argsort(order, axis=-1)[..., None] // width == buckets).astype(v.dtype)
-    columns = jnp.concatenate([member, member * v[..., None]], axis=-1)[..., None, :, :]
-    sums = jnp.matmul(mass, columns, precision=lax.Precision.HIGHEST)
-    total, whole = (jnp.sum(part, axis=-1) for part in (sums[..., :count], sums[..., count:]))
-    sums = sums + more[..., None] * jnp.sum(columns, axis=-2, keepdims=True)
-    limit = (total if limit is None else limit)[..., None]
-    reached = jnp.cumsum(sums[..., :count], axis=-1)
-    last = jnp.minimum(jnp.sum(reached <= limit, axis=-1, keepdims=True), count - 1)
-    buckets, ranks = buckets[..., None, :], jnp.arange(width).reshape((1,) * (v.ndim + 1) + (width,))
-    first = buckets < last
-    left = limit - jnp.sum(jnp.where(first, sums[..., :count], 0), axis=-1, keepdims=True)
-
-    def there(x: Array) -> Array:
-        """Entries of `[*B, S]` in that bucket, by rank, `[*B, A, S, width]`; 0 beyond the last state."""
-        x = jnp.pad(jnp.take_along_axis(x, order, axis=-1), [(0, 0)] * (x.ndim - 1) + [(0, count * width - n)])
-        x = x.reshape(*x.shape[:-1], 1, 1, count, width)
-        return jnp.sum(jnp.where((buckets == last)[..., None], x, 0), axis=-2)
-
-    states = there(jnp.broadcast_to(jnp.arange(n).reshape((1,) * (v.ndim - 1) + (n,)), v.shape))
-    entries = jnp.take_along_axis(mass, states, axis=-1) + more[..., None]
-    entries = jnp.where(last * width + ranks < n, entries, 0)
-    before = jnp.cumsum(entries, axis=-1) - entries
-    taken = jnp.sum(jnp.clip(left - before, 0, entries) * there(v), axis=-1)
-    return taken + jnp.sum(jnp.where(first, sums[..., count:], 0), axis=-1), whole
-
-
-def _in_place(p: float) -> Callable[[Array, Array, Array], Array]:
-    """The worst rows of such a set in their own order."""
-
-    def worst(rows: Array, radius: Array, h: Array) -> Array:
-        x, order = _GREEDY[p](rows, radius, h)
-        place = jnp.broadcast_to(jnp.argsort(order, axis=0)[None, None], x.shape)
-        return jnp.take_along_axis(x, place, axis=2)
-
-    return worst
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -321,9 +201,7 @@ def entropy(s: Array, p: Array, v: Array) -> Array:
 
 
 _WORST: dict[float | str, Callable[[Array, Array, Array], Array]] = {
-    1: _in_place(1),
     2: _projected,
-    math.inf: _in_place(math.inf),
     "kl": lambda rows, radius, h: tilted(rows, radius, h[None, None]),
 }
 KINDS = tuple(_WORST)

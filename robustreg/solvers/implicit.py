@@ -31,6 +31,7 @@ import numpy as np
 from jax import Array
 
 from robustreg._core import pytrees
+from robustreg.problems.transitions import Transitions
 from robustreg.solvers import bellman, linear
 from robustreg.solvers.linear import Method
 
@@ -180,6 +181,9 @@ def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem
     def put(x: Array, value: float) -> Array:
         return pytrees.put_in_lanes(x, lost, value)
 
+    def silence(x: Any) -> Any:
+        return x._silenced(lost) if isinstance(x, Transitions) else put(x, 0.0)
+
     values = {"log_prior": -float(np.log(problem.reward.shape[0])), "cost": 0.0}
     calm = jax.tree_util.tree_map_with_path(
         lambda path, x: put(x, values.get(getattr(path[-1], "name", ""), 1.0)), problem.regulariser
@@ -193,7 +197,7 @@ def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem
         discount=put(problem.discount, 0.0),
         complement=put(problem.complement, 1.0),
         horizon=put(problem.horizon, 1.0),
-        ball=jax.tree.map(lambda x: put(x, 0.0), problem.ball),
+        ball=jax.tree.map(silence, problem.ball, is_leaf=lambda x: isinstance(x, Transitions)),
     )
 
 

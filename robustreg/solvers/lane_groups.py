@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 from robustreg._core import pytrees
+from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.families import BoundAlpha
 from robustreg.solvers import bellman
 from robustreg.solvers.tolerance import Tolerance
@@ -86,10 +87,11 @@ def _by_hardness(problem: bellman.BoundProblem) -> Array:
 def _take_lanes(problem: bellman.BoundProblem, index: tuple[Array, ...]) -> bellman.BoundProblem:
     """The lanes at `index`, one array `[n]` per batch axis."""
 
-    def pick(tree: Any) -> Any:
-        return jax.tree.map(lambda x: pytrees.pick_lanes(x, index), tree)
+    def pick(x: Any) -> Any:
+        return x._take_lanes(index) if isinstance(x, Transitions) else pytrees.pick_lanes(x, index)
 
     names = (
+        "transitions",
         "regulariser",
         "reward",
         "exit_rate",
@@ -103,6 +105,6 @@ def _take_lanes(problem: bellman.BoundProblem, index: tuple[Array, ...]) -> bell
         "ball",
         "steps",
     )
-    leaves: Any = {name: pick(getattr(problem, name)) for name in names}
-    kernel = problem.transitions._take_lanes(index)
-    return dataclasses.replace(problem, transitions=kernel, batch=index[0].shape, **leaves)
+    own = {name: getattr(problem, name) for name in names}
+    leaves = jax.tree.map(pick, own, is_leaf=lambda x: isinstance(x, Transitions))
+    return dataclasses.replace(problem, batch=index[0].shape, **leaves)

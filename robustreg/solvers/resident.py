@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from robustreg.problems.dense import Dense
 from robustreg.problems.successors import BoundSuccessors
-from robustreg.problems.transitions import Dense
 from robustreg.regularisers.families import BoundAlpha, BoundKL
 from robustreg.solvers import bellman, methods, resident_kernel
 from robustreg.solvers.resident_kernel import Carrier, Sizes

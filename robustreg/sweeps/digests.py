@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustreg.problems.transitions import MatrixFree
+from robustreg.problems.matrix_free import MatrixFree
 from robustreg.sweeps.plan import Plan, hash_of
 
 # Where an object lies is another in every process. (Functions of a matrix-free kernel are known by their names.)

@@ -1,5 +1,5 @@
 // Rows of P as a block holds them, and the chain K = g P_pi of a policy on them (`problems/successors.py`,
-// `problems/transitions.py`).
+// `problems/dense.py`).
 
 // Of one lane, in device memory.
 struct Tables {

@@ -1,0 +1,181 @@
+"""Transitions that stay probabilities, where mass moves in the order of values: no row is sorted, none written out.
+
+Sets of `exact_balls` for two norms. Mass is taken, state by state in an order of their values, until there is enough.
+*p = 1*: b/2, from the highest value on, to be put at the lowest. *p = infinity*: the lowest values get all that they
+may have, `min(p, b) + b` more than the least, the very lowest first, until what all entries can give up,
+`sum min(p, b)`, is spent. Which states are taken whole, and what part of the one at which a row stops, is all there is
+to know of a row. It is found from sums over some sqrt(S) buckets of states that are neighbours in that order, which are
+one product of matrices.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from robustreg._core import pytrees
+from robustreg.problems.dense import Dense
+from robustreg.solvers import exact_balls
+from robustreg.solvers.chains import Written
+
+KINDS: tuple[float | str, ...] = (1, math.inf)
+
+
+class Taken(NamedTuple):
+    """Where rows stop to take mass.
+
+    Attributes:
+        rank: of each state in the order in which mass is taken, `[*B, S]`.
+        end: the rank at which a row stops, `[*B, S, A]`.
+        part: what is taken there, `[*B, S, A]`.
+        moved: the sum of `m v` over what is taken, `[*B, S, A]`.
+        whole: the sum of `mass v` over all states, `[*B, S, A]`.
+    """
+
+    rank: Array
+    end: Array
+    part: Array
+    moved: Array
+    whole: Array
+
+
+@pytrees.dataclass
+class GreedyBall(exact_balls.Stochastic):
+    """Balls around rows written out, in the kernels' layout.
+
+    Attributes:
+        radius: positive, `[A or 1, S or 1, *b]`.
+        mass: what entries can give up, `[*b, S, A, S]`: all that they have, or (infinity) no more than the radius.
+        p: 1 or infinity.
+    """
+
+    radius: Array
+    mass: Dense
+    p: float | str = pytrees.static()
+
+    def rounding(self, discount: Array, size: Array) -> Array:
+        """Bound what the cost of a value of that size errs by, in units of u: two sums over S states."""
+        n = self.mass.n_states
+        return 8 * (4 + min(n, 4 * n**0.5)) * discount * size
+
+    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
+        """Find the noise that costs most, `[A, S, S, *B]`."""
+        taken = self._taken(h)
+        return -jnp.moveaxis(self._put(self._lost(taken), taken.rank[..., None, None, :]), (-2, -3, -1), (0, 1, 2))
+
+    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
+        """Find what K loses against that of P."""
+        taken, weight = self._taken(h), _rows_first(policy * discount[None, None])
+        lost = jnp.sum(weight[..., None] * self._lost(taken), axis=-2)
+        return Written(jnp.moveaxis(self._put(lost, taken.rank[..., None, :]), (-2, -1), (0, 1)))
+
+    def _cost(self, h: Array) -> Array:
+        # What is moved is linear in `v - min v`, and costs nothing at the lowest value.
+        taken = self._taken(h)
+        return jnp.moveaxis(taken.moved if self.p == 1 else taken.whole - taken.moved, (-1, -2), (0, 1))
+
+    def _taken(self, h: Array) -> Taken:
+        mass, b, v = self.mass.probabilities, _rows_first(self.radius), jnp.moveaxis(h, 0, -1)
+        v = v - jnp.min(v, axis=-1, keepdims=True)
+        if self.p == 1:
+            return _taken(mass, jnp.zeros_like(b), 0.5 * b, v, True)
+        return _taken(mass, b, None, v, False)
+
+    def _lost(self, taken: Taken) -> Array:
+        """What entries lose, `[*B, S, A, S]`, before `_put`."""
+        mass = self.mass.probabilities
+        most = mass if self.p == 1 else mass + _rows_first(self.radius)[..., None]
+        rank, end = taken.rank[..., None, None, :], taken.end[..., None]
+        moved = jnp.where(rank < end, most, jnp.where(rank == end, taken.part[..., None], 0))
+        return moved if self.p == 1 else mass - moved
+
+    def _put(self, lost: Array, rank: Array) -> Array:
+        """For p = 1, put what rows `[..., S]` lose at the state that comes last, which has the lowest value."""
+        if self.p != 1:
+            return lost
+        return lost - jnp.where(rank == rank.shape[-1] - 1, jnp.sum(lost, axis=-1, keepdims=True), 0)
+
+
+def greedy(radius: Array, rows: Dense, p: float | str) -> GreedyBall:
+    """Make the balls of a radius `[A or 1, S or 1, *b]` around rows written out, as they lie in memory."""
+    radius = exact_balls.some(radius)
+    return GreedyBall(
+        radius, rows if p == 1 else Dense(jnp.minimum(rows.probabilities, _rows_first(radius)[..., None])), p
+    )
+
+
+def _rows_first(x: Array) -> Array:
+    """From `[A, S, *B]` to `[*B, S, A]`: the axes of rows as they lie in memory."""
+    return jnp.moveaxis(x, (1, 0), (-2, -1))
+
+
+def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: bool) -> Taken:
+    """Take `m = mass + more` from states in the order of v, until there is as much as a limit.
+
+    States are put together by their rank into some sqrt(S) buckets, whose sums are one product of matrices. Only in the
+    bucket in which a row reaches its limit are its entries looked at one by one.
+
+    Args:
+        mass: `[*B, S, A, S]`, not negative.
+        more: the same for all entries of a row, `[*B, S, A]`.
+        limit: `[*B, S, A]`; None is the sum of `mass`.
+        v: values, `[*B, S]`.
+        descending: whether the highest come first.
+    """
+    n = v.shape[-1]
+    # (Eight at a time: their two columns each fill the registers of a matrix product, which else takes thrice as long.)
+    width = -(-n // (8 * max(round(math.sqrt(n) / 8), 1)))
+    count = -(-n // width)
+    fixed = lax.stop_gradient(v)
+    order = jnp.argsort(-fixed if descending else fixed, axis=-1)
+    rank = jnp.argsort(order, axis=-1)
+    member = (rank[..., None] // width == jnp.arange(count).reshape((1,) * v.ndim + (count,))).astype(v.dtype)
+    columns = jnp.concatenate([member, member * v[..., None]], axis=-1)
+    sums = jnp.matmul(mass, columns[..., None, :, :], precision=lax.Precision.HIGHEST)
+    shares = jnp.sum(columns, axis=-2)[..., None, None, :]
+    own, worth = ([sums[..., first + k] for k in range(count)] for first in (0, count))
+    total, whole = (functools.reduce(jnp.add, parts) for parts in (own, worth))
+    left, bucket, moved = total if limit is None else limit, jnp.zeros(total.shape, rank.dtype), jnp.zeros_like(total)
+    going: Array | bool = True
+    # (Loops written out are one kernel, that reads these sums once; as an axis of its own they take ten times as long.)
+    for k in range(count - 1):
+        m = own[k] + more * shares[..., k]
+        going = going & (m <= left)
+        left, bucket = jnp.where(going, left - m, left), bucket + going.astype(bucket.dtype)
+        moved = moved + jnp.where(going, worth[k] + more * shares[..., count + k], 0)
+
+    bucket, left, moved, whole = (_alone(x) for x in (bucket, left, moved, whole))
+
+    def there(x: Array) -> Array:
+        """Entries of `[*B, S]` in that bucket, by rank, `[*B, S, A, width]`; the last state's beyond it."""
+        x = jnp.take_along_axis(x, order, axis=-1)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * width - n)], mode="edge")
+        x = x.reshape(*x.shape[:-1], 1, 1, count, width)
+        return jnp.take_along_axis(x, bucket[..., None, None], axis=-2, mode="promise_in_bounds")[..., 0, :]
+
+    states = there(jnp.broadcast_to(jnp.arange(n).reshape((1,) * (v.ndim - 1) + (n,)), v.shape))
+    entries = _alone(jnp.take_along_axis(mass, states, axis=-1, mode="promise_in_bounds"))
+    values = _alone(there(v))
+    going, part, full = True, jnp.zeros_like(left), jnp.zeros_like(bucket)
+    for k in range(width):
+        m = jnp.where(bucket * width + k < n, entries[..., k] + more, 0)
+        every = going & (m <= left)
+        some = jnp.where(going & ~every, left, 0)
+        taken = jnp.where(every, m, some)
+        left, part, full, going = left - taken, part + some, full + every.astype(full.dtype), every
+        moved = moved + taken * values[..., k]
+    return Taken(rank, bucket * width + full, part, moved, whole)
+
+
+@jax.custom_jvp
+def _alone(x: Array) -> Array:
+    """Compute x in a kernel of its own: one that reads it would compute it anew for each number that it makes of x."""
+    return lax.optimization_barrier(x)
+
+
+@_alone.defjvp
+def _alone_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _alone(*primals), tangents[0]
