@@ -69,6 +69,24 @@ def test_groups_change_nothing(kind, monkeypatch):
     assert np.asarray(whole.converged).sum() == 12
 
 
+def test_lanes_that_share_one_of_several_dense_kernels_stay_together(monkeypatch):
+    """A group would hold a copy of its kernel for each lane."""
+    grouped, calls = lane_groups._grouped, []
+    monkeypatch.setattr(lane_groups, "width", lambda problem: 2)
+    monkeypatch.setattr(lane_groups, "_grouped", lambda *x: calls.append(1) or grouped(*x))
+    jax.clear_caches()
+    two, six = rr.problems.garnets(2, 5, 2, 3, 0.9), rr.problems.garnets(6, 5, 2, 3, 0.9)
+    for m, betas, expected in (
+        (jax.tree.map(lambda x: x[:, None] if x.shape[:1] == (2,) else x, two), np.ones((2, 3)), False),
+        (two, np.ones((3, 2)), False),
+        (six, np.ones(6), True),
+        (rr.problems.garnet(5, 2, 3, 0.9), np.ones(6), True),
+    ):
+        calls.clear()
+        assert np.asarray(rr.solve(m, rr.kl(betas)).converged).all() and bool(calls) == expected
+    jax.clear_caches()
+
+
 def test_no_class_is_taken_for_another():
     """Treedefs of different classes differ, however alike their fields: compiled programs are found by them."""
     beta = jnp.ones(2)
