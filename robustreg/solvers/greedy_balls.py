@@ -102,9 +102,9 @@ class GreedyBall(exact_balls.Stochastic):
 def greedy(radius: Array, rows: Dense, p: float | str) -> GreedyBall:
     """Make the balls of a radius `[A or 1, S or 1, *b]` around rows written out, as they lie in memory."""
     radius = exact_balls.some(radius)
-    return GreedyBall(
-        radius, rows if p == 1 else Dense(jnp.minimum(rows.probabilities, _rows_first(radius)[..., None])), p
-    )
+    if p == 1:
+        return GreedyBall(radius, rows, p)
+    return GreedyBall(radius, Dense(jnp.minimum(rows.probabilities, _rows_first(radius)[..., None])), p)
 
 
 def _rows_first(x: Array) -> Array:
@@ -131,23 +131,11 @@ def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: 
     count = -(-n // width)
     fixed = lax.stop_gradient(v)
     order = jnp.argsort(-fixed if descending else fixed, axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    member = (rank[..., None] // width == jnp.arange(count).reshape((1,) * v.ndim + (count,))).astype(v.dtype)
-    columns = jnp.concatenate([member, member * v[..., None]], axis=-1)
-    sums = jnp.matmul(mass, columns[..., None, :, :], precision=lax.Precision.HIGHEST)
-    shares = jnp.sum(columns, axis=-2)[..., None, None, :]
-    own, worth = ([sums[..., first + k] for k in range(count)] for first in (0, count))
-    total, whole = (functools.reduce(jnp.add, parts) for parts in (own, worth))
-    left, bucket, moved = total if limit is None else limit, jnp.zeros(total.shape, rank.dtype), jnp.zeros_like(total)
-    going: Array | bool = True
-    # (Loops written out are one kernel, that reads these sums once; as an axis of its own they take ten times as long.)
-    for k in range(count - 1):
-        m = own[k] + more * shares[..., k]
-        going = going & (m <= left)
-        left, bucket = jnp.where(going, left - m, left), bucket + going.astype(bucket.dtype)
-        moved = moved + jnp.where(going, worth[k] + more * shares[..., count + k], 0)
-
-    bucket, left, moved, whole = (_alone(x) for x in (bucket, left, moved, whole))
+    rank = jnp.argsort(order, axis=-1).astype(jnp.int32)
+    member = (rank[..., None] // width == jnp.arange(count, dtype=rank.dtype).reshape((1,) * v.ndim + (count,))).astype(
+        v.dtype
+    )
+    bucket, left, moved, whole = _whole_buckets(mass, more, limit, member, member * v[..., None])
 
     def there(x: Array) -> Array:
         """Entries of `[*B, S]` in that bucket, by rank, `[*B, S, A, width]`; the last state's beyond it."""
@@ -168,6 +156,36 @@ def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: 
         left, part, full, going = left - taken, part + some, full + every.astype(full.dtype), every
         moved = moved + taken * values[..., k]
     return Taken(rank, bucket * width + full, part, moved, whole)
+
+
+def _whole_buckets(
+    mass: Array, more: Array, limit: Array | None, member: Array, worth: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Take buckets of states, one after the other, that fit into what is left of a limit; never the last one.
+
+    Args:
+        mass, more, limit: as in `_taken`.
+        member, worth: 1 and the value where a state is in a bucket, else 0, `[*B, S, buckets]`.
+
+    Returns:
+        The first bucket that is not taken, what is left of the limit, the sum of `m v` over what is taken, and that of
+        `mass v` over all states, `[*B, S, A]`.
+    """
+    columns, count = jnp.concatenate([member, worth], axis=-1), member.shape[-1]
+    sums = jnp.matmul(mass, columns[..., None, :, :], precision=lax.Precision.HIGHEST)
+    own, worths = ([sums[..., first + k] for k in range(count)] for first in (0, count))
+    total, whole = (functools.reduce(jnp.add, parts) for parts in (own, worths))
+    shares = jnp.sum(columns, axis=-2)[..., None, None, :]
+    left = total if limit is None else limit
+    bucket, moved, going = jnp.zeros(total.shape, jnp.int32), jnp.zeros_like(total), True
+    # (Written out, the loop is one kernel that reads these sums once; along an axis it takes ten times as long.)
+    for k in range(count - 1):
+        m = own[k] + more * shares[..., k]
+        going = going & (m <= left)
+        left, bucket = jnp.where(going, left - m, left), bucket + going.astype(bucket.dtype)
+        moved = moved + jnp.where(going, worths[k] + more * shares[..., count + k], 0)
+    bucket, left, moved, whole = (_alone(x) for x in (bucket, left, moved, whole))
+    return bucket, left, moved, whole
 
 
 @jax.custom_jvp
