@@ -21,35 +21,40 @@ state (evaluation: the rows of a state share the radius, and stay probabilities)
 and solved by Clarabel through cvxpy. Beside it stand `rr.evaluate` and `rr.solve` for R2 and for "exact", both to a
 certified error of 1e-3. Published, of one Python process each: 50 s and 100 s, R2 .02 and .04 s.
 
-Typical printout (2 shared CPU cores, float64, JAX 0.12.0; one other process at work):
+Typical printout (2 shared CPU cores, JAX 0.12.0, quiet):
 
     what a set takes off the uniform policy's value on the grid
     radius 0.01   rewards 0.25   r2 7.585   kappa 6.337
     radius 0.001   rewards 0.025   r2 0.8512   kappa 0.6337
     radius 1e-05   rewards 0.00025   r2 0.00864   kappa 0.006337
     20 sweeps, relative to plain ones
-    p 1   plain_s 1.63   rewards s 1.04   kappa sa 1.01   both s 1.03
-    p 2   plain_s 1.63   rewards s 1.03   kappa sa 1   both s 1.04
-    p inf   plain_s 1.64   rewards s 0.995   kappa sa 1.04   both s 1.04
-    p 3   plain_s 1.64   rewards s 1.05   kappa sa 1.05   both s 1.09
-    p 5   plain_s 1.65   rewards s 1.33   kappa sa 1.22   both s 1.54
-    p 10   plain_s 1.68   rewards s 1.27   kappa sa 1.21   both s 1.46
+    p 1   plain_s 0.63   rewards s 1.11   kappa sa 1.01   both s 1.09
+    p 2   plain_s 0.649   rewards s 1.11   kappa sa 1.01   both s 1.13
+    p inf   plain_s 0.652   rewards s 0.973   kappa sa 1.05   both s 1.04
+    p 3   plain_s 0.641   rewards s 1.16   kappa sa 1.14   both s 1.27
+    p 5   plain_s 0.653   rewards s 1.92   kappa sa 1.55   both s 2.71
+    p 10   plain_s 0.641   rewards s 1.73   kappa sa 1.58   both s 2.38
+    exact sets, rows written out
+    dtype float32   solver 20 sweeps   plain_ms 360   exact 1 1.9   exact inf 2.28
+    dtype float32   solver default   plain_ms 294   exact 1 2.3   exact inf 2.95
+    dtype float64   solver 20 sweeps   plain_ms 664   exact 1 3.26   exact inf 3.57
+    dtype float64   solver default   plain_ms 539   exact 1 2.08   exact inf 2.65
     exact sets on a grid
-    set plain   ms 1.98   relative 1
-    set exact 1   ms 3.41   relative 1.72
-    set exact inf   ms 6.59   relative 3.33
-    set exact kl   ms 41.7   relative 21.1
+    set plain   ms 2.01   relative 1
+    set exact 1   ms 3.27   relative 1.62
+    set exact inf   ms 6.01   relative 2.98
+    set exact kl   ms 42.8   relative 21.3
     beside conic programs
-    what conic evaluation   seconds 2.954   rounds 67   moved 0.06008
-    what R2 evaluation   seconds 0.001093   moved 0.03364   times_faster 2703
-    what exact evaluation   seconds 0.05392   moved 0.02841   times_faster 54.77
-    what conic improvement   seconds 10.14   rounds 88   moved 0.1242
-    what R2 improvement   seconds 0.001089   moved 0.1504   times_faster 9309
-    what exact improvement   seconds 0.09227   moved 0.07033   times_faster 109.8
+    what conic evaluation   seconds 3.48   rounds 67   moved 0.06008
+    what R2 evaluation   seconds 0.0008359   moved 0.03364   times_faster 4163
+    what exact evaluation   seconds 0.005784   moved 0.02841   times_faster 601.7
+    what conic improvement   seconds 11.5   rounds 88   moved 0.1242
+    what R2 improvement   seconds 0.0007533   moved 0.1503   times_faster 1.527e+04
+    what exact improvement   seconds 0.0116   moved 0.07144   times_faster 991.3
 
-(In a later, quiet run, with the grid: "exact sa" 4.37 for p = 1 and 3.69 for p = infinity. `moved` of the conic
-programs holds up to 1e-2 of where their iteration stopped. "exact" looks for the strength of every pair's adversary at
-every backup; it did so by bisection then.)
+(`moved` of the conic programs holds up to 1e-2 of where their iteration stopped. "exact" for p = 2 looks for the
+strength of every pair's adversary at every backup. Sweeps without a set took 1.63 s before products read dense kernels
+as they lie in memory, so that the ratios of exact sets, whose time fell as well, rose.)
 """
 
 import argparse

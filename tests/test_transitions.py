@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +112,10 @@ def test_wrong_shapes_are_refused(vectors):
             CASES[0].transitions(kind).push(np.ones((ACTIONS, STATES)))
 
 
-def _copies(compiled: str, size: int) -> list[str]:
+def _copies(compiled: Any, size: int) -> list[str]:
     """Arrays of so many numbers that a compiled program makes: no arguments, and no other views of them."""
-    entry = compiled[compiled.index("ENTRY") :].splitlines()[1:]
+    text = compiled.as_text()
+    entry = text[text.index("ENTRY") :].splitlines()[1:]
     made = [re.match(r"\s+(?:ROOT )?%\S+ = f\d+\[([\d,]+)\]\S* ([a-z-]+)\(", line) for line in entry]
     lines = [(line, *m.groups()) for line, m in zip(entry, made) if m]
     views = ("parameter", "bitcast", "reshape", "get-tuple-element")
@@ -128,9 +130,9 @@ def test_products_do_not_copy_the_kernel(own):
     kernel = rr.Dense(jnp.ones((own, s, a, s)) / s)
     v, mu = jnp.ones((s, lanes)), jnp.ones((a, s, lanes))
     for product, x in ((rr.Dense._expect, v), (rr.Dense._push, mu), (rr.Dense._mixed, mu[..., :own])):
-        assert not _copies(jax.jit(product).lower(kernel, x).compile().as_text(), kernel.probabilities.size)
+        assert not _copies(jax.jit(product).lower(kernel, x).compile(), kernel.probabilities.size)
     if own == 1:
         return
     # (Such a copy is found.)
     other = jax.jit(lambda k, x: jnp.einsum("bsat,tb->asb", k.probabilities, jnp.broadcast_to(x[:, :1], (s, own))))
-    assert _copies(other.lower(kernel, v).compile().as_text(), kernel.probabilities.size)
+    assert _copies(other.lower(kernel, v).compile(), kernel.probabilities.size)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from robustreg._core import pytrees
+from robustreg.problems.dense import Dense
 from robustreg.problems.successors import BoundSuccessors
 from robustreg.problems.transitions import Transitions
 
@@ -41,22 +42,31 @@ class Product(_OfLanes):
 
 
 @pytrees.dataclass
-class Written(_OfLanes):
-    """A matrix written out, `[S, S, *B]` (row: state, column: successor)."""
+class Written:
+    """A matrix written out: a kernel of one action (row: state, column: successor), whose products are those of one."""
 
-    matrix: Array
+    kernel: Dense
+
+    def pick(self, index: tuple[Array, ...]) -> "Written":
+        """Return the lanes at `index`, one array `[n]` per batch axis."""
+        return Written(self.kernel._take_lanes(index))
 
     def apply(self, x: Array) -> Array:
         """Multiply by a vector, `[S, *B]`."""
-        return jnp.sum(self.matrix * x[None], axis=1)
+        return self.kernel._expect(x)[0]
 
     def transpose(self, y: Array) -> Array:
         """Multiply a vector by it, `[S, *B]`."""
-        return jnp.sum(self.matrix * y[:, None], axis=0)
+        return self.kernel._push(y[None])
 
     def entries(self) -> Array:
-        """Return it."""
-        return self.matrix
+        """Write it out, `[S, S, *B]`."""
+        return jnp.moveaxis(self.kernel.probabilities[..., 0, :], (-2, -1), (0, 1))
+
+
+def written(rows: Array) -> Written:
+    """Make it of rows `[*B, S, S]`."""
+    return Written(Dense(rows[..., None, :]))
 
 
 @pytrees.dataclass

@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from robustreg._core import pytrees, roots
 from robustreg.regularisers.bound import Bound
-from robustreg.solvers.chains import Written
+from robustreg.solvers.chains import Written, written
 
 
 class Stochastic:
@@ -73,7 +73,8 @@ class ExactBall(Stochastic):
     def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
         """Find what K loses against that of P."""
         noise = self.worst_noise(policy, h, c)
-        return Written(-discount[None, None] * jnp.sum(policy[:, :, None] * noise, axis=0))
+        lost = -discount[None, None] * jnp.sum(policy[:, :, None] * noise, axis=0)
+        return written(jnp.moveaxis(lost, (0, 1), (-2, -1)))
 
     def _cost(self, h: Array) -> Array:
         over = h - lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))

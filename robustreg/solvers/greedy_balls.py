@@ -19,9 +19,13 @@ from jax import Array, lax
 from robustreg._core import pytrees
 from robustreg.problems.dense import Dense
 from robustreg.solvers import exact_balls
-from robustreg.solvers.chains import Written
+from robustreg.solvers.chains import Written, written
 
 KINDS: tuple[float | str, ...] = (1, math.inf)
+
+# Terms in which a sum over actions is written out: one kernel then reads them all, in a quarter of the time of a sum
+# along an axis.
+_TERMS = 32
 
 
 class Taken(NamedTuple):
@@ -64,13 +68,17 @@ class GreedyBall(exact_balls.Stochastic):
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
         taken = self._taken(h)
-        return -jnp.moveaxis(self._put(self._lost(taken), taken.rank[..., None, None, :]), (-2, -3, -1), (0, 1, 2))
+        lost = self._put(self._lost(taken, slice(None)), taken.rank[..., None, None, :])
+        return -jnp.moveaxis(lost, (-2, -3, -1), (0, 1, 2))
 
     def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
         """Find what K loses against that of P."""
         taken, weight = self._taken(h), _rows_first(policy * discount[None, None])
-        lost = jnp.sum(weight[..., None] * self._lost(taken), axis=-2)
-        return Written(jnp.moveaxis(self._put(lost, taken.rank[..., None, :]), (-2, -1), (0, 1)))
+        n_actions = weight.shape[-1]
+        step = -(-n_actions // _TERMS)
+        some = [slice(first, first + step) for first in range(0, n_actions, step)]
+        lost = [jnp.sum(weight[..., few, None] * self._lost(taken, few), axis=-2) for few in some]
+        return written(self._put(functools.reduce(jnp.add, lost), taken.rank[..., None, :]))
 
     def _cost(self, h: Array) -> Array:
         # What is moved is linear in `v - min v`, and costs nothing at the lowest value.
@@ -84,12 +92,14 @@ class GreedyBall(exact_balls.Stochastic):
             return _taken(mass, jnp.zeros_like(b), 0.5 * b, v, True)
         return _taken(mass, b, None, v, False)
 
-    def _lost(self, taken: Taken) -> Array:
-        """What entries lose, `[*B, S, A, S]`, before `_put`."""
-        mass = self.mass.probabilities
-        most = mass if self.p == 1 else mass + _rows_first(self.radius)[..., None]
-        rank, end = taken.rank[..., None, None, :], taken.end[..., None]
-        moved = jnp.where(rank < end, most, jnp.where(rank == end, taken.part[..., None], 0))
+    def _lost(self, taken: Taken, actions: slice) -> Array:
+        """What entries lose, `[*B, S, actions, S]`, before `_put`."""
+        mass, end, part = self.mass.probabilities[..., actions, :], taken.end[..., actions], taken.part[..., actions]
+        most = mass
+        if self.p != 1:
+            most = mass + jnp.broadcast_to(_rows_first(self.radius), taken.end.shape)[..., actions, None]
+        rank, end, part = taken.rank[..., None, None, :], end[..., None], part[..., None]
+        moved = jnp.where(rank < end, most, jnp.where(rank == end, part, 0))
         return moved if self.p == 1 else mass - moved
 
     def _put(self, lost: Array, rank: Array) -> Array:
