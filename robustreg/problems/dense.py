@@ -103,6 +103,9 @@ class Dense(Transitions):
         spec = f"{''.join(lanes[i] for i in own)}sat,as{lanes}->st{lanes}"
         return jnp.einsum(spec, p, policy, precision=_EXACT)
 
+    def _rows(self, ndim: int, dtype: Any) -> Array:
+        return jnp.moveaxis(self.probabilities.astype(dtype), (-2, -3, -1), (0, 1, 2))
+
     def _mixed(self, policy: Array) -> Array:
         """Average over actions by a policy of the kernel's own lanes, `[*b, S, S]`."""
         weight = jnp.moveaxis(policy, (1, 0), (-2, -1))
