@@ -121,7 +121,7 @@ def array(name: str, value: Any, dtype: Any = None) -> jax.Array:
         if isinstance(value, np.ndarray) and not value.dtype.isnative:
             value = value.astype(value.dtype.newbyteorder("="))
         known = isinstance(value, jax.Array | np.ndarray)
-        # (JAX says of text that it will be refused some day, or is.)
+        # (Older releases of JAX only warn of text.)
         if not known and any(isinstance(leaf, str | bytes) for leaf in jax.tree.leaves(value)):
             raise TypeError("text")
         x = value if known else jnp.asarray(value)

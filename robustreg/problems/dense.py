@@ -112,14 +112,14 @@ class Dense(Transitions):
         return jnp.sum(weight[..., None] * self.probabilities, axis=-2)
 
     def _factors(self, x: Array, core: int) -> tuple[Array, tuple[int, ...], Array]:
-        """The kernel as `_of_own_lanes` has it, and x for all lanes."""
+        """Return the kernel as `_of_own_lanes` has it, and x for all lanes."""
         if x.ndim - core != len(self.batch_shape):
             raise ValueError(f"expected {len(self.batch_shape)} batch axes, got shape {x.shape}")
         p, own = self._of_own_lanes()
         return p, own, jnp.broadcast_to(x, x.shape[:core] + jnp.broadcast_shapes(x.shape[core:], self.batch_shape))
 
     def _of_own_lanes(self) -> tuple[Array, tuple[int, ...]]:
-        """The kernel without the batch axes that lanes share, and the numbers of those that it has."""
+        """Return the kernel without the batch axes that lanes share, and the numbers of those that it has."""
         own = tuple(i for i, n in enumerate(self.batch_shape) if n > 1)
         return self.probabilities.reshape(tuple(self.batch_shape[i] for i in own) + self.probabilities.shape[-3:]), own
 

@@ -261,8 +261,6 @@ def refuse_sum(reg: Bound, p: float) -> None:
 
 def written_out(radius: Array, transitions: Transitions, p: float | str) -> ExactBall | GreedyBall:
     """Make the exact balls of a radius `[A or 1, S or 1, *b]` around the rows of a bound kernel."""
-    if p in greedy_balls.KINDS and isinstance(transitions, Dense):
-        return greedy_balls.greedy(radius, transitions, p)
     rows = transitions._rows(radius.ndim - 2, radius.dtype)
     if p in greedy_balls.KINDS:
         return greedy_balls.greedy(radius, Dense(jnp.moveaxis(rows, (1, 0, 2), (-3, -2, -1))), p)

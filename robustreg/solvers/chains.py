@@ -1,9 +1,7 @@
 """The Markov chain of a policy as a linear operator: `K = g P_pi`, applied, transposed, written out."""
 
 from collections.abc import Callable
-from typing import Self
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,20 +11,16 @@ from robustreg.problems.successors import BoundSuccessors
 from robustreg.problems.transitions import Transitions
 
 
-class _OfLanes:
-    """Base of operators whose arrays all end in the axes of lanes."""
-
-    def pick(self, index: tuple[Array, ...]) -> Self:
-        """Return the lanes at `index`, one array `[n]` per batch axis."""
-        return jax.tree.map(lambda x: pytrees.pick_lanes(x, index), self)
-
-
 @pytrees.dataclass
-class Product(_OfLanes):
+class Product:
     """A matrix that is the product of two vectors, `left right^T`, `[S, *B]` each."""
 
     left: Array
     right: Array
+
+    def pick(self, index: tuple[Array, ...]) -> "Product":
+        """Return the lanes at `index`, one array `[n]` per batch axis."""
+        return Product(pytrees.pick_lanes(self.left, index), pytrees.pick_lanes(self.right, index))
 
     def apply(self, x: Array) -> Array:
         """Multiply by a vector, `[S, *B]`."""

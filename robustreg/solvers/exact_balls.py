@@ -34,9 +34,18 @@ class Stochastic:
 
     keeps_constants = True
 
+    @property
+    def terms(self) -> int:
+        """Count the numbers that are added up for a row."""
+        raise NotImplementedError
+
     def contraction(self, discount: Array, n_states: int) -> Array:
         """Return the modulus of the operator, g."""
         return discount
+
+    def rounding(self, discount: Array, size: Array) -> Array:
+        """Bound what the cost of a value of that size errs by, in units of u: two sums."""
+        return 8 * (4 + min(self.terms, 4 * self.terms**0.5)) * discount * size
 
     def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
         """Return the regulariser, and the action values that the worst transitions leave."""
@@ -61,10 +70,10 @@ class ExactBall(Stochastic):
     rows: Array
     p: float | str = pytrees.static()
 
-    def rounding(self, discount: Array, size: Array) -> Array:
-        """Bound what the cost of a value of that size errs by, in units of u: two sums over S states."""
-        n = self.rows.shape[2]
-        return 8 * (4 + min(n, 4 * n**0.5)) * discount * size
+    @property
+    def terms(self) -> int:
+        """Count the states."""
+        return self.rows.shape[2]
 
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""

@@ -60,10 +60,10 @@ class GreedyBall(exact_balls.Stochastic):
     mass: Dense
     p: float | str = pytrees.static()
 
-    def rounding(self, discount: Array, size: Array) -> Array:
-        """Bound what the cost of a value of that size errs by, in units of u: two sums over S states."""
-        n = self.mass.n_states
-        return 8 * (4 + min(n, 4 * n**0.5)) * discount * size
+    @property
+    def terms(self) -> int:
+        """Count the states."""
+        return self.mass.n_states
 
     def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
         """Find the noise that costs most, `[A, S, S, *B]`."""
@@ -93,7 +93,7 @@ class GreedyBall(exact_balls.Stochastic):
         return _taken(mass, b, None, v, False)
 
     def _lost(self, taken: Taken, actions: slice) -> Array:
-        """What entries lose, `[*B, S, actions, S]`, before `_put`."""
+        """Compute what entries lose, `[*B, S, actions, S]`, before `_put`."""
         mass, end, part = self.mass.probabilities[..., actions, :], taken.end[..., actions], taken.part[..., actions]
         most = mass
         if self.p != 1:
@@ -118,7 +118,7 @@ def greedy(radius: Array, rows: Dense, p: float | str) -> GreedyBall:
 
 
 def _rows_first(x: Array) -> Array:
-    """From `[A, S, *B]` to `[*B, S, A]`: the axes of rows as they lie in memory."""
+    """Reorder `[A, S, *B]` to `[*B, S, A]`, the axes of rows as they lie in memory."""
     return jnp.moveaxis(x, (1, 0), (-2, -1))
 
 
@@ -142,13 +142,11 @@ def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: 
     fixed = lax.stop_gradient(v)
     order = jnp.argsort(-fixed if descending else fixed, axis=-1)
     rank = jnp.argsort(order, axis=-1).astype(jnp.int32)
-    member = (rank[..., None] // width == jnp.arange(count, dtype=rank.dtype).reshape((1,) * v.ndim + (count,))).astype(
-        v.dtype
-    )
+    member = jax.nn.one_hot(rank // width, count, dtype=v.dtype)
     bucket, left, moved, whole = _whole_buckets(mass, more, limit, member, member * v[..., None])
 
     def there(x: Array) -> Array:
-        """Entries of `[*B, S]` in that bucket, by rank, `[*B, S, A, width]`; the last state's beyond it."""
+        """Read entries of `[*B, S]` in that bucket, by rank, `[*B, S, A, width]`; the last state's beyond it."""
         x = jnp.take_along_axis(x, order, axis=-1)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * width - n)], mode="edge")
         x = x.reshape(*x.shape[:-1], 1, 1, count, width)

@@ -54,10 +54,10 @@ class ListedBall(exact_balls.Stochastic):
     probabilities: Array
     p: float | str = pytrees.static()
 
-    def rounding(self, discount: Array, size: Array) -> Array:
-        """Bound what the cost of a value of that size errs by, in units of u: sums over lists and lowest states."""
-        n = 2 * self.indices.shape[0]
-        return 8 * (4 + min(n, 4 * n**0.5)) * discount * size
+    @property
+    def terms(self) -> int:
+        """Count the successors of a list, and as many lowest states."""
+        return 2 * self.indices.shape[0]
 
     def _cost(self, h: Array) -> Array:
         worst = self._worst(h)

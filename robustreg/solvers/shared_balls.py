@@ -46,8 +46,7 @@ class SharedBall(exact_balls.ExactBall):
 
     def rounding(self, discount: Array, size: Array) -> Array:
         """Bound what the cost of a value of that size errs by, in units of u: two sums over S states, and searches."""
-        n = self.rows.shape[2]
-        return 16 * (4 + min(n, 4 * n**0.5)) * discount * size
+        return 2 * super().rounding(discount, size)
 
     def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
         """Return the regulariser with what the noise costs added to it, and the action values."""
