@@ -238,7 +238,7 @@ def test_an_order_of_each_row():
 
 
 def test_few_turns_settle_every_row():
-    """Rounding does not keep a row from settling: a handful of turns for alpha <= 2, whatever A."""
+    """Rounding does not keep a row from settling: two to four turns and the last pass for alpha <= 2, whatever A."""
     from robustreg.regularisers import layer
 
     @jax.jit
@@ -246,9 +246,9 @@ def test_few_turns_settle_every_row():
         found, search = [], layer._search
 
         def counted(*args):
-            state = search(*args)
-            found.append(state.count)
-            return state
+            end, policy = search(*args)
+            found.append(end.count)
+            return end, policy
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layer, "_search", counted)
@@ -259,19 +259,20 @@ def test_few_turns_settle_every_row():
     for rows, actions in ((2000, 8), (64, 1000), (2, 100_000)):
         q = draw(rows, actions, seed=7)[0]
         for order in (0.5, 1.2, 1.5, 1.7, 2.0):
-            assert 0 < int(turns(rr.alpha(np.float32(order), np.float32(0.5)), q)) <= 8, (rows, actions, order)
+            assert 0 < int(turns(rr.alpha(np.float32(order), np.float32(0.5)), q)) <= 5, (rows, actions, order)
 
 
-def test_large_rows_need_little_memory():
-    """At A = 128,000: scratch space and results of a policy and its derivative in units of the logits."""
+@pytest.mark.parametrize("order", [1.5, 1.7, 2.0])
+def test_large_rows_need_little_memory(order):
+    """At A = 128,000: scratch space and results of a policy, a value and their derivatives, in units of the logits."""
     q = np.zeros((8, 128000), np.float32)
-    for order in (1.5, 1.7, 2.0):
-        reg = rr.alpha(np.float32(order), np.float32(0.5))
-        derivative = lambda q, reg=reg: jax.vjp(reg.argmax, q)[1](jnp.ones_like(q))[0]  # noqa: E731
-        # (At alpha = 2 the compiler keeps one array more for the derivative.)
-        for f, most in ((reg.argmax, 4), (derivative, 5 if order == 2 else 4)):
-            memory: Any = jax.jit(f).lower(q).compile().memory_analysis()
-            assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= (most + 0.1) * q.nbytes
+    reg = rr.alpha(np.float32(order), np.float32(0.5))
+    for f in (reg.argmax, reg.conjugate):
+        with_gradient = lambda q, f=f: (lambda y, pull: (y, pull(jnp.ones_like(y))[0]))(*jax.vjp(f, q))  # noqa: E731
+        derivative = lambda q, f=f: jax.vjp(f, q)[1](jnp.ones(jax.eval_shape(f, q).shape, q.dtype))[0]  # noqa: E731
+        for g in (f, derivative, with_gradient):
+            memory: Any = jax.jit(g).lower(q).compile().memory_analysis()
+            assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 4.1 * q.nbytes
 
 
 def test_the_benchmark_runs(tmp_path):

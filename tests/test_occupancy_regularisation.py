@@ -14,7 +14,7 @@ import pytest
 from scipy import optimize
 
 import robustreg as rr
-from robustreg.solvers import joint_dual
+from robustreg.solvers import joint_bounds, joint_dual
 
 S, A, G = 5, 3, 0.9
 ALPHA = np.array([1.0, 0.5, 1.5, 2.0, 0.0, 3.0, 1.0, 1.0])
@@ -224,6 +224,22 @@ def test_batches_and_tolerance(solved):
     assert (np.asarray(early.status) == rr.Status.MAX_STEPS).any()
     assert (np.asarray(early.lower) <= np.asarray(both.upper)).all()
     assert (np.asarray(early.upper) >= np.asarray(both.lower)).all()
+
+
+@pytest.mark.parametrize("states, written", [(40, True), (100, True), (40, False)])
+def test_many_states(monkeypatch, states, written):
+    """Bounds from the policy's own occupancy: by elimination in blocks, and where the chain is not written out."""
+    if not written:
+        monkeypatch.setattr(joint_bounds.elimination, "STATES", 0)
+        states += 1  # another shape, so another program
+    rng = np.random.default_rng(3)
+    P, reward = rng.dirichlet(np.full(states, 0.05), (states, A)), rng.normal(size=(states, A))
+    initial, mu0 = rng.dirichlet(np.ones(states)), np.full((states, A), 1 / (states * A))
+    sol = rr.solve_occupancy(problem(P, reward, initial), regulariser(), mu0).raise_if_failed()
+    best = primal(np.asarray(sol.occupancy), reward, mu0)
+    least = dual(P, reward, initial, mu0, np.asarray(sol.value))
+    assert np.abs(best - least).max() <= 1e-8 and np.asarray(sol.gap).max() <= 1e-6
+    assert (np.asarray(sol.lower) <= least + 1e-12).all() and (np.asarray(sol.upper) >= best - 1e-12).all()
 
 
 def test_conjugate_gradients_where_there_are_many_states(monkeypatch, solved):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg._core import checks
+from robustreg._core import checks, extremes
 from robustreg.adversary import reach
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
@@ -90,12 +90,7 @@ def _critical_beta(reg: Any, perturbation: Array, weights: Array | None, per_sta
     if weights is not None:
         return reach.reach(bound, x, weights)[..., 0]
     each = reach.reach(bound, x)
-    return each if per_state else _smallest(each)
-
-
-def _smallest(x: Array) -> Array:
-    """Minimum over the last axis; NaN if any entry is (reductions have been seen to lose it)."""
-    return jnp.where(jnp.any(jnp.isnan(x), axis=-1), jnp.nan, jnp.min(x, axis=-1))
+    return each if per_state else extremes.smallest(each, -1)
 
 
 def calibrate(

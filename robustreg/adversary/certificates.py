@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, pytrees
+from robustreg._core import checks, extremes, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.regulariser import Regulariser
@@ -189,8 +189,8 @@ def _certify(
     wrong = (lower > upper) | ~bellman.sound(problem)[None]
     lower, upper = (jnp.where(wrong, jnp.nan, x) for x in (lower, upper))
     perturbed = q - dr
-    indifference = jnp.max(jnp.where(p > 0, jnp.abs(perturbed - h[None]), 0), axis=0)
-    best = jnp.max(jnp.where(masked, -jnp.inf, perturbed), axis=0)
+    indifference = extremes.largest(jnp.where(p > 0, jnp.abs(perturbed - h[None]), 0 * p), 0)
+    best = extremes.largest(jnp.where(masked, -jnp.inf, perturbed), 0)
     # (What noise in the transitions takes off is in the perturbation: for it the transitions are what they were.)
     bare = problem if ball is None else bellman.bind(mdp, reg, *others, strict=strict)
     below, above = bellman.value_bounds(bare, h, c, best, jnp.zeros_like(c))

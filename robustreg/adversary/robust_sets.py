@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, pytrees, roots
+from robustreg._core import checks, extremes, pytrees, roots
 from robustreg.adversary import perturbations, reach
 from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.divergences import alpha_divergence, deformed_exp, deformed_log, log_ratio, weighted
@@ -177,9 +177,8 @@ class HalfSpace(PerturbationSet):
         """Compute `Omega(pi)` for `pi` itself, infinite for every other distribution (compared to rounding)."""
         own = checks.canonical(jnp.asarray(self.policy))
         unit = 8 * float(jnp.finfo(own.dtype).eps)
-        other = jnp.max(jnp.abs(jnp.asarray(policy, own.dtype) - own), axis=-1) > unit
-        price = _price(self.regulariser, own)
-        return jnp.where(other, jnp.inf, price)
+        off = extremes.largest(jnp.abs(jnp.asarray(policy, own.dtype) - own), -1)
+        return jnp.where(off <= unit, _price(self.regulariser, own), jnp.inf * off)
 
     def radius(self, direction: ArrayLike) -> Array:
         """Compute `Omega(pi)/<pi, direction>`, infinite where the direction costs the policy nothing."""
@@ -201,7 +200,7 @@ class Orthant(PerturbationSet):
         """Compute `min_a (worst_case - dr)` over the actions that the prior allows."""
         corner, allowed = self._corner()
         room = jnp.where(allowed, corner - jnp.asarray(perturbation, corner.dtype), jnp.inf)
-        return jnp.min(room, axis=-1)
+        return extremes.smallest(room, -1)
 
     def support(self, policy: ArrayLike) -> Array:
         """Compute `<p, worst_case(pi)>`."""

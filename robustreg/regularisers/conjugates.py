@@ -171,23 +171,29 @@ class Rows(NamedTuple):
     h: Array
 
 
+class Moments(NamedTuple):
+    """Mean and variance of the gaps under the prior, `[...]` each."""
+
+    mean: Array
+    variance: Array
+
+
 def loss(raw: Array, ratio: Array, level: Array, rows: Rows, reduce: pytrees.Reducers) -> Array:
     """Compute `beta (max q - Omega*)` from the dual function at a level; `raw` is `p0 e^ratio` there, `[A, ...]`."""
     gap, log_prior, prior, mass, alpha, h = rows
     short = reduce.total(missing(raw, prior, ratio))
     price = alpha_divergence_at(raw, log_prior, alpha, ratio, reduce)
     total = weighted(raw, gap, reduce.total) + price + short * deformed_exp(level, h)
-    return unless_tiny(total, rows, reduce)
-
-
-def unless_tiny(total: Array, rows: Rows, reduce: pytrees.Reducers) -> Array:
-    """Divide a loss `total` by the mass of the prior; where gaps are small, take that of two moments, `[...]`."""
-    gap, _, prior, mass, _, h = rows
-    # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
     mean = reduce.total(prior * gap) / mass
-    spread = reduce.total(prior * (gap - reduce.over(mean)) ** 2) / mass
-    tiny = reduce.largest(gap) * (1 + jnp.abs(h)) < _tiny(gap.dtype)
-    return jnp.where(tiny, mean - 0.5 * spread, total / mass)
+    moments = Moments(mean, reduce.total(prior * (gap - reduce.over(mean)) ** 2) / mass)
+    return unless_tiny(total, rows, moments, reduce)
+
+
+def unless_tiny(total: Array, rows: Rows, moments: Moments, reduce: pytrees.Reducers) -> Array:
+    """Divide a loss `total` by the mass of the prior; where gaps are small, take that of two moments, `[...]`."""
+    # A root near 0 is known to u, and the dual function to its square, which may be more than the gaps.
+    tiny = reduce.largest(rows.gap) * (1 + jnp.abs(rows.h)) < _tiny(rows.gap.dtype)
+    return jnp.where(tiny, moments.mean - 0.5 * moments.variance, total / rows.mass)
 
 
 def _tiny(dtype: np.dtype) -> float:
@@ -215,7 +221,8 @@ def ratios(level: Array, gap: Array, h: Array, reduce: pytrees.Reducers = pytree
     """
     # The factor by halves: where gaps come close to the largest number, e^-hl is below the smallest.
     half = reduce.over(jnp.exp(-0.5 * h * level))
-    scaled = jnp.where(gap == 0, 0, gap * half * half)
+    # (Compared with 0 alone, the gaps would be compared before a loop, and the truth of it kept in memory.)
+    scaled = jnp.where(gap <= jnp.minimum(half, 0), 0, gap * half * half)
     h = reduce.over(h)
     x = -h * scaled
     rho = jnp.maximum(1 + x, 0)

@@ -9,14 +9,23 @@ array that may not fit a cache, so that turns are what is saved.
 
     l  <=  min( log(1/p0_best),  lam_h(m) ),
 
-and M is convex (alpha > 1) or concave in y: Newton's method descends from there to the root and never passes it, in 3
-to 5 turns (from `log(1/p0_best)` alone: 5 to 8). For alpha > 2 it starts at 0, and bisection guards it.
+and M is convex (alpha > 1) or concave in y: Newton's method descends from there to the root and never passes it. For
+alpha from 1 to 2 it starts at what two moments say: if `z = y - h gap` were normal with the variance `h^2 V`, and `1/h`
+were 2, then `1 = E z^{1/h} = (mean^2 + (1/h - 1) h^2 V)^{1/(2h)}`, which is also right to second order for small V, and
+
+    y  =  h m + sqrt(1 - (1 - h) h V),      lam_h(m - (1 - h) V / (1 + sqrt(1 - (1 - h) h V)))  as a level,
+
+with the root at least .3. The mass is a tenth off there where it is by half from Jensen's bound; should that be below
+the root, the next step is above. For alpha > 2 it starts at 0, and bisection guards it.
 
 **Stop.** The policy takes one more Newton step, in policy space, when it is normalised. It leaves of `F = log sum p` a
 relative error of `(1 - h)/2 (F/(rho E_p[1/rho]))^2`, hence in p at most `(1 + |h|) F^2 / (2 E_p[1/rho])` for h < 0, and
-actions on the edge of the support, of probability `p0 F^{1/h}`. So F is small enough at a fraction of
-`u^{max(h, 1/2)}`. Rounding may keep it from getting there: a turn that gains less than a half where F is no more than
-the sum of its rounding is the last one. No row waits for bisection to find out that it has settled.
+actions on the edge of the support, of probability `p0 F^{1/h}`. So F is small enough at `u^h`, and at a fraction of
+`u^{1/2}`. A step from F to about `F^2` is believed where that is enough: the row waits for the pass that writes the
+policy, whose sums show it (and go on where it was too good a hope: for alpha = 2, M is made of straight lines, and a
+step may end in front of the next corner). Rounding may keep F from getting there: a turn that gains less than a half
+where F is no more than the sum of its rounding is the last one. No row waits for bisection to find out that it has
+settled.
 
 **Powers.** `p = p0 e^l rho^{1/h}` with `rho = 1 - h gap e^{-hl}`. The prior's exponential, at the level of the start,
 is taken once. Where one alpha serves all rows and `1/h` is 1, 2 or -2 (alpha = 2, 1.5, .5) the power is a product, and
@@ -36,6 +45,7 @@ from jax import Array, lax
 
 from robustreg._core import loops, pytrees
 from robustreg.regularisers.conjugates import (
+    Moments,
     Rows,
     curvature,
     gaps,
@@ -47,8 +57,11 @@ from robustreg.regularisers.conjugates import (
 from robustreg.regularisers.divergences import deformed_exp, deformed_log, divergence_terms, missing
 from robustreg.regularisers.levels import moved, resolution
 
-# Of the loop: bisection alone would need about 60 turns in float64.
-_MAX_TURNS = 80
+# Of the loop: bisection alone would need about 60 turns in float64, and rows may begin it at different times.
+_MAX_TURNS = 160
+
+# The least mean of `y - h gap` that moments are believed about, in units of its value without a spread.
+_LEAST_ROOT = 0.3
 
 # Powers 1/h that are products.
 _POWERS = (1, 2, -2)
@@ -63,13 +76,14 @@ Evaluate = Callable[[Array, Callable[[Array, Array], tuple[Array, ...]]], tuple[
 
 
 class State(NamedTuple):
-    """Of the search: a level, a bracket around the root, the last `|F|`, what is done, `[...]`; turns."""
+    """Of the search: a level, a bracket around the root, the last `|F|`, what is done or near, `[...]`; turns."""
 
     level: Array
     low: Array
     high: Array
     last: Array
     done: Array
+    near: Array
     count: Array
 
 
@@ -91,28 +105,21 @@ def alpha_maximiser(q: Array, beta: Array, log_prior: Array, alpha: Array) -> tu
     prior = jnp.exp(log_prior)
     mass = jnp.broadcast_to(gap.shape[-1] * prior[..., 0], best.shape) if uniform else LAST.total(prior)
     rows = Rows(gap, log_prior, prior, mass, alpha, alpha - 1)
-    start, high = _bracket(rows, LAST.total(prior * gap) / mass)
-    evaluate = _evaluation(rows, start, order - 1)
-    end = _search(rows, start, high, evaluate)
-    value = best - _loss(end.level, rows) / beta
-    (policy,) = evaluate(end.level, lambda p, _: (p,))
-    # (Another array out of the branches is another in memory; this is a product of what is there.)
-    weight = curvature(policy, ratios(end.level, gap, rows.h, LAST)[1])
-    # (Summed with more care than a turn's: one after the other, 128,000 numbers lose three digits.)
-    sums = LAST.total(policy), LAST.total(weight)
-    resolved = jnp.maximum(_noise(rows, end.level), resolution(gap.dtype))
-    return value, normalised(policy, weight, sums, (end.low, end.high), rows, resolved, LAST)
+    moments = _moments(rows)
+    start, high = _bracket(rows, moments)
+    end, policy = _search(rows, start, high, _evaluation(rows, start, order - 1))
+    return best - _loss(end.level, rows, moments) / beta, policy
 
 
-def _loss(level: Array, rows: Rows) -> Array:
-    """`conjugates.loss` in few sums, `[...]`: every one of them writes what it adds up to memory."""
+def _loss(level: Array, rows: Rows, moments: Moments) -> Array:
+    """`conjugates.loss` by one sum, `[...]`: every sum writes what it adds up to memory."""
     ratio = ratios(level, rows.gap, rows.h, LAST)[0]
     policy = jnp.exp(rows.log_prior + ratio)
     terms = jnp.where(policy == 0, 0, policy * rows.gap)
     terms = terms + divergence_terms(policy, rows.prior, rows.alpha[..., None], ratio)
-    # (What is missing is summed before it is multiplied by what may be 1e24.)
-    short = LAST.total(missing(policy, rows.prior, ratio))
-    return unless_tiny(LAST.total(terms) + short * deformed_exp(level, rows.h), rows, LAST)
+    short = missing(policy, rows.prior, ratio) * deformed_exp(level, rows.h)[..., None]
+    # (Written as one array, or the compiler for CPUs writes what it is the sum of.)
+    return unless_tiny(LAST.total(pytrees.materialised(terms + short)), rows, moments, LAST)
 
 
 def _evaluation(rows: Rows, start: Array, h: Array) -> Evaluate:
@@ -179,53 +186,94 @@ def _sums(x: Array, y: Array) -> tuple[Array, Array]:
     return total, other
 
 
-def _bracket(rows: Rows, mean: Array) -> tuple[Array, Array]:
-    """Where Newton's method starts, and an upper bound of the root, `[...]` each (0 is a lower bound).
+def _moments(rows: Rows) -> Moments:
+    """Mean and variance of the gaps under the prior, by one pass."""
+    gap = rows.gap
+    if is_one_number(rows.log_prior, LAST):
+        mean, square = (LAST.total(x) / gap.shape[-1] for x in (gap, gap * gap))
+    else:
+        weighted = rows.prior * gap
+        mean, square = (total / rows.mass for total in _sums(weighted, weighted * gap))
+    # (The difference is NaN where squares overflow.)
+    return Moments(mean, jnp.where(square > mean * mean, square - mean * mean, 0))
 
-    Args:
-        rows: the problem.
-        mean: of the gaps under the prior, `[...]`.
-    """
+
+def _bracket(rows: Rows, moments: Moments) -> tuple[Array, Array]:
+    """Where Newton's method starts, and an upper bound of the root, `[...]` each (0 is a lower bound)."""
     # All actions together keep the sum at or above that of a best one alone, so l <= log(mass/its prior).
-    top = LAST.largest(jnp.where(rows.gap == 0, rows.log_prior, -jnp.inf))
+    if is_one_number(rows.log_prior, LAST):
+        top = rows.log_prior[..., 0]
+    else:
+        top = LAST.largest(jnp.where(rows.gap == 0, rows.log_prior, -jnp.inf))
     high = jnp.maximum(jnp.log(rows.mass) - jnp.where(jnp.isneginf(top), 0, top), 0)
-    near = deformed_log(mean, rows.h)
-    return jnp.where(rows.h > 1, 0, jnp.where(near < high, near, high)), high
+    h = jnp.clip(rows.h, 0, 1)
+    root = jnp.sqrt(jnp.maximum(1 - (1 - h) * h * moments.variance, _LEAST_ROOT**2))
+    lower = jnp.minimum((1 - h) * moments.variance / (1 + root), (1 - _LEAST_ROOT) / jnp.where(h > 0, h, 1))
+    near = deformed_log(moments.mean - jnp.where(h > 0, lower, 0), rows.h)
+    return jnp.where((rows.h > 1) | (near <= 0), 0, jnp.where(near < high, near, high)), high
 
 
-def _search(rows: Rows, start: Array, high: Array, evaluate: Evaluate) -> State:
-    """Find the level `l` with `sum p = mass`: Newton, kept inside a bracket by bisection."""
-    # A NaN gap can never settle: leave it to come out as NaN instead of holding up the others.
-    hopeless = jnp.any(jnp.isnan(rows.gap), axis=-1)
+def _search(rows: Rows, start: Array, high: Array, evaluate: Evaluate) -> tuple[State, Array]:
+    """Find the level `l` with `sum p = mass` and the policy there, `[..., A]`: Newton, kept by bisection."""
+    # A NaN gap can never settle: leave it to come out as NaN instead of holding up the others. (Gaps are not negative;
+    # a maximum may lose a NaN on a CPU.)
+    hopeless = jnp.isnan(LAST.total(rows.gap))
     zero, infinite = jnp.zeros_like(start), jnp.full_like(start, jnp.inf)
-    state = State(start, zero, high, infinite, hopeless, jnp.asarray(0, jnp.int32))
+    state = State(start, zero, high, infinite, hopeless, hopeless, jnp.asarray(0, jnp.int32))
 
-    def unfinished(state: State) -> Array:
+    def moving(state: State) -> Array:
+        return ~jnp.all(state.done | state.near) & (state.count < _MAX_TURNS)
+
+    def turn(state: State) -> State:
+        return _advance(state, evaluate(state.level, _sums), rows)
+
+    def unfinished(found: tuple[State, Array]) -> Array:
+        state, _ = found
         return (~jnp.all(state.done) & (state.count < _MAX_TURNS)) | (state.count == 0)
 
-    return loops.while_loop(unfinished, lambda state: _advance(state, evaluate(state.level, _sums), rows), state, rows)
+    def attempt(found: tuple[State, Array]) -> tuple[State, Array]:
+        state = loops.while_loop(moving, turn, found[0], rows)
+        (raw,) = evaluate(state.level, lambda p, _: (p,))
+        # (Another array out of the branches is another in memory; this is a product of what is there.)
+        weight = curvature(raw, ratios(state.level, rows.gap, rows.h, LAST)[1])
+        # (Summed with more care than in a turn: one after the other, 128,000 numbers lose three digits.)
+        sums = LAST.total(raw), LAST.total(weight)
+        state = _advance(state, sums, rows, final=True)
+        resolved = jnp.maximum(_noise(rows, state.level), resolution(raw.dtype))
+        return state, normalised(raw, weight, sums, (state.low, state.high), rows, resolved, LAST)
+
+    return loops.while_loop(unfinished, attempt, (state, jnp.zeros_like(rows.gap)), rows)
 
 
-def _advance(state: State, sums: tuple[Array, ...], rows: Rows) -> State:
-    """One turn: settle the rows that are done, move the others. Settled ones stay where they were evaluated."""
+def _advance(state: State, sums: tuple[Array, ...], rows: Rows, final: bool = False) -> State:
+    """One turn: settle the rows that are done, move the others. Settled ones stay where they were evaluated.
+
+    A row that is near, after whose step `F` will be small enough, waits where it steps to for the `final` evaluation.
+    """
     unit, h, level = float(jnp.finfo(rows.gap.dtype).eps), rows.h, state.level
     total, width = sums
     excess = jnp.log(total / rows.mass)
     spread = width / total  # E_p[1/rho]
     new = moved(level, excess, spread, state.low, state.high, state.last, h)
-    noise = _noise(rows, level)
-    squared = 0.25 * jnp.sqrt(jnp.minimum(spread, 1) / (1 + jnp.abs(h)))
-    enough = jnp.where(h > 1, 2 * unit, squared * unit ** jnp.clip(h, 0.5, 1))
+    # What the level rounds to is 1/rho times as much of the mass.
+    noise = _noise(rows, level) + jnp.where(h > 1, 0, 2 * unit * level * spread)
+    squared = 0.25 * jnp.sqrt(unit * jnp.minimum(spread, 1) / (1 + jnp.abs(h)))
+    enough = jnp.where(h > 1, 2 * unit, jnp.minimum(squared, unit ** jnp.clip(h, 0.5, 1)))
     enough = jnp.minimum(enough, 0.5 * resolution(level.dtype))
-    stuck = new.slow | new.outside | (jnp.abs(new.level - level) <= 2 * unit * level)
+    newton = ~(new.slow | new.outside)
+    stuck = ~newton | (jnp.abs(new.level - level) <= 2 * unit * level)
     close = (jnp.abs(excess) <= enough) | (stuck & (jnp.abs(excess) <= noise))
+    close = close | (state.near & (jnp.abs(excess) <= noise / 4))
     exhausted = new.high - new.low <= 2 * unit * new.high
     # The lower of two sides that are far apart: no mass is above 1 there, and the dual function close.
     retreat = exhausted & (excess > resolution(rows.gap.dtype)) & (level != new.low)
-    done = state.done | ((close | exhausted) & ~retreat)
-    level = jnp.where(done, level, jnp.where(retreat, new.low, new.level))
-    last = jnp.where(new.slow, jnp.inf, jnp.abs(excess))
-    return State(level, new.low, new.high, last, done, state.count + 1)
+    still = state.done | (state.near & (not final))
+    done = state.done | (~still & (close | exhausted) & ~retreat)
+    level = jnp.where(done | still, level, jnp.where(retreat, new.low, new.level))
+    near = still | (newton & ~retreat & (h <= 1) & (excess * excess <= enough))
+    kept = (jnp.where(still, old, x) for old, x in zip(state[1:3], new[1:3]))
+    last = jnp.where(still, state.last, jnp.where(new.slow, jnp.inf, jnp.abs(excess)))
+    return State(level, *kept, last, done, near, state.count + 1)
 
 
 def _noise(rows: Rows, level: Array) -> Array:

@@ -35,7 +35,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, loops, pytrees
+from robustreg._core import checks, extremes, loops, pytrees
 from robustreg.problems import arguments
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
@@ -68,7 +68,7 @@ class Horizon(Answer):
     @property
     def gap(self) -> Array:
         """Certified uncertainty, the largest `upper - lower` of any time and state, `[*B]`."""
-        return jnp.max(self.upper - self.lower, axis=(-2, -1))
+        return extremes.largest(self.upper - self.lower, (-2, -1))
 
     def _failure(self, code: Status, lane: tuple[int, ...]) -> str:
         return f"(horizon {self.policy.shape[-3]}): {code.advise(self.value.dtype, False)}"

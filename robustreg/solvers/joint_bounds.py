@@ -75,7 +75,7 @@ def _own_occupancy(problem: Dual, policy: Array) -> tuple[Array, Array]:
     start = problem.complement[None] * problem.initial
     if n <= elimination.STATES:
         matrix = chain.matrix().reshape(-1, n, n)
-        right = jnp.moveaxis(start, 0, -1).reshape(-1, n)
+        right = jnp.moveaxis(start, 0, -1).reshape(-1, n, 1)
         exits = jnp.moveaxis(rate, 0, -1).reshape(-1, n)
         solve = functools.partial(elimination.solve, transpose=True)
         visits = jnp.moveaxis(jax.vmap(solve)(matrix, exits, right).reshape(*batch, n), -1, 0)

@@ -11,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from robustreg._core import checks, forks, pytrees
+from robustreg._core import checks, extremes, forks, pytrees
 
 
 class SolveError(RuntimeError):
@@ -196,7 +196,7 @@ class Solution(Answer):
     @property
     def gap(self) -> Array:
         """Certified uncertainty `max_s upper - lower`, `[*B]`."""
-        return jnp.max(checks.canonical(self.upper - self.lower), axis=-1)
+        return extremes.largest(checks.canonical(self.upper - self.lower), -1)
 
     def extrapolated(self, *earlier: "Solution | Guess") -> Guess:
         """Guess where the next solve ends, if parameters go on as they went until now: for its `init`.
