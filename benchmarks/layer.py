@@ -18,42 +18,43 @@ Logits `[rows, A]`, normal with standard deviation 3, beta .5. Beside each metho
 calls. The factors are times of the baseline: below 1 is faster than it. `memory` is the scratch space and the results
 of `both`, in units of the logits. `error` is the largest deviation from the baseline's forward result.
 
-Typical printout (2 shared CPU cores, quiet; entmax 1.3 in PyTorch):
+Typical printout (2 shared CPU cores, quiet, 25 repeats; entmax 1.3 in PyTorch):
 
-    commit c0da1c5, device cpu, machine x86_64, jax 0.12.0.1
+    commit d47b09c, device cpu, machine x86_64, jax 0.12.0.1
     [4096, 64], float32
                               forward  factor     both  factor  memory    error   PyTorch   both
-      kl argmax                  0.32    1.18     0.59    1.04     2.0    2e-07
-      kl argmax, prior           0.30    1.51     0.43    0.64     2.0    1e-07
-      kl conjugate               0.39    1.14     0.46    1.00     2.1    1e-06
-      kl conjugate, prior        0.32    1.02     0.39    0.98     4.1    1e-06
-      kl worst case              0.31    0.96     0.48    0.86     4.0    0e+00
-      alpha 1.5 argmax           1.69    0.11     1.65    0.13     5.1    1e-07      0.26   0.27
-      alpha 2 argmax             3.45    0.24     1.83    0.16     5.1    2e-08      0.63   0.29
-      alpha 1.7 argmax           3.14    0.17     3.06    0.27     5.1    6e-08      0.13   0.13
+      kl argmax                  0.61    0.96     1.38    0.97     2.0    2e-07
+      kl argmax, prior           0.79    1.15     1.47    1.00     2.0    1e-07
+      kl conjugate               0.56    1.13     0.51    0.93     2.1    1e-06
+      kl conjugate, prior        0.53    0.88     0.77    1.27     4.1    1e-06
+      kl worst case              0.67    0.95     1.06    1.09     4.0    0e+00
+      alpha 1.5 argmax           2.32    0.10     3.38    0.13     5.3    2e-07      0.22   0.30
+      alpha 2 argmax             1.95    0.09     3.07    0.13     5.3    2e-08      0.26   0.32
+      alpha 1.7 argmax           3.39    0.19     4.59    0.21     5.3    6e-08      0.04   0.05
     [512, 1024], float32
                               forward  factor     both  factor  memory    error   PyTorch   both
-      kl argmax                  0.49    1.28     0.67    1.04     3.0    2e-08
-      kl argmax, prior           0.57    1.16     0.82    0.99     3.0    6e-08
-      kl conjugate               0.31    0.73     0.42    0.93     2.0    1e-06
-      kl conjugate, prior        0.41    0.96     0.59    1.12     4.0    1e-06
-      kl worst case              0.44    0.99     0.76    1.12     2.0    0e+00
-      alpha 1.5 argmax           2.13    0.05     2.34    0.06     4.0    2e-08      0.10   0.12
-      alpha 2 argmax             1.91    0.05     2.25    0.06     4.0    2e-09      0.13   0.14
-      alpha 1.7 argmax           6.47    0.32     4.81    0.25     4.0    7e-09      0.15   0.11
+      kl argmax                  0.67    1.09     1.52    1.01     3.0    2e-08
+      kl argmax, prior           0.66    1.03     1.27    1.08     3.0    6e-08
+      kl conjugate               0.62    0.81     0.70    0.89     2.0    1e-06
+      kl conjugate, prior        0.75    1.04     1.02    1.18     4.0    1e-06
+      kl worst case              0.68    0.83     1.39    0.93     2.0    0e+00
+      alpha 1.5 argmax           2.35    0.04     4.20    0.06     4.0    2e-08      0.07   0.14
+      alpha 2 argmax             2.27    0.04     3.78    0.07     4.0    2e-09      0.11   0.15
+      alpha 1.7 argmax           5.00    0.14     6.61    0.17     4.0    6e-09      0.03   0.04
     [8, 128000], float32
                               forward  factor     both  factor  memory    error   PyTorch   both
-      kl argmax                  0.93    1.36     1.61    0.98     3.0    7e-10
-      kl argmax, prior           1.24    1.48     1.48    1.01     3.0    3e-09
-      kl conjugate               0.53    0.78     0.49    0.88     2.0    1e-06
-      kl conjugate, prior        0.96    1.17     1.10    1.10     4.0    1e-06
-      kl worst case              0.74    0.88     0.95    1.06     2.0    0e+00
-      alpha 1.5 argmax           4.05    0.04     3.97    0.04     4.0    1e-10      0.08   0.08
-      alpha 2 argmax             3.38    0.03     3.72    0.04     4.0    3e-11      0.08   0.08
-      alpha 1.7 argmax           9.13    0.25     8.87    0.24     4.0    8e-11      0.11   0.10
+      kl argmax                  1.29    0.81     3.24    1.18     3.0    7e-10
+      kl argmax, prior           2.31    1.22     3.93    0.96     3.0    3e-09
+      kl conjugate               1.31    1.17     1.25    0.77     2.0    1e-06
+      kl conjugate, prior        2.06    1.07     2.10    1.07     4.0    1e-06
+      kl worst case              1.97    0.89     3.11    0.86     2.0    0e+00
+      alpha 1.5 argmax           4.15    0.02     8.59    0.04     4.0    2e-10      0.05   0.11
+      alpha 2 argmax             4.37    0.02     7.49    0.04     4.0    3e-11      0.08   0.12
+      alpha 1.7 argmax           9.16    0.13    12.53    0.17     4.0    8e-11      0.03   0.04
 
-In bfloat16 (whose errors are units of what is rounded, and whose memory is twice that in units of the logits), the same
-run, factors of `both`: KL .71 to 1.53, alpha 1.5 and 2 .04 to .12 (of PyTorch .13 to .30), alpha 1.7 .15 to .18 (.11).
+In bfloat16 (whose errors are units of what is rounded, and whose memory is twice that in units of the logits), the
+same day, factors of `both`: KL .71 to 1.56, alpha 1.5 and 2 .04 to .17 (of PyTorch .17 to .46), alpha 1.7 .08 or .09
+(.04 or .05).
 """
 
 import argparse
@@ -214,9 +215,12 @@ def compare(shape: tuple[int, int], dtype: Any, repeats: int) -> list[dict[str, 
         others = by_entmax(float(name.split()[1]), x, g) if name.startswith("alpha") else []
         answers += [call().double().numpy() for call in others[:1]]
         times: list[list[float]] = [[] for _ in (*calls, *others)]
+        order = list(zip(times, (*calls, *others)))
         for _ in range(repeats + 1):
-            for taken, call in zip(times, (*calls, *others)):
+            for taken, call in order:
                 taken.append(timed(call))
+            # Who comes after a method finds in the caches what it has left there.
+            order.reverse()
         median = [1e3 * float(np.median(t[1:])) for t in times]
         memory: Any = whole[0].memory_analysis()
         rows.append(
