@@ -271,9 +271,9 @@ def _advance(state: State, sums: tuple[Array, ...], rows: Rows, final: bool = Fa
     done = state.done | (~still & (close | exhausted) & ~retreat)
     level = jnp.where(done | still, level, jnp.where(retreat, new.low, new.level))
     near = still | (newton & ~retreat & (h <= 1) & (excess * excess <= enough))
-    kept = (jnp.where(still, old, x) for old, x in zip(state[1:3], new[1:3]))
+    low, high = jnp.where(still, state.low, new.low), jnp.where(still, state.high, new.high)
     last = jnp.where(still, state.last, jnp.where(new.slow, jnp.inf, jnp.abs(excess)))
-    return State(level, *kept, last, done, near, state.count + 1)
+    return State(level, low, high, last, done, near, state.count + 1)
 
 
 def _noise(rows: Rows, level: Array) -> Array:
