@@ -187,7 +187,7 @@ def _sums(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _moments(rows: Rows) -> Moments:
-    """Mean and variance of the gaps under the prior, by one pass."""
+    """Compute the mean and the variance of the gaps under the prior."""
     gap = rows.gap
     if is_one_number(rows.log_prior, LAST):
         mean, square = (LAST.total(x) / gap.shape[-1] for x in (gap, gap * gap))
