@@ -62,7 +62,7 @@ def test_norms_and_their_centres(p):
     h, c = rng.standard_normal((9, 5)), rng.standard_normal(5)
     for form in ("r2", "kappa"):
         ball = rr.TransitionBall(0.1, p, "s", form)._laid_out(1, np.float64, 9)
-        value, slope = map(np.asarray, ball.norm(jnp.asarray(h), jnp.asarray(c)))
+        value, slope = map(np.asarray, ball.worst(jnp.asarray(h), jnp.asarray(c)))
         for i in range(5):
             v, q = h[:, i] + c[i], ball.q
             if form == "kappa":
@@ -175,8 +175,9 @@ def test_costs_of_sets_whose_mass_moves_in_the_order_of_values(kind, dtype, erro
         kernel, h = Dense(jnp.asarray(np.moveaxis(rows, (1, 0, 2), (-3, -2, -1)))), jnp.asarray(values)
         ball = greedy_balls.greedy(jnp.asarray(radius), kernel, kind)
         weight, one = jnp.asarray(rng.random((2, n, 3)).astype(dtype)), jnp.ones(3, dtype)
-        found, noise = np.asarray(ball._cost(h)), np.asarray(ball.worst_noise(weight, h, one))
-        pulled = np.asarray(ball.pull(weight, 0.5 * one, h, one).entries())
+        worst = ball.worst(h, one)
+        found, noise = np.asarray(ball._cost(worst)), np.asarray(ball.noise(weight, worst))
+        pulled = np.asarray(ball.pull(weight, 0.5 * one, worst).entries())
         assert np.abs(pulled + 0.5 * np.einsum("asl,asjl->sjl", weight, noise)).max() <= error
         # The worst rows keep their mass, are no further away than they may be, and attain the cost.
         size = np.abs(noise).sum(2) if kind == 1 else np.abs(noise).max(2)
@@ -240,13 +241,14 @@ def test_lists_of_successors_cost_what_rows_written_out_do(p: Any, dtype, error)
         balls = listed_balls.listed(radius, rows, p), ambiguity.written_out(radius, rows, p)
         g, none, start = jnp.full(lanes, 0.9, dtype), jnp.zeros(lanes, dtype), jnp.zeros((actions, n, lanes), dtype)
         policy = jnp.asarray(np.moveaxis(rng.dirichlet(np.ones(actions), (n, lanes)), -1, 0).astype(dtype))
-        listed, written = (np.asarray(ball.step(None, start, g, h, none)[1]) for ball in balls)  # type: ignore[arg-type]
+        found: list[Any] = [ball.worst(h, none) for ball in balls]
+        listed, written = (np.asarray(ball.step(None, start, g, x)[1]) for ball, x in zip(balls, found))  # type: ignore[arg-type]
         assert np.abs(listed - written).max() <= error
-        noise = balls[0].worst_noise(policy, h, none)
+        noise = balls[0].noise(policy, found[0])
         worst = np.asarray(noise + dense)
         assert worst.min() >= -error and np.abs(np.asarray(noise).sum(2)).max() <= error
         assert np.abs(0.9 * np.einsum("asib,ib->asb", noise, h) - listed).max() <= error
-        pull = balls[0].pull(policy, g, h, none)
+        pull = balls[0].pull(policy, g, found[0])
         entries = np.asarray(pull.entries())
         assert np.abs(np.einsum("asib,asb->sib", noise, -0.9 * policy) - entries).max() <= error
         assert np.abs(np.einsum("sib,ib->sb", entries, x) - pull.apply(jnp.asarray(x))).max() <= error
@@ -381,7 +383,7 @@ def test_rows_that_share_a_radius(kind, dtype, error):
         h, c = jnp.asarray(v), jnp.zeros((), dtype)
         th, policy, _ = bellman.backup(problem, h, c)
         assert problem.ball is not None
-        return th, policy, problem.ball.worst_noise(policy, h, c)
+        return th, policy, problem.ball.noise(policy, bellman.worst_transitions(problem, h, c))
 
     for reg, radius in itertools.product((None, rr.kl(2.0), rr.kl(50.0), rr.alpha(2.0, 3.0)), (0, 0.03, 0.3, 4.0)):
         bound: Any = plain.regulariser_or_none(m, reg and jax.tree.map(lambda x: x.astype(dtype), reg))
@@ -427,8 +429,9 @@ def test_worst_rows(p: Any):
         rows[0, 2] = np.where(np.arange(n) == 3, 0, rows[0, 2]) / np.delete(rows[0, 2], 3).sum()
         sums = rows[0].sum(-1)
         ball, v = ambiguity.written_out(jnp.full((1, 1), radius), kernel_of(rows), p), jnp.asarray(h)
-        noise: Any = ball.worst_noise(jnp.ones((1, n)), v, jnp.zeros(()))
-        x, least = rows[0] + np.asarray(noise)[0], rows[0] @ h - np.asarray(ball._cost(v))[0]
+        worst: Any = ball.worst(v, jnp.zeros(()))
+        noise: Any = ball.noise(jnp.ones((1, n)), worst)
+        x, least = rows[0] + np.asarray(noise)[0], rows[0] @ h - np.asarray(ball._cost(worst))[0]
         assert x.min() >= 0 and np.abs(x.sum(-1) - sums).max() < 1e-12
         assert size_of(x, rows[0], p).max() <= radius * (1 + 1e-9)
         for row, found, mass in zip(rows[0], least, sums):
@@ -456,9 +459,8 @@ def test_worst_rows(p: Any):
 
         def at(t, rows=rows, direction=direction, h=h, dh=dh, radius=radius):
             moved, v = jnp.asarray(rows) + t * direction, jnp.asarray(h) + t * dh
-            return jnp.sum(
-                moved @ v - ambiguity.written_out(jnp.full((1, 1), radius + 0.3 * t), kernel_of(moved), p)._cost(v)
-            )
+            ball = ambiguity.written_out(jnp.full((1, 1), radius + 0.3 * t), kernel_of(moved), p)
+            return jnp.sum(moved @ v - ball._cost(ball.worst(v, jnp.zeros(()))))  # type: ignore[arg-type]
 
         assert abs(jax.grad(at)(0.0) - (at(e) - at(-e)) / (2 * e)) < 1e-6
 

@@ -42,8 +42,9 @@ def test_roots_are_found_to_rounding(name, dtype):
     near = lambda x: unit * jnp.abs(x)  # noqa: E731
     found = jax.jit(lambda: roots.newton(measure, high, low, high, close=0.0, near=near, turns=200))()
     assert (np.abs(np.asarray(found.x) - root) <= 8 * slack).all()
-    x = jax.jit(lambda: roots.secant(lambda x: f(x) - y, low, high, close=float(unit), turns=300))()
-    assert (np.abs(np.asarray(x) - root) <= 8 * slack).all()
+    options = {"slope": 1.0, "close": float(unit), "turns": 300, "carried": 0 * y, "keep": jnp.where}
+    found = jax.jit(lambda: roots.secant(lambda x, _: (f(x) - y, x), high, low, high, **options))()
+    assert (np.abs(np.asarray(found.carried) - root) <= 8 * slack).all()
 
 
 def test_a_lane_at_its_root_stays_there():

@@ -1,8 +1,9 @@
 """Roots of one increasing function per lane, each in a bracket that never lets go of it.
 
 `bisect` wants the sign alone and is for functions that rounding or a jump may spoil; `newton` wants the slope too, and
-halves the bracket wherever Newton's step leaves it or does not become short; `secant` wants no slope, for functions
-whose slope costs as much as they do. All three run until every lane is done, and a lane that is done stays as it is.
+halves the bracket wherever Newton's step leaves it or does not become short; `secant` is that with slopes from
+differences, for functions whose slope costs as much as they do. All three run until every lane is done, and a lane that
+is done stays as it is.
 (The roots that nearly all time goes to are elsewhere, with rules of their own: `regularisers.conjugates` and `layer`.)
 """
 
@@ -50,6 +51,7 @@ class Search(NamedTuple):
     Attributes:
         x: the place, `[...]`.
         low, high: its bracket.
+        seen: whether the function was looked at where the bracket begins, and where it ends.
         moved, before: lengths of the last step and of the one before it.
         exact: whether the function is 0 there for all that counts.
         carried: what the last evaluation left for the next one.
@@ -58,6 +60,7 @@ class Search(NamedTuple):
     x: Array
     low: Array
     high: Array
+    seen: tuple[Array, Array]
     moved: Array
     before: Array
     exact: Array
@@ -75,13 +78,14 @@ def newton(
     turns: int,
     hopeless: Array | None = None,
     carried: Any = None,
+    keep: Callable[[Array, Any, Any], Any] = lambda done, old, new: new,
     like: Any = (),
 ) -> Search:
     """Find roots by Newton's method, kept in a bracket by bisection.
 
     Newton's step is taken where it stays in the bracket and is at most half as long as the one before the last, else
     the middle. (From a middle the root may be as far as the step there was long: beside that alone, Newton's next step
-    would be refused, and so for ever.)
+    would be refused, and so for ever.) A step beyond an end ends there, the first time: many roots lie on one.
 
     Args:
         measure: of a place and what the last evaluation carried: the function, its slope and what to carry on.
@@ -92,78 +96,81 @@ def newton(
         turns: most of them.
         hopeless: lanes not to wait for, `[...]` bool; None is none.
         carried: what the first evaluation is given.
+        keep: of lanes that are done, of what they carried and of what would take its place: what to carry.
         like: what `measure` reads besides (see `loops`).
     """
 
     def turn(s: Search, done: Array) -> tuple[Search, Array]:
         value, slope, carried = measure(s.x, s.carried)
-        low, high = jnp.where(value < 0, s.x, s.low), jnp.where(value > 0, s.x, s.high)
+        below, above = value < 0, value > 0
+        low, high = jnp.where(below, s.x, s.low), jnp.where(above, s.x, s.high)
+        seen = s.seen[0] | below, s.seen[1] | above
         step, margin = s.x - value / slope, near(s.x)
         length = jnp.abs(step - s.x)
         # (A step that rounding leaves no length of ends on the bracket, not in it. Infinite slopes make none.)
         arrived = (length <= margin) & jnp.isfinite(slope)
         good = ((step > low) & (step < high) & (length <= 0.5 * s.before)) | arrived
+        good = good | ((step <= low) & ~seen[0]) | ((step >= high) & ~seen[1])
         x = jnp.where(good, jnp.clip(step, low, high), 0.5 * (low + high))
         moved, exact = jnp.abs(x - s.x), jnp.abs(value) <= close
         short = (moved <= margin) | (high - low <= 2 * margin)
         kept = jnp.where(done | exact, s.x, x)
-        return Search(kept, low, high, moved, s.moved, s.exact | exact, carried), done | exact | short
+        carried = keep(done, s.carried, carried)
+        return Search(kept, low, high, seen, moved, s.moved, s.exact | exact, carried), done | exact | short
 
     none = jnp.zeros(start.shape, bool)
     endless = jnp.full_like(start, jnp.inf)
-    begun = Search(start, low, high, endless, endless, none, carried)
+    begun = Search(start, low, high, (none, none), endless, endless, none, carried)
     return loops.until_done(turn, begun, none if hopeless is None else hopeless, turns, like)
 
 
 def secant(
-    measure: Callable[[Array], Array],
+    measure: Callable[[Array, Any], tuple[Array, Any]],
+    start: Array,
     low: Array,
     high: Array,
     *,
+    slope: float,
     close: float,
     turns: int,
-    first: float = 0.5,
+    carried: Any,
+    keep: Callable[[Array, Any, Any], Any],
     like: Any = (),
-) -> Array:
-    """Find roots by the regula falsi, of which an end that stays twice counts half (the Illinois rule), `[...]`.
+) -> Search:
+    """Find roots as `newton` does, by slopes between the last two places.
 
     Args:
-        measure: the function; never asked at the ends (to look there would compile it twice more).
-        low, high: the brackets, `[...]`. Of a root beyond them, the nearer end.
-        close: values of the function, and lengths of the bracket, that count as 0.
-        turns: most of them.
-        first: share of the bracket at which to look first.
-        like: what `measure` reads besides (see `loops`).
+        measure: of a place and what the last evaluation carried: the function, and what to carry on.
+        slope: of the function at the first place, about.
+        close: values of the function that count as 0, and lengths of steps that are none, relative to a place beyond 1.
+        start, low, high, turns, carried, keep, like: as in `newton`.
     """
 
-    def turn(s: _Falsi, done: Array) -> tuple[_Falsi, Array]:
-        fall = s.at_high - s.at_low
-        share = jnp.where(fall > 0, -s.at_low / jnp.where(fall > 0, fall, 1), 0.5)
-        x = jnp.clip(s.low + share * (s.high - s.low), s.low, s.high)
-        value = measure(x)
-        below = value < 0
-        new = _Falsi(
-            x=jnp.where(done, s.x, x),
-            low=jnp.where(below, x, s.low),
-            high=jnp.where(below, s.high, x),
-            at_low=jnp.where(below, value, jnp.where(s.side < 0, 0.5 * s.at_low, s.at_low)),
-            at_high=jnp.where(below, jnp.where(s.side > 0, 0.5 * s.at_high, s.at_high), value),
-            side=jnp.where(below, 1.0, -1.0).astype(x.dtype),
-        )
-        return new, done | (jnp.abs(value) <= close) | (s.high - s.low <= close) | jnp.isnan(value)
+    def near(x: Array) -> Array:
+        return close * jnp.maximum(jnp.abs(x), 1)
 
-    middle = 0.5 * (low + high)
-    one = jnp.ones_like(middle)
-    begun = _Falsi(middle, low, high, -first * one, (1 - first) * one, jnp.zeros_like(middle))
-    return loops.until_done(turn, begun, jnp.zeros(middle.shape, bool), turns, like).x
+    def differenced(x: Array, last: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        value, carried = measure(x, last[2])
+        rise, run = value - last[1], x - last[0]
+        found = jnp.where(rise * run > 0, rise / jnp.where(run == 0, 1, run), 0)
+        # A slope between places far apart says little about a root near one of them: no step is shorter than this.
+        shortest = 1e-6 * jnp.abs(run)
+        found = jnp.where(found * shortest > jnp.abs(value), jnp.abs(value) / shortest, found)
+        found = jnp.where(jnp.isnan(last[0]), slope, found)
+        value = jnp.where(jnp.abs(value) <= near(x), 0, value)
+        return value, found, (x, value, carried)
 
-
-class _Falsi(NamedTuple):
-    """Where `secant` stands: place, bracket, the function at its ends, the end that moved last."""
-
-    x: Array
-    low: Array
-    high: Array
-    at_low: Array
-    at_high: Array
-    side: Array
+    unknown = jnp.full_like(start, jnp.nan)
+    end = newton(
+        differenced,
+        start,
+        low,
+        high,
+        close=0.0,
+        near=near,
+        turns=turns,
+        carried=(unknown, unknown, carried),
+        keep=lambda done, old, new: (new[0], new[1], keep(done, old[2], new[2])),
+        like=like,
+    )
+    return end._replace(carried=end.carried[2])

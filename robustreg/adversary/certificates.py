@@ -164,16 +164,15 @@ def _certify(
     v, p, dr = (pytrees.lanes_last(x, n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2)))
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
     h = v - c[None]
-    th, _, q = bellman.backup(problem, h, c)
+    worst = bellman.worst_transitions(problem, h, c)
+    th, _, q = bellman.backup(problem, h, c, worst)
     masked = jnp.isneginf(problem.regulariser.log_prior)
     q = jnp.where(masked, 0, q)
     # Rows that are no distribution (beyond rounding of their sum) prove nothing.
     unit = float(jnp.finfo(mdp.dtype).eps)
     proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
     p = jnp.where(proper[None], p, jnp.nan)
-    operator, left = problem.regulariser, q
-    if problem.ball is not None:
-        operator, left = problem.ball.step(problem.regulariser, q, problem.discount, h, c)
+    operator, left = bellman.faced(problem, q, worst)
     own = jnp.sum(p * left, axis=0) - operator.value(p)
     wanted = undiscounted.pending(problem)
     problem, steps = undiscounted.own_horizon(problem, p)

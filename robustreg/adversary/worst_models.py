@@ -44,6 +44,7 @@ def _worst_model(mdp: MDP, reg: Regulariser, value: Array, policy: Array, ball: 
     v = jnp.broadcast_to(pytrees.lanes_last(value, n, 1), (mdp.n_states, *batch))
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), (mdp.n_actions, mdp.n_states, *batch))
     reward = problem.reward - problem.regulariser.worst_case(p)
-    noise = problem.ball.worst_noise(p, v, jnp.zeros(batch, v.dtype))
+    worst = bellman.worst_transitions(problem, v, jnp.zeros(batch, v.dtype))
+    noise = problem.ball.noise(p, worst)
     rows = problem.transitions._rows(n, v.dtype) + noise
     return pytrees.batch_first(reward, 2), jnp.moveaxis(rows, (0, 1, 2), (n + 1, n, n + 2))

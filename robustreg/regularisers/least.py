@@ -19,12 +19,12 @@ class Least(Bound):
         return True
 
     @property
-    def first(self) -> float:
-        """Share of the bracket at which to look for s first."""
-        return 0.5
+    def growth(self) -> float:
+        """About how fast `beyond` grows where s is small."""
+        return 1.0
 
-    def bracket(self, like: Array) -> tuple[Array, Array]:
-        """Return where `log s` is at the least and at the most, `[...]` like an array."""
+    def bracket(self, like: Array) -> tuple[Array, Array, Array]:
+        """Return where to look for `log s` first, and its least and most, `[...]` each, like an array."""
         raise TypeError(f"{type(self).__name__} does not define bracket")
 
     def at(self, log_s: Array) -> Bound:

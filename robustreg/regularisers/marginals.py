@@ -24,13 +24,15 @@ faster for the families that it knows.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from robustreg._core import loops, roots
+from robustreg._core import loops, pytrees, roots
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.divergences import Scales, weighted
 
@@ -41,6 +43,28 @@ _MAX_TURNS = 90
 _NOISE = 16.0
 
 
+class Found(NamedTuple):
+    """What a search finds, and where another one nearby may begin.
+
+    Attributes:
+        value: the conjugate, `[...]`.
+        policy: its maximiser, `[A, ...]`.
+        psi: the root, `[...]`.
+        logs: of the probabilities there, `[A, ...]`, minus infinity where there is none.
+    """
+
+    value: Array
+    policy: Array
+    psi: Array
+    logs: Array
+
+
+def nothing(q: Array, reduce: pytrees.Reducers) -> Found:
+    """Return the start of a search of which nothing is known."""
+    none = jnp.full(reduce.without_actions(q), jnp.inf, q.dtype)
+    return Found(jnp.zeros_like(none), jnp.zeros_like(q), none, jnp.full_like(q, jnp.nan))
+
+
 def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
     """Compute `Omega*(q)`, `[...]`, and the policy that attains it, `[A, ...]`.
 
@@ -48,6 +72,12 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
         reg: with `marginal` and `value`, the second of p that need not sum to 1, of which the first is the derivative.
         q: `[A, ...]`; entries of masked actions are never looked at.
     """
+    found = search(reg, q, nothing(q, reg.reduce))
+    return found.value, found.policy
+
+
+def search(reg: Bound, q: Array, near: Found) -> Found:
+    """Do what `maximiser` does, from what was found for a regulariser much like it."""
     reduce = reg.reduce
     masked = jnp.broadcast_to(jnp.isneginf(reg.log_prior), q.shape)
     best = reduce.largest(jnp.where(masked, -jnp.inf, q))
@@ -59,55 +89,78 @@ def maximiser(reg: Bound, q: Array) -> tuple[Array, Array]:
     reference = jnp.broadcast_to(jax.nn.log_softmax(reg.log_prior, axis=reduce.axis), q.shape)
     if reg.log_prior.shape[reduce.axis] == 1:  # one number stands for every action
         reference = jnp.full_like(q, -math.log(q.shape[reduce.axis]))
-    ends = reg.marginal(jnp.full_like(q, _floor(q.dtype))), reg.marginal(jnp.zeros_like(q))
-    low, high = top(ends[1]), top(reg.marginal(jnp.where(masked, 0, reference)))
+    reference = jnp.where(masked, 0, reference)
+    # (One after the other they would be compiled three times.)
+    at_floor, at_one, at_reference = jax.vmap(reg.marginal)(
+        jnp.stack([jnp.full_like(q, _floor(q.dtype)), jnp.zeros_like(q), reference])
+    )
+    ends, low, high = (at_floor, at_one), top(at_one), top(at_reference)
     find = functools.partial(_logs, reg, gap, masked, ends)
     hopeless = ~(jnp.isfinite(low) & jnp.isfinite(high))
 
-    def measure(psi: Array, logs: Array) -> tuple[Array, Array, Array]:
-        logs = find(psi, logs)
+    def measure(psi: Array, last: _Place) -> tuple[Array, Array, _Place]:
+        logs = find(psi, last.logs)
         policy = jnp.exp(logs)
-        total = reduce.total(policy)
-        return -jnp.log(total), reduce.total(reg.yields(policy)) / total, logs
+        total, w = reduce.total(policy), reg.yields(policy)
+        return -jnp.log(total), reduce.total(w) / total, _Place(psi, logs, w)
+
+    def keep(done: Array, old: _Place, new: _Place) -> _Place:
+        return _Place(*(jnp.where(on, a, b) for on, a, b in zip((done, *2 * (reduce.over(done),)), old, new)))
 
     unit, rough = float(jnp.finfo(q.dtype).eps), jnp.broadcast_to(reg.roughness, best.shape)
-    end = roots.newton(
+    start, logs = jnp.clip(near.psi, low, high), jnp.where(jnp.isnan(near.logs), reference, near.logs)
+    psi, logs, w = roots.newton(
         measure,
-        high,
+        start,
         low,
         high,
         close=4 * unit,
         near=lambda psi: unit * (jnp.abs(psi) + 2 * rough),
         turns=_MAX_TURNS,
         hopeless=hopeless,
-        carried=jnp.where(masked, 0, reference),
-        like=(reg, gap),
-    )
-    policy = jnp.exp(find(end.x, end.carried))
+        carried=_Place(start, logs, jnp.zeros_like(logs)),
+        keep=keep,
+        like=(reg, gap, near),
+    ).carried
+    policy = jnp.exp(logs)
     total = reduce.total(policy)
-    loss = weighted(policy, gap, reduce.total) + reg.value(policy) - end.x * (1 - total)
+    loss = weighted(policy, gap, reduce.total) + reg.value(policy) - psi * (1 - total)
+    policy = _whole(reg, policy, w, gap, psi, find)
+    value = jnp.where(hopeless, jnp.nan, best - loss)
+    return Found(value, jnp.where(reduce.over(hopeless), jnp.nan, policy), psi, logs)
+
+
+class _Place(NamedTuple):
+    """A psi, what each action's `log p` is there, and `dp/dm`."""
+
+    psi: Array
+    logs: Array
+    w: Array
+
+
+def _whole(reg: Bound, policy: Array, w: Array, gap: Array, psi: Array, find: Callable[[Array, Array], Array]) -> Array:
+    """The maximiser, with sum 1, from the probabilities at the root, `[A, ...]`."""
+    reduce, unit = reg.reduce, float(jnp.finfo(policy.dtype).eps)
+    total = reduce.total(policy)
     # One Newton step in policy space: the error of psi moves mass in proportion to dp/dm.
-    w = reg.yields(policy)
     spread = reduce.total(w)
-    near = jnp.maximum(policy + reduce.over((1 - total) / jnp.where(spread == 0, 1, spread)) * w, 0)
+    moved = jnp.maximum(policy + reduce.over((1 - total) / jnp.where(spread == 0, 1, spread)) * w, 0)
+    off, flat = jnp.abs(total - 1), jnp.any((w == 0) & (policy > unit), axis=reduce.axis)
+    resolved = (off <= 4 * unit) | ((off < unit**0.5) & ~flat & jnp.all(jnp.isfinite(moved), axis=reduce.axis))
 
     def between() -> Array:
         """Mix both sides of psi: where a slope is flat to rounding, p jumps from one psi to the next."""
         # (Right on a flat, any p will do for `find`; a little beyond, its end, if one comes from that side.)
-        beyond = 4 * unit * (jnp.abs(end.x) + reduce.largest(gap) + 1 / reg.beta)
-        sides = jnp.stack([end.x - beyond, end.x + beyond])
-        starts = jnp.stack([jnp.zeros_like(gap), jnp.full_like(gap, 0.5 * _floor(q.dtype))])
+        beyond = 4 * unit * (jnp.abs(psi) + reduce.largest(gap) + 1 / reg.beta)
+        sides = jnp.stack([psi - beyond, psi + beyond])
+        starts = jnp.stack([jnp.zeros_like(gap), jnp.full_like(gap, 0.5 * _floor(gap.dtype))])
         many, few = jnp.exp(lax.map(lambda side: find(*side), (sides, starts)))
         excess, short = reduce.total(many) - 1, 1 - reduce.total(few)
         share = jnp.clip(short / jnp.where(excess + short > 0, excess + short, 1), 0, 1)
-        return jnp.where(resolved, near, few + reduce.over(share) * (many - few))
+        return jnp.where(reduce.over(resolved), moved, few + reduce.over(share) * (many - few))
 
-    off, flat = jnp.abs(total - 1), jnp.any((w == 0) & (policy > unit), axis=reduce.axis)
-    resolved = (off <= 4 * unit) | ((off < unit**0.5) & ~flat & jnp.all(jnp.isfinite(near), axis=reduce.axis))
-    resolved = reduce.over(resolved)
-    policy = loops.cond(jnp.all(resolved), lambda: near, between)
-    policy = policy / reduce.over(reduce.total(policy))
-    return jnp.where(hopeless, jnp.nan, best - loss), jnp.where(reduce.over(hopeless), jnp.nan, policy)
+    policy = loops.cond(jnp.all(resolved), lambda: moved, between)
+    return policy / reduce.over(reduce.total(policy))
 
 
 def _logs(reg: Bound, gap: Array, masked: Array, ends: tuple[Array, Array], psi: Array, start: Array) -> Array:
@@ -123,7 +176,14 @@ def _logs(reg: Bound, gap: Array, masked: Array, ends: tuple[Array, Array], psi:
 
     def measure(u: Array, _: None) -> tuple[Array, Array, None]:
         m, rate = jax.jvp(reg.marginal, (u,), (ones,))
-        return m - target, rate, None
+        over = m - ends[0]
+        # Of a power of p, `log(m - m(0))` is a line in log p, on which Newton's step ends at the root; a logarithm of p
+        # is a line itself.
+        power = (rate > 0.1 * over) & (over > 0)
+        share = jnp.where(power, (m - target) / jnp.where(power, over, 1), 0)
+        bent = power & (jnp.abs(share) > 1e-3) & (share < 1)
+        share = jnp.where(bent, share, 0.5)
+        return m - target, rate * jnp.where(bent, -share / jnp.log1p(-share), 1), None
 
     u = roots.newton(
         measure,

@@ -109,10 +109,11 @@ class BoundNorm(Least):
         """Whether it is the least of `Scaled`."""
         return 1 < self.p < math.inf
 
-    def bracket(self, like: Array) -> tuple[Array, Array]:
-        """Return the logarithms of the norms of a uniform distribution and of a single action, `[...]`."""
+    def bracket(self, like: Array) -> tuple[Array, Array, Array]:
+        """Return the logarithms of the norms of a uniform distribution and of one action, after their middle."""
         top = jnp.zeros_like(self.reduce.largest(like))
-        return top - math.log(like.shape[self.reduce.axis]) / self.p, top
+        least = top - math.log(like.shape[self.reduce.axis]) / self.p
+        return 0.5 * least, least, top
 
     def best(self, policy: Array) -> Array:
         """Return the logarithm of the norm, `[...]`."""

@@ -9,7 +9,7 @@ masked where any part masks it.
 
 **A norm among the parts** (`norms`) is none, but the least of sums over actions, `radius ||p||_q = min_s phi(p, s)`,
 convex in both (`least`). So the conjugate is `max_s` of that of the other parts and `phi(., s)`, and its best s, where
-`||p||_q = s`, is found by regula falsi: a third search around the two of `marginals`.
+`||p||_q = s`, is found by the secant method: a third search around the two of `marginals`.
 
 Parts that share one reference are 0 there together, and the sum has that reference. References that differ leave no
 policy for free: robust sets need not hold 0 then, nor grow with the strengths.
@@ -164,11 +164,24 @@ class BoundSum(Bound):
 def _with_least(whole: BoundSum, least: Least, q: Array) -> tuple[Array, Array]:
     """The conjugate and maximiser of a sum with such a part in it."""
 
-    def at(log_s: Array) -> tuple[Array, Array]:
-        return marginals.maximiser(BoundSum((*whole._others, least.at(log_s)), False), q)
+    reduce = whole.reduce
 
-    def beyond(log_s: Array) -> Array:
-        return least.beyond(at(log_s)[1], log_s)
+    def measure(log_s: Array, near: marginals.Found) -> tuple[Array, marginals.Found]:
+        found = marginals.search(BoundSum((*whole._others, least.at(log_s)), False), q, near)
+        return least.beyond(found.policy, log_s), found
 
-    close = 4 * float(jnp.finfo(q.dtype).eps)
-    return at(roots.secant(beyond, *least.bracket(q), close=close, turns=60, first=least.first, like=(whole, q)))
+    def keep(done: Array, old: marginals.Found, new: marginals.Found) -> marginals.Found:
+        return jax.tree.map(lambda a, b: jnp.where(done if b.ndim == done.ndim else reduce.over(done), a, b), old, new)
+
+    close, start = 4 * float(jnp.finfo(q.dtype).eps), marginals.nothing(q, reduce)
+    found = roots.secant(
+        measure,
+        *least.bracket(q),
+        slope=least.growth,
+        close=close,
+        turns=60,
+        carried=start,
+        keep=keep,
+        like=(whole, q),
+    ).carried
+    return found.value, found.policy

@@ -141,8 +141,8 @@ class BoundBall:
         n = self.n_states
         return 4 * (4 + min(n, 4 * n**0.5)) * (self.contraction(discount, n) - discount) * size
 
-    def norm(self, h: Array, c: Array) -> tuple[Array, Array]:
-        """Measure `V = h + c`, `[*B]`, with the slope of that, `[S, *B]`."""
+    def worst(self, h: Array, c: Array) -> tuple[Array, Array]:
+        """Measure `V = h + c`, `[*B]`, with the slope of that, `[S, *B]`, of which all worst noise is a multiple."""
         x = h + c[None] if self.form == "r2" else h - _centre(h, self.q)[None]
         return _norm(x, self.q)
 
@@ -151,23 +151,23 @@ class BoundBall:
         widest = jnp.max(self.radius, axis=(0, 1))
         return discount * (1 + widest * float(n_states) ** (1 / self.q))
 
-    def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
+    def step(self, reg: Bound, q: Array, discount: Array, worst: tuple[Array, Array]) -> tuple[Bound, Array]:
         """Return the regulariser and the action values that the worst transitions leave."""
-        cost = discount[None, None] * self.radius * self.norm(h, c)[0][None, None]
+        cost = discount[None, None] * self.radius * worst[0][None, None]
         return (reg, q - cost) if self.rectangular == "sa" else (_with_radius(reg, cost[0], self.p), q)
 
-    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
-        """Find the noise that costs most, `[A, S, S, *B]`."""
+    def noise(self, policy: Array, worst: tuple[Array, Array]) -> Array:
+        """Write out the noise that costs a policy most, `[A, S, S, *B]`."""
         share = jnp.ones_like(policy) if self.rectangular == "sa" else _norm(policy, self.q)[1]
-        return (-self.radius * share)[:, :, None] * self.norm(h, c)[1][None, None]
+        return (-self.radius * share)[:, :, None] * worst[1][None, None]
 
-    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Product:
+    def pull(self, policy: Array, discount: Array, worst: tuple[Array, Array]) -> Product:
         """Find what K loses against that of P."""
         if self.rectangular == "sa":
             weight = pytrees.total(policy * jnp.broadcast_to(self.radius, policy.shape))
         else:
             weight = _norm(policy, self.q)[0] * self.radius[0]
-        return Product(discount[None] * weight, self.norm(h, c)[1])
+        return Product(discount[None] * weight, worst[1])
 
 
 Balls = BoundBall | ExactBall | GreedyBall | ListedBall | SharedBall

@@ -63,6 +63,7 @@ lane is refused.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -183,7 +184,7 @@ def bind(
         horizon = jnp.minimum(horizon, steps)
     proved = expected = None
     if contracts and mdp._may_not_discount():
-        horizon, proved, expected = _undiscounted_horizon(given, horizon)
+        horizon, proved, expected = lifetimes.of_all(given, horizon)
     deviation, valid = ranges.validity(given, ends, None if proved is None else horizon, contracts)
     ball = None if ambiguity is None else ambiguity.bind(n, dtype, transitions)
     if ball is not None:
@@ -212,25 +213,6 @@ def bind(
     )
 
 
-def _undiscounted_horizon(given: ranges.Given, horizon: Array) -> tuple[Array, Array, Array]:
-    """The horizon with that of the lanes whose discount is 1, which lanes have one, `[*b]`, and what others have."""
-    transitions, regulariser, reward, exit_rate, discount, complement = given
-    shapes = exit_rate.shape[2:], regulariser.log_prior.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
-    own = jnp.broadcast_shapes(*shapes)
-    discount, complement, horizon = (jnp.broadcast_to(x, own) for x in (discount, complement, horizon))
-
-    def chain_of(policy: Array) -> Chain:
-        rate = pytrees.total(policy * exit_rate)
-        kernel, policy, backwards = transitions._induced(policy)
-        return Chain(kernel, policy, discount, rate, jnp.full_like(discount, jnp.inf), backwards, True)
-
-    active, terms = (discount == 1) & (complement == 0), transitions.fan_out + reward.shape[0]
-    ends = jnp.broadcast_to(exit_rate > 0, (*reward.shape[:2], *own))
-    prior, dtype = regulariser.log_prior, discount.dtype
-    found, proved, steps = lifetimes.of_all(transitions, prior, ends, active, chain_of, terms, dtype)
-    return jnp.where(active, found, horizon), proved | ~active, steps
-
-
 def with_operator(problem: BoundProblem, operator: Bound, reward: Array) -> BoundProblem:
     """Put another bound regulariser and another reward in the place of a problem's own."""
     problem, operator, reward = loops.alike((problem, operator, reward))
@@ -251,13 +233,26 @@ def q_values(problem: BoundProblem, h: Array, c: Array) -> Array:
     return (problem.reward - c[None, None] * problem.exit_rate) + ahead
 
 
-def backup(problem: BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
+def worst_transitions(problem: BoundProblem, h: Array, c: Array) -> Any:
+    """Find the worst transitions at `V = h + c`, as the set has them, for a backup and its chain; None without one.
+
+    (Each would search for them again: compilers merge expressions that are the same, but not loops.)
+    """
+    return None if problem.ball is None else problem.ball.worst(h, c)
+
+
+def backup(problem: BoundProblem, h: Array, c: Array, worst: Any = None) -> tuple[Array, Array, Array]:
     """Compute `T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
     q = q_values(problem, h, c)
+    operator, left = faced(problem, q, worst_transitions(problem, h, c) if worst is None else worst)
+    return *maximise(operator, left), q
+
+
+def faced(problem: BoundProblem, q: Array, worst: Any) -> tuple[Bound, Array]:
+    """Return the regulariser and the action values `[A, S, *B]` that the worst transitions leave of q."""
     if problem.ball is None:
-        return *maximise(problem.regulariser, q), q
-    regulariser, left = problem.ball.step(problem.regulariser, q, problem.discount, h, c)
-    return *maximise(regulariser, left), q
+        return problem.regulariser, q
+    return problem.ball.step(problem.regulariser, q, problem.discount, worst)
 
 
 def of_one_step(problem: BoundProblem) -> Array:
@@ -277,8 +272,8 @@ def sound(problem: BoundProblem) -> Array:
     return jnp.broadcast_to(problem.valid if problem.proved is None else problem.valid & problem.proved, problem.batch)
 
 
-def chain(problem: BoundProblem, policy: Array, value: tuple[Array, Array] | None = None) -> Chain:
-    """Return the chain of a policy `[A, S, *B]`; with uncertain transitions that of the worst at `value`, h and c."""
+def chain(problem: BoundProblem, policy: Array, worst: Any = None) -> Chain:
+    """Return the chain of a policy `[A, S, *B]`; with uncertain transitions that of the worst ones."""
     exit_rate = pytrees.total(policy * problem.exit_rate) if problem.ends else problem.exit_rate[0]
     exit_rate = jnp.broadcast_to(exit_rate, policy.shape[1:])
     given = policy
@@ -289,8 +284,8 @@ def chain(problem: BoundProblem, policy: Array, value: tuple[Array, Array] | Non
         exit_rate, longest = jnp.zeros_like(exit_rate), jnp.full_like(longest, jnp.inf)
     pull = None
     if problem.ball is not None:
-        assert value is not None, "the worst transitions depend on the value"
-        pull = problem.ball.pull(given, problem.discount, *value)
+        assert worst is not None, "the worst transitions depend on the value"
+        pull = problem.ball.pull(given, problem.discount, worst)
         exit_rate = exit_rate + pull.apply(jnp.ones_like(exit_rate))
     return Chain(transitions, policy, problem.discount, exit_rate, longest, backwards, problem.ends, pull)
 

@@ -7,7 +7,8 @@ For every pair, with rows p of P that sum to 1 - termination, and values v of th
 *p = 1* (twice the total variation): mass b/2 goes from the best successors to the worst state, the very best first.
 *p = infinity* (an interval around every entry): the lowest values get what they may have, the very lowest first.
 *p = 2*: `x = (p - s (v - w))_+` for the w that keeps the mass and the s for which the ball ends; s by Newton's
-method, w by sorting. In these balls any state may be a successor, also one that P never leads to.
+method, w by dropping entries below it [Michelot 1986]. In these balls any state may be a successor, also one that P
+never leads to.
 *p = "kl"* has the relative entropy `sum x log(x/p) <= b` for a norm: `x ~ p exp(-s v)`, s by Newton's method.
 
 T is a minimum of operators of Markov chains: monotone, a contraction by g, and it commutes with constants up to g, so
@@ -18,13 +19,13 @@ their own, in `greedy_balls`; rows that are short lists of successors, but for p
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg._core import pytrees, roots
+from robustreg._core import loops, pytrees, roots
 from robustreg.regularisers.bound import Bound
 from robustreg.solvers.chains import Written, written
 
@@ -47,13 +48,20 @@ class Stochastic:
         """Bound what the cost of a value of that size errs by, in units of u: two sums."""
         return 8 * (4 + min(self.terms, 4 * self.terms**0.5)) * discount * size
 
-    def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
+    def step(self, reg: Bound, q: Array, discount: Array, worst: Any) -> tuple[Bound, Array]:
         """Return the regulariser, and the action values that the worst transitions leave."""
-        return reg, q - discount[None, None] * self._cost(h)
+        return reg, q - discount[None, None] * self._cost(worst)
 
-    def _cost(self, h: Array) -> Array:
+    def _cost(self, worst: Any) -> Array:
         """Compute what the worst rows take off `<p, h>`, `[A, S, *B]`."""
         raise NotImplementedError
+
+
+class Worst(NamedTuple):
+    """The worst rows at a value: less the rows, `[A, S, S, *B]`, and what that takes off `<p, h>`, `[A, S, *B]`."""
+
+    noise: Array
+    taken: Array
 
 
 @pytrees.dataclass
@@ -75,19 +83,23 @@ class ExactBall(Stochastic):
         """Count the states."""
         return self.rows.shape[2]
 
-    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
-        """Find the noise that costs most, `[A, S, S, *B]`."""
-        return _WORST[self.p](self.rows, self.radius, h) - self.rows
+    def worst(self, h: Array, c: Array) -> Any:
+        """Find the worst rows at a value."""
+        noise = _WORST[self.p](self.rows, self.radius, h) - self.rows
+        over = h - lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
+        return Worst(noise, -jnp.sum(noise * over[None, None], axis=2))
 
-    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
+    def noise(self, policy: Array, worst: Any) -> Array:
+        """Write out the noise that costs a policy most, `[A, S, S, *B]`."""
+        return worst.noise
+
+    def pull(self, policy: Array, discount: Array, worst: Any) -> Written:
         """Find what K loses against that of P."""
-        noise = self.worst_noise(policy, h, c)
-        lost = -discount[None, None] * jnp.sum(policy[:, :, None] * noise, axis=0)
+        lost = -discount[None, None] * jnp.sum(policy[:, :, None] * self.noise(policy, worst), axis=0)
         return written(jnp.moveaxis(lost, (0, 1), (-2, -1)))
 
-    def _cost(self, h: Array) -> Array:
-        over = h - lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
-        return jnp.sum((self.rows - _WORST[self.p](self.rows, self.radius, h)) * over[None, None], axis=2)
+    def _cost(self, worst: Worst) -> Array:
+        return worst.taken
 
 
 def some(radius: Array) -> Array:
@@ -117,16 +129,19 @@ def strength(size: Callable[[Array, Array, Array], Array], p: Array, v: Array, r
         moved = jnp.maximum(moved, about.tiny)
         return jnp.log(moved) - jnp.log(jnp.maximum(radius, about.tiny)), slope / moved, None
 
-    # Where all that can move does not fill the ball, or nothing is to be moved, there is no root.
-    free = (radius == 0) | (size(jnp.exp(high) * scale, p, v) <= radius)
-    near = functools.partial(jnp.full_like, fill_value=float(about.eps) ** 0.75)
+    # (Where all that can move does not fill the ball, the root is beyond the bracket, and its end is found.)
     found = roots.newton(
-        measure, jnp.zeros_like(radius), low, high, close=0.0, near=near, turns=100, hopeless=free, like=(p, v)
+        measure,
+        jnp.zeros_like(radius),
+        low,
+        high,
+        close=0.0,
+        near=lambda x: 4 * float(about.eps) * (1 + jnp.abs(x)),
+        turns=100,
+        hopeless=(radius == 0) | (scale == 0),
+        like=(p, v),
     )
-    # From a step or a bracket that short, one more leaves what rounding does to `size`.
-    value, slope, _ = measure(found.x, None)
-    step = jnp.clip(jnp.nan_to_num(value / slope, nan=0.0), -near(value), near(value))
-    return jnp.where(radius > 0, jnp.exp(jnp.where(free, high, found.x - step)) * scale, 0)
+    return jnp.where(radius > 0, jnp.exp(found.x) * scale, 0)
 
 
 @strength.defjvp
@@ -152,12 +167,14 @@ def _projected(rows: Array, radius: Array, h: Array) -> Array:
 
 def projection(s: Array, p: Array, v: Array) -> Array:
     """Find what to add to p for the probabilities, with its mass, that are closest to `p - s v`."""
-    y = lax.stop_gradient(p - s[:, :, None] * v)
-    n = jnp.arange(1, p.shape[2] + 1, dtype=p.dtype).reshape((1, 1, -1) + (1,) * (p.ndim - 3))
-    down = -jnp.sort(-y, axis=2)
-    level = (jnp.cumsum(down, axis=2) - lax.stop_gradient(jnp.sum(p, axis=2, keepdims=True))) / n
-    count = jnp.maximum(jnp.sum(down > level, axis=2, keepdims=True), 1)
-    left = y > jnp.take_along_axis(level, count - 1, axis=2)
+    y, mass = lax.stop_gradient((p - s[:, :, None] * v, jnp.sum(p, axis=2, keepdims=True)))
+
+    def above(left: Array) -> Array:
+        """Drop entries below the level at which those that are left have the mass. (It rises, and never passes w.)"""
+        count = jnp.maximum(jnp.sum(left, axis=2, keepdims=True, dtype=p.dtype), 1)
+        return left & (y > (jnp.sum(jnp.where(left, y, 0), axis=2, keepdims=True) - mass) / count)
+
+    left = loops.until_stable(above, jnp.ones_like(y, bool), y)
     # On what is left of the row all move by `-s v - w`, the rest goes; no p is in it that a small s v would be lost in.
     moved = jnp.where(left, s[:, :, None] * v, p)
     w = -jnp.sum(moved, axis=2, keepdims=True) / jnp.maximum(jnp.sum(left, axis=2, keepdims=True), 1).astype(p.dtype)

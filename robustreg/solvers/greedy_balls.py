@@ -65,27 +65,26 @@ class GreedyBall(exact_balls.Stochastic):
         """Count the states."""
         return self.mass.n_states
 
-    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
-        """Find the noise that costs most, `[A, S, S, *B]`."""
-        taken = self._taken(h)
-        lost = self._put(self._lost(taken, slice(None)), taken.rank[..., None, None, :])
+    def noise(self, policy: Array, worst: Taken) -> Array:
+        """Write out the noise that costs a policy most, `[A, S, S, *B]`."""
+        lost = self._put(self._lost(worst, slice(None)), worst.rank[..., None, None, :])
         return -jnp.moveaxis(lost, (-2, -3, -1), (0, 1, 2))
 
-    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Written:
+    def pull(self, policy: Array, discount: Array, worst: Taken) -> Written:
         """Find what K loses against that of P."""
-        taken, weight = self._taken(h), _rows_first(policy * discount[None, None])
+        weight = _rows_first(policy * discount[None, None])
         n_actions = weight.shape[-1]
         step = -(-n_actions // _TERMS)
         some = [slice(first, first + step) for first in range(0, n_actions, step)]
-        lost = [jnp.sum(weight[..., few, None] * self._lost(taken, few), axis=-2) for few in some]
-        return written(self._put(functools.reduce(jnp.add, lost), taken.rank[..., None, :]))
+        lost = [jnp.sum(weight[..., few, None] * self._lost(worst, few), axis=-2) for few in some]
+        return written(self._put(functools.reduce(jnp.add, lost), worst.rank[..., None, :]))
 
-    def _cost(self, h: Array) -> Array:
+    def _cost(self, worst: Taken) -> Array:
         # What is moved is linear in `v - min v`, and costs nothing at the lowest value.
-        taken = self._taken(h)
-        return jnp.moveaxis(taken.moved if self.p == 1 else taken.whole - taken.moved, (-1, -2), (0, 1))
+        return jnp.moveaxis(worst.moved if self.p == 1 else worst.whole - worst.moved, (-1, -2), (0, 1))
 
-    def _taken(self, h: Array) -> Taken:
+    def worst(self, h: Array, c: Array) -> Taken:
+        """Find where the worst rows at a value stop to take mass."""
         mass, b, v = self.mass.probabilities, _rows_first(self.radius), jnp.moveaxis(h, 0, -1)
         v = v - jnp.min(v, axis=-1, keepdims=True)
         if self.p == 1:

@@ -79,7 +79,8 @@ def attach(
         # The backward pass's linear system at a cotangent of the objective. It cannot hand on what it finds, whereas
         # these go out with the solution; it begins at them, and they at those of the last one.
         played = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
-        chain = bellman.chain(harmless(problem, lost), played, (h, c))
+        whole = harmless(problem, lost)
+        chain = bellman.chain(whole, played, bellman.worst_transitions(whole, h, c))
         found = linear.occupy(chain, jnp.broadcast_to(toured.initial, h.shape), accuracy, method, toured.last)
         visits = jnp.where(lost[None], 0, found)
     return h, th, policy, q, visits
@@ -94,7 +95,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     problem = harmless(problem, lost)
     policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(lost[None, None], 0, q)
-    chain = bellman.chain(problem, policy, (h, c))
+    chain = bellman.chain(problem, policy, bellman.worst_transitions(problem, h, c))
     dprobe = None if dprobe is None else pytrees.given(dprobe)
     if problem.ball is not None:
         # The operator as a whole: what the worst transitions take off depends on V too.

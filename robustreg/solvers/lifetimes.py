@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg._core import loops
+from robustreg._core import loops, pytrees
 from robustreg.problems import episodes
 from robustreg.problems.transitions import Transitions
-from robustreg.solvers import elimination, krylov
+from robustreg.solvers import elimination, krylov, ranges
+from robustreg.solvers.chains import Chain
 
 # The margin that is enough, rounds of policy iteration, and caps on the steps of a system and on sweeps.
 _MARGIN, _ROUNDS, _STEPS, _SWEEPS = 0.5, 100, 500, 100_000
@@ -54,11 +55,11 @@ def believed(w: Array, ahead: Array, terms: float) -> tuple[Array, Array]:
     return margin, jnp.isfinite(margin) & (margin >= _MARGIN) & jnp.all(w > 0, axis=0)
 
 
-def of_chain(chain: Any, active: Array, terms: float) -> tuple[Array, Array]:
+def of_chain(chain: Chain, active: Array, terms: float) -> tuple[Array, Array]:
     """Bound the expected steps of one policy's episodes.
 
     Args:
-        chain: a `bellman.Chain`, its discount 1 where it matters.
+        chain: its discount 1 where it matters.
         active: lanes that are wanted, `[*B]`.
         terms: summands of an expectation.
 
@@ -84,7 +85,7 @@ def of_chain(chain: Any, active: Array, terms: float) -> tuple[Array, Array]:
     return jnp.where(found[None], w / jnp.where(found, margin, 1)[None], 1), found
 
 
-def _eliminated(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
+def _eliminated(chain: Chain, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
     """The steps of the lanes in `todo` by elimination, one lane after the other; infinite where no end is reached."""
     one = jnp.ones(ones.shape[:1], w.dtype)
 
@@ -95,7 +96,7 @@ def _eliminated(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Arr
     return elimination.lane_by_lane(take, w.reshape(one.shape[0], -1), chain, todo).reshape(ones.shape)
 
 
-def _swept(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
+def _swept(chain: Chain, apply: Callable[[Array], Array], ones: Array, w: Array, todo: Array) -> Array:
     """Add up steps until what a sweep adds is less than half a step, in the lanes in `todo`."""
 
     def sweep(w: Array, done: Array) -> tuple[Array, Array]:
@@ -105,16 +106,45 @@ def _swept(chain: Any, apply: Callable[[Array], Array], ones: Array, w: Array, t
     return loops.until_done(sweep, jnp.where(todo[None], ones, w), ~todo, _SWEEPS, chain)
 
 
-def of_all(
+def of_all(given: ranges.Given, horizon: Array) -> tuple[Array, Array, Array]:
+    """Bound the expected steps of every policy's episodes, or else of one policy's, where the discount is 1.
+
+    Args:
+        given: the problem.
+        horizon: what is known of the other lanes, `[*b]`.
+
+    Returns:
+        The bound, `[*b]`, infinite where there is none; where there is one, `[*b]`: where every policy is proper, or
+        there is a discount; and in the other lanes `w >= 1 + P_pi w` of the reference policy, `[S, *b]`, infinite where
+        it is not proper either.
+    """
+    transitions, regulariser, reward, exit_rate, discount, complement = given
+    shapes = exit_rate.shape[2:], regulariser.log_prior.shape[2:], transitions._lane_axes(discount.ndim), horizon.shape
+    own = jnp.broadcast_shapes(*shapes)
+    discount, complement, horizon = (jnp.broadcast_to(x, own) for x in (discount, complement, horizon))
+
+    def chain_of(policy: Array) -> Chain:
+        rate = pytrees.total(policy * exit_rate)
+        kernel, policy, backwards = transitions._induced(policy)
+        return Chain(kernel, policy, discount, rate, jnp.full_like(discount, jnp.inf), backwards, True)
+
+    active, terms = (discount == 1) & (complement == 0), transitions.fan_out + reward.shape[0]
+    ends = jnp.broadcast_to(exit_rate > 0, (*reward.shape[:2], *own))
+    prior, dtype = regulariser.log_prior, discount.dtype
+    found, proved, steps = _longest(transitions, prior, ends, active, chain_of, terms, dtype)
+    return jnp.where(active, found, horizon), proved | ~active, steps
+
+
+def _longest(
     transitions: Transitions,
     log_prior: Array,
     ends: Array,
     active: Array,
-    chain_of: Callable[[Array], Any],
+    chain_of: Callable[[Array], Chain],
     terms: float,
     dtype: Any,
 ) -> tuple[Array, Array, Array]:
-    """Bound the expected steps of every policy's episodes, or else of one policy's.
+    """Do that in the lanes that are wanted.
 
     Args:
         transitions: bound, of lanes `[*b]`.
@@ -124,11 +154,6 @@ def of_all(
         chain_of: the chain of a policy `[A, S, *b]`.
         terms: summands of an expectation.
         dtype: to compute in.
-
-    Returns:
-        The bound, `[*b]`, infinite where there is none; where there is one, `[*b]`: where every policy is proper; and
-        in the other lanes that are wanted `w >= 1 + P_pi w` of the reference policy, `[S, *b]`, infinite where it is
-        not proper either.
     """
     shape = ends.shape[1:]
     log_prior = jnp.broadcast_to(log_prior, ends.shape)

@@ -31,11 +31,13 @@ class Worst(NamedTuple):
         lost: by each successor, `[K, A, S, *B]`.
         gained: by each of the lowest states, `[R, A, S, *B]`.
         lowest: which they are, `[R, *B]`.
+        taken: what that takes off `<p, h>`, `[A, S, *B]`.
     """
 
     lost: Array
     gained: Array
     lowest: Array
+    taken: Array
 
 
 @pytrees.dataclass
@@ -59,24 +61,20 @@ class ListedBall(exact_balls.Stochastic):
         """Count the successors of a list, and as many lowest states."""
         return 2 * self.indices.shape[0]
 
-    def _cost(self, h: Array) -> Array:
-        worst = self._worst(h)
-        low = lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
-        moved = jnp.sum(worst.lost * (self._ahead(h) - low[None, None]), axis=0)
-        found = jnp.take_along_axis(h, worst.lowest, axis=0) - low
-        return moved - jnp.sum(worst.gained * found[:, None, None], axis=0)
+    def _cost(self, worst: Worst) -> Array:
+        return worst.taken
 
-    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
-        """Find the noise that costs most, `[A, S, S, *B]`."""
-        worst = self._worst(h)
-        taken = BoundSuccessors(self._index, worst.lost)._rows(h.ndim - 1, h.dtype)
-        states = jnp.arange(h.shape[0], dtype=worst.lowest.dtype).reshape((1, -1) + (1,) * (h.ndim - 1))
+    def noise(self, policy: Array, worst: Worst) -> Array:
+        """Write out the noise that costs a policy most, `[A, S, S, *B]`."""
+        n_states, lanes = policy.shape[1], policy.ndim - 2
+        taken = BoundSuccessors(self._index, worst.lost)._rows(lanes, policy.dtype)
+        states = jnp.arange(n_states, dtype=worst.lowest.dtype).reshape((1, -1) + (1,) * lanes)
         there = (worst.lowest[:, None] == states)[:, None, None]
         return jnp.sum(jnp.where(there, worst.gained[:, :, :, None], 0), axis=0) - taken
 
-    def pull(self, policy: Array, discount: Array, h: Array, c: Array) -> Moved:
+    def pull(self, policy: Array, discount: Array, worst: Worst) -> Moved:
         """Find what K loses against that of P."""
-        worst, weight = self._worst(h), discount[None, None] * policy
+        weight = discount[None, None] * policy
         lost = BoundSuccessors(self._index, weight[None] * worst.lost)
         return Moved(lost, worst.lowest, jnp.sum(weight[None] * worst.gained, axis=1))
 
@@ -88,11 +86,15 @@ class ListedBall(exact_balls.Stochastic):
         """Values of the successors, `[K, A or 1, S, *B]`."""
         return h.at[self._index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    def _worst(self, h: Array) -> Worst:
-        """Find what the worst rows move."""
+    def worst(self, h: Array, c: Array) -> Worst:
+        """Find what the worst rows at a value move."""
         p, v = jnp.broadcast_arrays(self.probabilities, self._ahead(h))
         b = jnp.broadcast_to(self.radius, p.shape[1:])
-        return {1: _shifted, math.inf: _filled, "kl": _tilted}[self.p](p, v, b, h)
+        lost, gained, lowest = {1: _shifted, math.inf: _filled, "kl": _tilted}[self.p](p, v, b, h)
+        low = lax.stop_gradient(jnp.min(h, axis=0, keepdims=True))
+        moved = jnp.sum(lost * (v - low[None, None]), axis=0)
+        found = jnp.take_along_axis(h, lowest, axis=0) - low
+        return Worst(lost, gained, lowest, moved - jnp.sum(gained * found[:, None, None], axis=0))
 
 
 def listed(radius: Array, rows: BoundSuccessors, p: float | str) -> ListedBall:
@@ -116,14 +118,14 @@ def _before(mass: Array, v: Array, descending: bool) -> Array:
     return jnp.sum(jnp.where(ahead, mass[:, None], 0), axis=0)
 
 
-def _shifted(p: Array, v: Array, b: Array, h: Array) -> Worst:
+def _shifted(p: Array, v: Array, b: Array, h: Array) -> tuple[Array, Array, Array]:
     """Take half the radius from the highest values, to be put at the lowest."""
     taken = jnp.clip(0.5 * exact_balls.some(b)[None] - _before(p, v, True), 0, p)
     lowest = jnp.argmin(h, axis=0).astype(jnp.int32)[None]
-    return Worst(taken, jnp.sum(taken, axis=0)[None], lowest)
+    return taken, jnp.sum(taken, axis=0)[None], lowest
 
 
-def _filled(p: Array, v: Array, b: Array, h: Array) -> Worst:
+def _filled(p: Array, v: Array, b: Array, h: Array) -> tuple[Array, Array, Array]:
     """Take from every entry what it may give up, to fill the lowest values: first what it was, then b more."""
     b = exact_balls.some(b)[None]
     m = jnp.minimum(p, b)
@@ -134,10 +136,10 @@ def _filled(p: Array, v: Array, b: Array, h: Array) -> Worst:
     kept = jnp.clip(whole - _before(m, v, False) - b * lower, 0, m)
     below = jnp.sum(jnp.where(v[None] <= w[:, None], m[None], 0), axis=1)
     rank = jnp.arange(reach, dtype=v.dtype).reshape((-1,) + (1,) * (v.ndim - 1))
-    return Worst(m - kept, jnp.clip(whole - below - b * rank, 0, b), lowest)
+    return m - kept, jnp.clip(whole - below - b * rank, 0, b), lowest
 
 
-def _tilted(p: Array, v: Array, b: Array, h: Array) -> Worst:
+def _tilted(p: Array, v: Array, b: Array, h: Array) -> tuple[Array, Array, Array]:
     """Tilt rows towards low values."""
     x = jnp.moveaxis(exact_balls.tilted(jnp.moveaxis(p, 0, 2), b, jnp.moveaxis(v, 0, 2)), 2, 0)
-    return Worst(p - x, jnp.zeros((0, *p.shape[1:]), p.dtype), jnp.zeros((0, *h.shape[1:]), jnp.int32))
+    return p - x, jnp.zeros((0, *p.shape[1:]), p.dtype), jnp.zeros((0, *h.shape[1:]), jnp.int32)

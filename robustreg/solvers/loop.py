@@ -282,7 +282,8 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: 
     With V = h + c and the residual `T V - V`, the certificate says that V* is within `width` of `T V + shift`, in exact
     arithmetic, and `noise` is what rounding may add to that.
     """
-    th, policy, q = bellman.backup(problem, state.h, state.c)
+    worst = bellman.worst_transitions(problem, state.h, state.c)
+    th, policy, q = bellman.backup(problem, state.h, state.c, worst)
     # From here on d is the residual about its middle, and (h + d, c) the midpoint of the interval that d proves: what a
     # lane that stops in this turn returns, and the value that the solver corrects.
     d, shift, largest, width = _centre(problem, th - state.h)
@@ -308,7 +309,7 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: 
         c=c,
         residual=d,
         size=largest,
-        chain=bellman.chain(problem, policy, (state.h, state.c)),
+        chain=bellman.chain(problem, policy, worst),
         half_width=width,
         goal=goal,
         count=state.steps,

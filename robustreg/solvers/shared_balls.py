@@ -48,9 +48,13 @@ class SharedBall(exact_balls.ExactBall):
         """Bound what the cost of a value of that size errs by, in units of u: two sums over S states, and searches."""
         return 2 * super().rounding(discount, size)
 
-    def step(self, reg: Bound, q: Array, discount: Array, h: Array, c: Array) -> tuple[Bound, Array]:
+    def worst(self, h: Array, c: Array) -> Array:
+        """Return the value: which rows are worst at it depends on the policy too."""
+        return h
+
+    def step(self, reg: Bound, q: Array, discount: Array, worst: Array) -> tuple[Bound, Array]:
         """Return the regulariser with what the noise costs added to it, and the action values."""
-        cost = self._cost_of(discount, h, reg.log_prior)
+        cost = self._cost_of(discount, worst, reg.log_prior)
         if isinstance(reg, FixedPolicy):
             lost = cost.value(jnp.broadcast_to(reg.policy, q.shape))
             return FixedPolicy(reg.policy, reg.cost + lost, reg.beta, reg.log_prior), q
@@ -62,9 +66,10 @@ class SharedBall(exact_balls.ExactBall):
             )
         return BoundSum((*parts, cost), False), q
 
-    def worst_noise(self, policy: Array, h: Array, c: Array) -> Array:
-        """Find the noise that costs most, `[A, S, S, *B]`."""
-        cost = self._cost_of(jnp.ones((1,) * (h.ndim - 1), h.dtype), h, jnp.zeros((1,) * policy.ndim, h.dtype))
+    def noise(self, policy: Array, worst: Array) -> Array:
+        """Find the noise that costs a policy most, `[A, S, S, *B]`."""
+        one, free = jnp.ones((1,) * (worst.ndim - 1), worst.dtype), jnp.zeros((1,) * policy.ndim, worst.dtype)
+        cost = self._cost_of(one, worst, free)
         return cost.noise_at(cost.strength(policy)[None] * policy)
 
     def _cost_of(self, discount: Array, h: Array, log_prior: Array) -> "SharedCost":
@@ -122,6 +127,12 @@ class SharedCost(Least):
         rows, values = jnp.broadcast_arrays(self.rows, self.values)
         return _spent(self.p, s, rows, values)
 
+    def taken_and_spent(self, s: Array) -> tuple[Array, Array]:
+        """Compute both."""
+        noise = self.noise_at(s)
+        spent = 0.5 * jnp.sum(noise**2, axis=2) if self.p == 2 else self.spent(s)
+        return -self.discount[None, None] * jnp.sum(noise * self.values, axis=2), spent
+
     def budget(self) -> Array:
         """Compute B, `[S or 1, *b]`."""
         return 0.5 * self.radius**2 if self.p == 2 else self.radius
@@ -150,8 +161,8 @@ class SharedCost(Least):
         """Return the logarithm of the strength, `[S, *B]`."""
         return jnp.log(jnp.maximum(self.strength(policy), jnp.finfo(policy.dtype).tiny))
 
-    def bracket(self, like: Array) -> tuple[Array, Array]:
-        """Return strengths that do not spend the budget, and such that leave the lowest value alone, `[S, *B]`.
+    def bracket(self, like: Array) -> tuple[Array, Array, Array]:
+        """Return strengths that do not spend the budget (to begin with, too), and that leave the lowest value alone.
 
         Rows move by at most `s p_a` times the deviation of the values, `width sqrt(S)/2` or less (2-norm), and to a
         relative entropy of at most `(s p_a width)^2 / 8`.
@@ -160,12 +171,13 @@ class SharedCost(Least):
         unit = jnp.broadcast_to(-jnp.log(jnp.where(width > 0, width, 1)), like.shape[1:])
         least = jnp.sqrt((8 / self.rows.shape[2] if self.p == 2 else 8) * self.budget())
         none = float(np.exp(-0.98 * about.nmant))
-        return unit + jnp.log(jnp.maximum(0.9 * least, none)), unit + 0.7 * about.nmant
+        low = unit + jnp.log(jnp.maximum(0.9 * least, none))
+        return low, low, unit + 0.7 * about.nmant
 
     @property
-    def first(self) -> float:
-        """Most budgets are spent long before rows are nothing but their lowest value."""
-        return 0.05
+    def growth(self) -> float:
+        """What is spent grows with the square of a small s."""
+        return 2.0
 
     def at(self, log_s: Array) -> "AtStrength":
         """Return `g phi(., s)`."""
@@ -224,9 +236,9 @@ class AtStrength(Bound):
     def value(self, policy: Array) -> Array:
         """Compute it, `[S, *B]`."""
         s = jnp.exp(self.log_s)
-        used = jnp.sum(self.cost.spent(s[None] * policy), axis=0)
-        taken = jnp.sum(policy * self.cost.taken(s[None] * policy), axis=0)
-        return taken + self.cost.discount[None] * (self.cost.budget() - used) / s
+        taken, used = self.cost.taken_and_spent(s[None] * policy)
+        left = self.cost.budget() - jnp.sum(used, axis=0)
+        return jnp.sum(policy * taken, axis=0) + self.cost.discount[None] * left / s
 
     def marginal(self, log_policy: Array) -> Array:
         """Compute what the noise at s takes off each action, `[A, S, *B]`."""
