@@ -87,3 +87,37 @@ def test_roots_at_zero_are_told_from_none():
     assert ends[0] <= 0 <= ends[1] and float(ends[1][0] - ends[0][0]) <= 3e-16
     ends = roots.bisect(lambda x: x > 0, 0 * one, one)
     assert float(ends[0][0]) == 0 and float(ends[1][0]) < 1e-300
+
+
+def test_a_root_on_an_end_is_stepped_to():
+    """Newton's step ends there, instead of halving what is left of the bracket turn by turn."""
+    turned = []
+
+    def measure(x, _):
+        jax.debug.callback(lambda: turned.append(1))
+        return x - low + 1e-17, jnp.full_like(x, 0.999), None
+
+    low, high = jnp.asarray([0.3, -7.0]), jnp.asarray([1e6, 1e6])
+    found = roots.newton(measure, high, low, high, close=0.0, near=lambda x: 1e-15 * jnp.abs(x), turns=200)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(found.x, low)
+    assert len(turned) <= 3
+
+
+def test_the_secant_method_keeps_what_belongs_to_its_roots():
+    """A root beyond the bracket is its nearer end, after two looks; a lane that is done keeps what it carried."""
+    place, turned = jnp.asarray([0.7, 9.0, -3.0, 1.0]), []
+
+    def measure(x, seen):
+        jax.debug.callback(lambda: turned.append(1))
+        return jnp.expm1(x - place), (x, seen[1] + 1)
+
+    def keep(done, old, new):
+        return tuple(jnp.where(done, a, b) for a, b in zip(old, new))
+
+    low, high, none = jnp.full(4, -2.0), jnp.full(4, 2.0), jnp.zeros(4)
+    options = {"slope": 1.0, "close": 1e-15, "turns": 100, "carried": (none, none), "keep": keep}
+    at, looks = roots.secant(measure, jnp.asarray([0.0, 0.0, 0.0, 1.0]), low, high, **options).carried
+    jax.effects_barrier()
+    np.testing.assert_allclose(at, [0.7, 2.0, -2.0, 1.0], rtol=2e-15)
+    assert looks[1] <= 3 and looks[2] <= 3 and looks[3] == 1 and len(turned) == looks[0] <= 9

@@ -69,7 +69,7 @@ class TransitionBall:
             noise (the value itself is, so that adding a constant to the reward is no longer harmless), or "exact", for
             rows that stay probabilities (p = 1, 2, infinity or "kl"; see `exact_balls`; "s" in `shared_balls`, where
             p = 1 is not there). Time and memory are then those of rows written out, `S^2 A`, but for lists of few
-            successors (p = 1, infinity, "kl"); where rows share a radius, a backup takes some 50 times as long.
+            successors (p = 1, infinity, "kl"); where rows share a radius, a solve takes 10 to 30 times as long.
         per_state: `[*B, S]`, not negative; multiplies the radius. None is 1.
         per_pair: `[*B, S, A]`, not negative; multiplies the radius ("sa" alone). None is 1.
     """
