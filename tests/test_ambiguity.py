@@ -165,18 +165,22 @@ def moved_by_hand(p, b, v, kind):
 @pytest.mark.parametrize(("dtype", "error"), [(np.float64, 1e-12), (np.float32, 1e-5)])
 @pytest.mark.parametrize("kind", [1, np.inf])
 def test_costs_of_sets_whose_mass_moves_in_the_order_of_values(kind, dtype, error):
-    """For any number of states: ties, empty and partial rows, radii of 0 and beyond all mass, rows that lanes share."""
+    """For any number of states: ties, empty and partial rows, radii of 0 and beyond all mass, rows that lanes share.
+
+    Large radii alone, too, with which all rows stop among the first few states.
+    """
     rng = np.random.default_rng(0)
-    for n, own in itertools.product((1, 2, 5, 9, 16, 17), (1, 3)):
+    for n, own, radii in itertools.product((1, 2, 5, 9, 16, 17), (1, 3), ((0, 0.05, 0.3, 1, 3), (0.6, 1, 3))):
         rows = np.moveaxis(rng.dirichlet(np.full(n, 0.4), (2, n, own)), -1, 2)
         rows = (rows * rng.choice([1, 0.5, 0], size=(2, n, 1, own))).astype(dtype)
-        radius = rng.choice([0, 0.05, 0.3, 1, 3], size=(2, n, 3)).astype(dtype)
+        radius = rng.choice(radii, size=(2, n, 3)).astype(dtype)
         values = np.round(3 * rng.normal(size=(n, 3)), n % 3).astype(dtype)
         kernel, h = Dense(jnp.asarray(np.moveaxis(rows, (1, 0, 2), (-3, -2, -1)))), jnp.asarray(values)
         ball = greedy_balls.greedy(jnp.asarray(radius), kernel, kind)
         weight, one = jnp.asarray(rng.random((2, n, 3)).astype(dtype)), jnp.ones(3, dtype)
         worst = ball.worst(h, one)
-        found, noise = np.asarray(ball._cost(worst)), np.asarray(ball.noise(weight, worst))
+        found = np.asarray(kernel._expect(h) - ball.expected(kernel, h, worst))
+        noise = np.asarray(ball.noise(weight, worst))
         pulled = np.asarray(ball.pull(weight, 0.5 * one, worst).entries())
         assert np.abs(pulled + 0.5 * np.einsum("asl,asjl->sjl", weight, noise)).max() <= error
         # The worst rows keep their mass, are no further away than they may be, and attain the cost.
@@ -239,10 +243,12 @@ def test_lists_of_successors_cost_what_rows_written_out_do(p: Any, dtype, error)
         h = jnp.asarray(np.round(h) if ties else h)
         dense = rows._rows(1, dtype)
         balls = listed_balls.listed(radius, rows, p), ambiguity.written_out(radius, rows, p)
-        g, none, start = jnp.full(lanes, 0.9, dtype), jnp.zeros(lanes, dtype), jnp.zeros((actions, n, lanes), dtype)
+        g, none = jnp.full(lanes, 0.9, dtype), jnp.zeros(lanes, dtype)
         policy = jnp.asarray(np.moveaxis(rng.dirichlet(np.ones(actions), (n, lanes)), -1, 0).astype(dtype))
         found: list[Any] = [ball.worst(h, none) for ball in balls]
-        listed, written = (np.asarray(ball.step(None, start, g, x)[1]) for ball, x in zip(balls, found))  # type: ignore[arg-type]
+        listed, written = (
+            0.9 * np.asarray(ball.expected(rows, h, x) - rows._expect(h)) for ball, x in zip(balls, found)
+        )
         assert np.abs(listed - written).max() <= error
         noise = balls[0].noise(policy, found[0])
         worst = np.asarray(noise + dense)
@@ -451,7 +457,7 @@ def test_worst_rows(p: Any):
         ball, v = ambiguity.written_out(jnp.full((1, 1), radius), kernel_of(rows), p), jnp.asarray(h)
         worst: Any = ball.worst(v, jnp.zeros(()))
         noise: Any = ball.noise(jnp.ones((1, n)), worst)
-        x, least = rows[0] + np.asarray(noise)[0], rows[0] @ h - np.asarray(ball._cost(worst))[0]
+        x, least = rows[0] + np.asarray(noise)[0], np.asarray(ball.expected(kernel_of(rows), v, worst))[0]
         assert x.min() >= 0 and np.abs(x.sum(-1) - sums).max() < 1e-12
         assert size_of(x, rows[0], p).max() <= radius * (1 + 1e-9)
         for row, found, mass in zip(rows[0], least, sums):
@@ -479,8 +485,10 @@ def test_worst_rows(p: Any):
 
         def at(t, rows=rows, direction=direction, h=h, dh=dh, radius=radius):
             moved, v = jnp.asarray(rows) + t * direction, jnp.asarray(h) + t * dh
-            ball = ambiguity.written_out(jnp.full((1, 1), radius + 0.3 * t), kernel_of(moved), p)
-            return jnp.sum(moved @ v - ball._cost(ball.worst(v, jnp.zeros(()))))  # type: ignore[arg-type]
+            kernel = kernel_of(moved)
+            ball = ambiguity.written_out(jnp.full((1, 1), radius + 0.3 * t), kernel, p)
+            worst: Any = ball.worst(v, jnp.zeros(()))
+            return jnp.sum(ball.expected(kernel, v, worst))
 
         assert abs(jax.grad(at)(0.0) - (at(e) - at(-e)) / (2 * e)) < 1e-6
 

@@ -165,14 +165,14 @@ def _certify(
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
     h = v - c[None]
     worst = bellman.worst_transitions(problem, h, c)
-    th, _, q = bellman.backup(problem, h, c, worst)
+    th, q = bellman.backup(problem, h, c, worst)[0], bellman.q_values(problem, h, c)
     masked = jnp.isneginf(problem.regulariser.log_prior)
     q = jnp.where(masked, 0, q)
     # Rows that are no distribution (beyond rounding of their sum) prove nothing.
     unit = float(jnp.finfo(mdp.dtype).eps)
     proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
     p = jnp.where(proper[None], p, jnp.nan)
-    operator, left = bellman.faced(problem, q, worst)
+    operator, left = bellman.faced(problem, h, c, worst)
     own = jnp.sum(p * left, axis=0) - operator.value(p)
     wanted = undiscounted.pending(problem)
     problem, steps = undiscounted.own_horizon(problem, p)

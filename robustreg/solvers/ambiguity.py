@@ -151,10 +151,16 @@ class BoundBall:
         widest = jnp.max(self.radius, axis=(0, 1))
         return discount * (1 + widest * float(n_states) ** (1 / self.q))
 
-    def step(self, reg: Bound, q: Array, discount: Array, worst: tuple[Array, Array]) -> tuple[Bound, Array]:
-        """Return the regulariser and the action values that the worst transitions leave."""
-        cost = discount[None, None] * self.radius * worst[0][None, None]
-        return (reg, q - cost) if self.rectangular == "sa" else (_with_radius(reg, cost[0], self.p), q)
+    def expected(self, transitions: Transitions, h: Array, worst: tuple[Array, Array]) -> Array:
+        """Compute what the worst rows lead to expect of h, `[A, S, *B]`; for "s" `P h`."""
+        ahead = transitions._expect(h)
+        return ahead - self.radius * worst[0][None, None] if self.rectangular == "sa" else ahead
+
+    def operator(self, reg: Bound, discount: Array, worst: tuple[Array, Array]) -> Bound:
+        """Return the regulariser, to which noise that the actions of a state share is added."""
+        if self.rectangular == "sa":
+            return reg
+        return _with_radius(reg, discount[None] * self.radius[0] * worst[0][None], self.p)
 
     def noise(self, policy: Array, worst: tuple[Array, Array]) -> Array:
         """Write out the noise that costs a policy most, `[A, S, S, *B]`."""

@@ -229,8 +229,11 @@ def _complement(mdp: MDP) -> Array:
 
 def q_values(problem: BoundProblem, h: Array, c: Array) -> Array:
     """Compute `r + g P V - c` at `V = h + c`, `[A, S, *B]`, from `h [S, *B]` and `c [*B]`."""
-    ahead = problem.discount[None, None] * problem.transitions._expect(h)
-    return (problem.reward - c[None, None] * problem.exit_rate) + ahead
+    return _looking_ahead(problem, problem.transitions._expect(h), c)
+
+
+def _looking_ahead(problem: BoundProblem, expected: Array, c: Array) -> Array:
+    return (problem.reward - c[None, None] * problem.exit_rate) + problem.discount[None, None] * expected
 
 
 def worst_transitions(problem: BoundProblem, h: Array, c: Array) -> Any:
@@ -242,17 +245,20 @@ def worst_transitions(problem: BoundProblem, h: Array, c: Array) -> Any:
 
 
 def backup(problem: BoundProblem, h: Array, c: Array, worst: Any = None) -> tuple[Array, Array, Array]:
-    """Compute `T V - c [S, *B]`, its policy `[A, S, *B]` and `q - c [A, S, *B]` at `V = h + c`."""
-    q = q_values(problem, h, c)
-    operator, left = faced(problem, q, worst_transitions(problem, h, c) if worst is None else worst)
-    return *maximise(operator, left), q
+    """Compute `T V - c [S, *B]`, its policy `[A, S, *B]` and what it maximises, `[A, S, *B]`, at `V = h + c`.
+
+    That is `q - c`, or what the worst transitions leave of it.
+    """
+    operator, left = faced(problem, h, c, worst_transitions(problem, h, c) if worst is None else worst)
+    return *maximise(operator, left), left
 
 
-def faced(problem: BoundProblem, q: Array, worst: Any) -> tuple[Bound, Array]:
-    """Return the regulariser and the action values `[A, S, *B]` that the worst transitions leave of q."""
+def faced(problem: BoundProblem, h: Array, c: Array, worst: Any) -> tuple[Bound, Array]:
+    """Return the operator and the action values less c, `[A, S, *B]`, that the worst transitions leave a policy."""
     if problem.ball is None:
-        return problem.regulariser, q
-    return problem.ball.step(problem.regulariser, q, problem.discount, worst)
+        return problem.regulariser, q_values(problem, h, c)
+    left = _looking_ahead(problem, problem.ball.expected(problem.transitions, h, worst), c)
+    return problem.ball.operator(problem.regulariser, problem.discount, worst), left
 
 
 def of_one_step(problem: BoundProblem) -> Array:

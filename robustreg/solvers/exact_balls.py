@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from robustreg._core import loops, pytrees, roots
+from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.bound import Bound
 from robustreg.solvers.chains import Written, written
 
@@ -48,9 +49,13 @@ class Stochastic:
         """Bound what the cost of a value of that size errs by, in units of u: two sums."""
         return 8 * (4 + min(self.terms, 4 * self.terms**0.5)) * discount * size
 
-    def step(self, reg: Bound, q: Array, discount: Array, worst: Any) -> tuple[Bound, Array]:
-        """Return the regulariser, and the action values that the worst transitions leave."""
-        return reg, q - discount[None, None] * self._cost(worst)
+    def operator(self, reg: Bound, discount: Array, worst: Any) -> Bound:
+        """Return the regulariser: each pair has its own worst row, whatever the policy."""
+        return reg
+
+    def expected(self, transitions: Transitions, h: Array, worst: Any) -> Array:
+        """Compute what the worst rows lead to expect of h, `[A, S, *B]`."""
+        return transitions._expect(h) - self._cost(worst)
 
     def _cost(self, worst: Any) -> Array:
         """Compute what the worst rows take off `<p, h>`, `[A, S, *B]`."""

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from robustreg._core import pytrees
+from robustreg._core import loops, pytrees
 from robustreg.problems.dense import Dense
+from robustreg.problems.transitions import Transitions
 from robustreg.solvers import exact_balls
 from robustreg.solvers.chains import Written, written
 
@@ -35,15 +36,13 @@ class Taken(NamedTuple):
         rank: of each state in the order in which mass is taken, `[*B, S]`.
         end: the rank at which a row stops, `[*B, S, A]`.
         part: what is taken there, `[*B, S, A]`.
-        moved: the sum of `m v` over what is taken, `[*B, S, A]`.
-        whole: the sum of `mass v` over all states, `[*B, S, A]`.
+        moved: the sum of `m (v - min v)` over what is taken, `[*B, S, A]`.
     """
 
     rank: Array
     end: Array
     part: Array
     moved: Array
-    whole: Array
 
 
 @pytrees.dataclass
@@ -54,11 +53,15 @@ class GreedyBall(exact_balls.Stochastic):
         radius: positive, `[A or 1, S or 1, *b]`.
         mass: what entries can give up, `[*b, S, A, S]`: all that they have, or (infinity) no more than the radius.
         p: 1 or infinity.
+        kept: for infinity, what they cannot, likewise.
+        total: for infinity, the sum of what a row can give up, `[A, S, *b]`.
     """
 
     radius: Array
     mass: Dense
     p: float | str = pytrees.static()
+    kept: Dense | None = None
+    total: Array | None = None
 
     @property
     def terms(self) -> int:
@@ -79,17 +82,25 @@ class GreedyBall(exact_balls.Stochastic):
         lost = [jnp.sum(weight[..., few, None] * self._lost(worst, few), axis=-2) for few in some]
         return written(self._put(functools.reduce(jnp.add, lost), worst.rank[..., None, :]))
 
-    def _cost(self, worst: Taken) -> Array:
-        # What is moved is linear in `v - min v`, and costs nothing at the lowest value.
-        return jnp.moveaxis(worst.moved if self.p == 1 else worst.whole - worst.moved, (-1, -2), (0, 1))
+    def expected(self, transitions: Transitions, h: Array, worst: Taken) -> Array:
+        """Compute what the worst rows lead to expect of h, `[A, S, *B]`.
+
+        For infinity from what entries keep, so that a backup reads no more than two arrays of P's size, and one where
+        few states are taken.
+        """
+        moved = _actions_first(worst.moved)
+        if self.kept is None or self.total is None:  # it is put at the lowest value, which counts as 0
+            return transitions._expect(h) - moved
+        low = jnp.min(h, axis=0, keepdims=True)[None]
+        return self.kept._expect(h) + low * self.total + moved
 
     def worst(self, h: Array, c: Array) -> Taken:
         """Find where the worst rows at a value stop to take mass."""
         mass, b, v = self.mass.probabilities, _rows_first(self.radius), jnp.moveaxis(h, 0, -1)
         v = v - jnp.min(v, axis=-1, keepdims=True)
-        if self.p == 1:
+        if self.total is None:
             return _taken(mass, jnp.zeros_like(b), 0.5 * b, v, True)
-        return _taken(mass, b, None, v, False)
+        return _taken(mass, b, _rows_first(self.total), v, False)
 
     def _lost(self, taken: Taken, actions: slice) -> Array:
         """Compute what entries lose, `[*B, S, actions, S]`, before `_put`."""
@@ -113,7 +124,8 @@ def greedy(radius: Array, rows: Dense, p: float | str) -> GreedyBall:
     radius = exact_balls.some(radius)
     if p == 1:
         return GreedyBall(radius, rows, p)
-    return GreedyBall(radius, Dense(jnp.minimum(rows.probabilities, _rows_first(radius)[..., None])), p)
+    mass = jnp.minimum(rows.probabilities, _rows_first(radius)[..., None])
+    return GreedyBall(radius, Dense(mass), p, Dense(rows.probabilities - mass), _actions_first(jnp.sum(mass, axis=-1)))
 
 
 def _rows_first(x: Array) -> Array:
@@ -121,16 +133,23 @@ def _rows_first(x: Array) -> Array:
     return jnp.moveaxis(x, (1, 0), (-2, -1))
 
 
-def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: bool) -> Taken:
+def _actions_first(x: Array) -> Array:
+    """Reorder `[*B, S, A]` to `[A, S, *B]`."""
+    return jnp.moveaxis(x, (-1, -2), (0, 1))
+
+
+def _taken(mass: Array, more: Array, limit: Array, v: Array, descending: bool) -> Taken:
     """Take `m = mass + more` from states in the order of v, until there is as much as a limit.
 
     States are put together by their rank into some sqrt(S) buckets, whose sums are one product of matrices. Only in the
-    bucket in which a row reaches its limit are its entries looked at one by one.
+    bucket in which a row reaches its limit are its entries looked at one by one. Where `more` alone fills the limits of
+    all rows within the first bucket, as it does for rows of few successors and for large intervals, there is no need
+    for the sums.
 
     Args:
         mass: `[*B, S, A, S]`, not negative.
         more: the same for all entries of a row, `[*B, S, A]`.
-        limit: `[*B, S, A]`; None is the sum of `mass`.
+        limit: `[*B, S, A]`.
         v: values, `[*B, S]`.
         descending: whether the highest come first.
     """
@@ -142,32 +161,58 @@ def _taken(mass: Array, more: Array, limit: Array | None, v: Array, descending: 
     order = jnp.argsort(-fixed if descending else fixed, axis=-1)
     rank = jnp.argsort(order, axis=-1).astype(jnp.int32)
     member = jax.nn.one_hot(rank // width, count, dtype=v.dtype)
-    bucket, left, moved, whole = _whole_buckets(mass, more, limit, member, member * v[..., None])
+    limit = jnp.broadcast_to(limit, v.shape[:-1] + mass.shape[-3:-1])
 
-    def there(x: Array) -> Array:
-        """Read entries of `[*B, S]` in that bucket, by rank, `[*B, S, A, width]`; the last state's beyond it."""
+    def there(x: Array, bucket: Array) -> Array:
+        """Read entries of `[*B, S]` in a bucket, by rank, `[*B, S, A, width]`; the last state's beyond it."""
         x = jnp.take_along_axis(x, order, axis=-1)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * width - n)], mode="edge")
         x = x.reshape(*x.shape[:-1], 1, 1, count, width)
         return jnp.take_along_axis(x, bucket[..., None, None], axis=-2, mode="promise_in_bounds")[..., 0, :]
 
-    states = there(jnp.broadcast_to(jnp.arange(n).reshape((1,) * (v.ndim - 1) + (n,)), v.shape))
-    entries = _alone(jnp.take_along_axis(mass, states, axis=-1, mode="promise_in_bounds"))
-    values = _alone(there(v))
-    going, part, full = True, jnp.zeros_like(left), jnp.zeros_like(bucket)
-    for k in range(width):
-        m = jnp.where(bucket * width + k < n, entries[..., k] + more, 0)
+    def read(states: Array) -> Array:
+        return _alone(jnp.take_along_axis(mass, states, axis=-1, mode="promise_in_bounds"))
+
+    def first() -> tuple[Array, Array, Array]:
+        states, values = (
+            jnp.broadcast_to(x[..., None, None, :width], (*limit.shape, width))
+            for x in (order, jnp.take_along_axis(v, order, axis=-1))
+        )
+        none = jnp.zeros_like(limit)
+        return _one_by_one(read(states), more, values, n, none.astype(jnp.int32), limit, none)
+
+    def any_bucket() -> tuple[Array, Array, Array]:
+        bucket, left, moved = _whole_buckets(mass, more, limit, member, member * v[..., None])
+        places = jnp.broadcast_to(jnp.arange(n).reshape((1,) * (v.ndim - 1) + (n,)), v.shape)
+        entries, values = read(there(places, bucket)), _alone(there(v, bucket))
+        return _one_by_one(entries, more, values, n, bucket * width, left, moved)
+
+    if descending:
+        return Taken(rank, *any_bucket())
+    near = jnp.all(lax.stop_gradient(limit < (width - 0.01) * more))
+    return Taken(rank, *loops.cond(near, first, any_bucket, (mass, more, limit, v)))
+
+
+def _one_by_one(
+    entries: Array, more: Array, values: Array, n: int, rank: Array, left: Array, moved: Array
+) -> tuple[Array, Array, Array]:
+    """Take entries, `[*B, S, A, k]`, of the states from a rank on, until nothing is left of a limit.
+
+    Returns:
+        The rank of the state at which a row stops, what is taken there, and the sum of `m v` over all that is taken.
+    """
+    going, part, full = True, jnp.zeros_like(left), jnp.zeros_like(rank)
+    for k in range(entries.shape[-1]):
+        m = jnp.where(rank + k < n, entries[..., k] + more, 0)
         every = going & (m <= left)
         some = jnp.where(going & ~every, left, 0)
         taken = jnp.where(every, m, some)
         left, part, full, going = left - taken, part + some, full + every.astype(full.dtype), every
         moved = moved + taken * values[..., k]
-    return Taken(rank, bucket * width + full, part, moved, whole)
+    return _alone(rank + full), _alone(part), _alone(moved)
 
 
-def _whole_buckets(
-    mass: Array, more: Array, limit: Array | None, member: Array, worth: Array
-) -> tuple[Array, Array, Array, Array]:
+def _whole_buckets(mass: Array, more: Array, limit: Array, member: Array, worth: Array) -> tuple[Array, Array, Array]:
     """Take buckets of states, one after the other, that fit into what is left of a limit; never the last one.
 
     Args:
@@ -175,24 +220,21 @@ def _whole_buckets(
         member, worth: 1 and the value where a state is in a bucket, else 0, `[*B, S, buckets]`.
 
     Returns:
-        The first bucket that is not taken, what is left of the limit, the sum of `m v` over what is taken, and that of
-        `mass v` over all states, `[*B, S, A]`.
+        The first bucket that is not taken, what is left of the limit, and the sum of `m v` over what is taken,
+        `[*B, S, A]`.
     """
     columns, count = jnp.concatenate([member, worth], axis=-1), member.shape[-1]
     sums = jnp.matmul(mass, columns[..., None, :, :], precision=lax.Precision.HIGHEST)
     own, worths = ([sums[..., first + k] for k in range(count)] for first in (0, count))
-    total, whole = (functools.reduce(jnp.add, parts) for parts in (own, worths))
     shares = jnp.sum(columns, axis=-2)[..., None, None, :]
-    left = total if limit is None else limit
-    bucket, moved, going = jnp.zeros(total.shape, jnp.int32), jnp.zeros_like(total), True
+    left, bucket, moved, going = limit, jnp.zeros(limit.shape, jnp.int32), jnp.zeros_like(limit), True
     # (Written out, the loop is one kernel that reads these sums once; along an axis it takes ten times as long.)
     for k in range(count - 1):
         m = own[k] + more * shares[..., k]
         going = going & (m <= left)
         left, bucket = jnp.where(going, left - m, left), bucket + going.astype(bucket.dtype)
         moved = moved + jnp.where(going, worths[k] + more * shares[..., count + k], 0)
-    bucket, left, moved, whole = (_alone(x) for x in (bucket, left, moved, whole))
-    return bucket, left, moved, whole
+    return _alone(bucket), _alone(left), _alone(moved)
 
 
 @jax.custom_jvp

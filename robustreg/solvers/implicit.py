@@ -73,7 +73,8 @@ def attach(
         `h` as it came, `T V - c [S, *B]`, the policy `[A, S, *B]`, `q - c [A, S, *B]`, and visits `[S, *B]` or None.
         Derivatives are those of V, its policy and q, in both modes and to any order; visits are constants.
     """
-    th, policy, q = bellman.backup(problem, h, c)
+    th, policy, left = bellman.backup(problem, h, c)
+    q = left if problem.ball is None else bellman.q_values(problem, h, c)
     visits = None
     if toured is not None:
         # The backward pass's linear system at a cotangent of the objective. It cannot hand on what it finds, whereas
@@ -102,8 +103,11 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
         v, moving = h + c[None], pytrees.given_or_zero(change, problem)
         dth = jax.jvp(lambda x: bellman.backup(x, v, jnp.zeros_like(c)), (problem,), (moving,))[1][0]
         dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact, visits)
-        whole = jax.jvp(lambda x, y: bellman.backup(x, y, jnp.zeros_like(c)), (problem, v), (moving, dh))[1]
-        return found, (dh, dh, *whole[1:], still)
+
+        def policy_and_q(x: bellman.BoundProblem, v: Array) -> tuple[Array, Array]:
+            return bellman.backup(x, v, jnp.zeros_like(c))[1], bellman.q_values(x, v, jnp.zeros_like(c))
+
+        return found, (dh, dh, *jax.jvp(policy_and_q, (problem, v), (moving, dh))[1], still)
     dq = explicit(problem, change, h + c[None])
     dth = problem.regulariser.conjugate_tangent(policy, q + c[None, None], dq, change.regulariser)
     dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact, visits)

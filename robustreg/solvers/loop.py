@@ -283,14 +283,14 @@ def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: 
     arithmetic, and `noise` is what rounding may add to that.
     """
     worst = bellman.worst_transitions(problem, state.h, state.c)
-    th, policy, q = bellman.backup(problem, state.h, state.c, worst)
+    th, policy, left = bellman.backup(problem, state.h, state.c, worst)
     # From here on d is the residual about its middle, and (h + d, c) the midpoint of the interval that d proves: what a
     # lane that stops in this turn returns, and the value that the solver corrects.
     d, shift, largest, width = _centre(problem, th - state.h)
     c = state.c + shift
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
     # The shift is a quotient and a sum; c itself is in the rounding bound already.
-    noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, q)) + 4 * unit * jnp.abs(shift)
+    noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, left)) + 4 * unit * jnp.abs(shift)
     noise = noise + bellman.deviation_cost(problem, state.size + jnp.abs(state.c) + jnp.abs(shift) + width)
     # The half-width that is left for the residual once rounding has had its share of the tolerance.
     goal = jnp.where(tol.given, tol.value - noise, noise)
