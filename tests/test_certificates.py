@@ -148,3 +148,21 @@ def test_files_from_before_the_storage_of_perturbations(whole, tmp_path):
     np.savez(path, **{**held, "header": np.array(json.dumps(header))})
     old = rr.load(path)
     assert (np.asarray(old.storage) == 0).all() and (old.gap == whole[1].gap).all()
+
+
+@pytest.mark.parametrize("bad", [-np.inf, np.nan])
+@pytest.mark.parametrize("ball", [None, (0.01, np.inf, "sa", "exact"), (0.001, 2, "s", "kappa")])
+def test_a_reward_that_nobody_can_earn_is_never_looked_at(bad, ball):
+    """Of an action with a prior of 0: the same proof as with any other number there, with uncertain transitions too."""
+    m, prior = rr.problems.garnets(1, 6, 3, 3, discount=0.9, seed=0), np.full((6, 3), 1 / 3)
+    prior[2] = [0.5, 0.5, 0]
+    reg, ambiguity = rr.kl(2.0, prior), ball and rr.TransitionBall(*ball)
+    proofs = []
+    for number in (0.0, bad):
+        reward = m.reward.at[..., 2, 2].set(number)
+        one = dataclasses.replace(m, reward=reward)
+        sol = rr.solve(one, reg, tol=1e-8, ambiguity=ambiguity).raise_if_failed()
+        proofs.append(rr.certify(one, reg, sol, ambiguity=ambiguity))
+    for name in ("lower", "upper", "indifference", "slack", "consistency"):
+        with_number, without = (np.asarray(getattr(proof, name)) for proof in proofs)
+        np.testing.assert_allclose(without, with_number, rtol=1e-12, atol=1e-15, err_msg=name)

@@ -173,6 +173,7 @@ def _certify(
     proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
     p = jnp.where(proper[None], p, jnp.nan)
     operator, left = bellman.faced(problem, h, c, worst)
+    left = jnp.where(masked, 0, left)
     own = jnp.sum(p * left, axis=0) - operator.value(p)
     wanted = undiscounted.pending(problem)
     problem, steps = undiscounted.own_horizon(problem, p)

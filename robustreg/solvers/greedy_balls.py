@@ -85,8 +85,7 @@ class GreedyBall(exact_balls.Stochastic):
     def expected(self, transitions: Transitions, h: Array, worst: Taken) -> Array:
         """Compute what the worst rows lead to expect of h, `[A, S, *B]`.
 
-        For infinity from what entries keep, so that a backup reads no more than two arrays of P's size, and one where
-        few states are taken.
+        For infinity from what entries keep: where few states are taken, that is the only product.
         """
         moved = _actions_first(worst.moved)
         if self.kept is None or self.total is None:  # it is put at the lowest value, which counts as 0
