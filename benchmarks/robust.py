@@ -29,22 +29,27 @@ Typical printout (2 shared CPU cores, JAX 0.12.0, quiet):
     radius 0.001   rewards 0.025   r2 0.8512   kappa 0.6337
     radius 1e-05   rewards 0.00025   r2 0.00864   kappa 0.006337
     20 sweeps, relative to plain ones
-    p 1   plain_s 0.63   rewards s 1.11   kappa sa 1.01   both s 1.09
-    p 2   plain_s 0.649   rewards s 1.11   kappa sa 1.01   both s 1.13
-    p inf   plain_s 0.652   rewards s 0.973   kappa sa 1.05   both s 1.04
-    p 3   plain_s 0.641   rewards s 1.16   kappa sa 1.14   both s 1.27
-    p 5   plain_s 0.653   rewards s 1.92   kappa sa 1.55   both s 2.71
-    p 10   plain_s 0.641   rewards s 1.73   kappa sa 1.58   both s 2.38
+    p 1   plain_s 1.36   rewards s 1.06   kappa sa 0.988   both s 1.06
+    p 2   plain_s 1.33   rewards s 1.1   kappa sa 0.994   both s 1.07
+    p inf   plain_s 1.33   rewards s 1.05   kappa sa 1.04   both s 1.07
+    p 3   plain_s 1.34   rewards s 1.13   kappa sa 1.14   both s 1.29
+    p 5   plain_s 1.3   rewards s 1.8   kappa sa 1.6   both s 2.42
+    p 10   plain_s 1.34   rewards s 1.74   kappa sa 1.68   both s 2.42
     exact sets, rows written out
-    dtype float32   solver 20 sweeps   plain_ms 360   exact 1 1.9   exact inf 2.28
-    dtype float32   solver default   plain_ms 294   exact 1 2.3   exact inf 2.95
-    dtype float64   solver 20 sweeps   plain_ms 664   exact 1 3.26   exact inf 3.57
-    dtype float64   solver default   plain_ms 539   exact 1 2.08   exact inf 2.65
+    dtype float32   solver 20 sweeps   plain_ms 818   exact 1 1.75   exact inf 1.34
+    dtype float32   solver default   plain_ms 667   exact 1 1.89   exact inf 2.19
+    dtype float64   solver 20 sweeps   plain_ms 1.46e+03   exact 1 3.17   exact inf 1.94
+    dtype float64   solver default   plain_ms 1.27e+03   exact 1 2.17   exact inf 2.5
     exact sets on a grid
-    set plain   ms 2.01   relative 1
-    set exact 1   ms 3.27   relative 1.62
-    set exact inf   ms 6.01   relative 2.98
-    set exact kl   ms 42.8   relative 21.3
+    set plain   ms 4.27   relative 1
+    set exact 1   ms 7.52   relative 1.76
+    set exact inf   ms 12.6   relative 2.94
+    set exact kl   ms 52.5   relative 12.3
+    exact sets whose actions share the radius
+    p 2   regulariser none   plain_ms 2.74   own_ms 4.46   shared_ms 78.9   relative 17.7
+    p 2   regulariser kl   plain_ms 2.38   own_ms 4.5   shared_ms 58.3   relative 13
+    p kl   regulariser none   plain_ms 2.26   own_ms 5.35   shared_ms 109   relative 20.3
+    p kl   regulariser kl   plain_ms 2.01   own_ms 5.53   shared_ms 85.7   relative 15.5
     beside conic programs
     what conic evaluation   seconds 3.48   rounds 67   moved 0.06008
     what R2 evaluation   seconds 0.0008359   moved 0.03364   times_faster 4163
@@ -54,8 +59,9 @@ Typical printout (2 shared CPU cores, JAX 0.12.0, quiet):
     what exact improvement   seconds 0.0116   moved 0.07144   times_faster 991.3
 
 (`moved` of the conic programs holds up to 1e-2 of where their iteration stopped. "exact" for p = 2 looks for the
-strength of every pair's adversary at every backup. Sweeps without a set took 1.63 s before products read dense kernels
-as they lie in memory, so that the ratios of exact sets, whose time fell as well, rose.)
+strength of every pair's adversary at every backup. The rows beside conic programs are of another day, on a machine
+twice as fast, before rows of p = 2 were found without sorting. Rows have ten successors; where they have all 100, of
+which more than 13 are needed to fill an interval, 20 sweeps take 2.0 in float32 and 2.8 in float64.)
 """
 
 import argparse
