@@ -44,7 +44,7 @@ _NOISE = 16.0
 
 
 class Found(NamedTuple):
-    """What a search finds, and where another one nearby may begin.
+    """Hold what a search finds, from which another one nearby may begin.
 
     Attributes:
         value: the conjugate, `[...]`.

@@ -55,11 +55,7 @@ class Stochastic:
 
     def expected(self, transitions: Transitions, h: Array, worst: Any) -> Array:
         """Compute what the worst rows lead to expect of h, `[A, S, *B]`."""
-        return transitions._expect(h) - self._cost(worst)
-
-    def _cost(self, worst: Any) -> Array:
-        """Compute what the worst rows take off `<p, h>`, `[A, S, *B]`."""
-        raise NotImplementedError
+        return transitions._expect(h) - worst.taken
 
 
 class Worst(NamedTuple):
@@ -102,9 +98,6 @@ class ExactBall(Stochastic):
         """Find what K loses against that of P."""
         lost = -discount[None, None] * jnp.sum(policy[:, :, None] * self.noise(policy, worst), axis=0)
         return written(jnp.moveaxis(lost, (0, 1), (-2, -1)))
-
-    def _cost(self, worst: Worst) -> Array:
-        return worst.taken
 
 
 def some(radius: Array) -> Array:

@@ -61,9 +61,6 @@ class ListedBall(exact_balls.Stochastic):
         """Count the successors of a list, and as many lowest states."""
         return 2 * self.indices.shape[0]
 
-    def _cost(self, worst: Worst) -> Array:
-        return worst.taken
-
     def noise(self, policy: Array, worst: Worst) -> Array:
         """Write out the noise that costs a policy most, `[A, S, S, *B]`."""
         n_states, lanes = policy.shape[1], policy.ndim - 2

@@ -181,7 +181,7 @@ class SharedCost(Least):
 
     @property
     def growth(self) -> float:
-        """What is spent grows with the square of a small s."""
+        """Return 2: what is spent grows with the square of a small s."""
         return 2.0
 
     def at(self, log_s: Array) -> "AtStrength":
