@@ -41,7 +41,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import robustreg as rr  # noqa: E402  # the checkout's own
 from benchmarks.hand import Problem, careful_hand, inside, vmapped_hand  # noqa: E402
-from robustreg.solvers import bellman, krylov, resident, resident_kernel
+from robustreg.solvers import bound_problem, krylov, resident, resident_kernel
 from robustreg.solvers.tolerance import Tolerance  # noqa: E402
 
 Row = dict[str, Any]
@@ -177,7 +177,7 @@ def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
     m, betas = problem.mdp._with_sparsity(), problem.lanes(8 if SMALL else 4096)
 
     def run(m: Any, beta: jax.Array) -> Any:
-        lanes = bellman.bind(m, rr.kl(beta))
+        lanes = bound_problem.bind(m, rr.kl(beta))
         found = resident.find(lanes, rr.Newton())
         start = jnp.zeros((m.n_states, *beta.shape), jnp.float32)
         tol = Tolerance.read(problem.tol, jnp.float32).broadcast(beta.shape)
@@ -192,7 +192,7 @@ def alone(problem: Problem, constants: tuple[int, int, int]) -> Row:
         return show(row | said(error))
     if found is None:
         return show(row | {"error": "no kernel on this device"})
-    n_entries = resident.entries(bellman.bind(m, rr.kl(betas)))
+    n_entries = resident.entries(bound_problem.bind(m, rr.kl(betas)))
     steps, products = (np.asarray(x, float) for x in (found.steps, found.products))
     work = m.n_states * (steps * m.n_actions * (2 * n_entries + 8) + products * (2 * n_entries + 15)).sum()
     row |= {"products": products.mean(), "most": products.max(), "backups": steps.mean()}

@@ -14,7 +14,16 @@ import robustreg as rr
 from robustreg.cli import commands
 from robustreg.problems.dense import Dense
 from robustreg.problems.successors import BoundSuccessors
-from robustreg.solvers import ambiguity, bellman, exact_balls, greedy_balls, listed_balls, plain, shared_balls
+from robustreg.solvers import (
+    ambiguity,
+    bellman,
+    bound_problem,
+    exact_balls,
+    greedy_balls,
+    listed_balls,
+    plain,
+    shared_balls,
+)
 
 G = 0.9
 
@@ -282,7 +291,7 @@ def test_a_grid_is_solved_as_its_rows_written_out(p: Any):
         assert sol.converged and np.abs(value - sol.value).max() < 1e-10
     for listed, written in zip(*found):
         np.testing.assert_allclose(listed, written, rtol=1e-8, atol=1e-10)
-    bound = bellman.bind(m._with_sparsity(), rr.kl(2.0), ambiguity=rr.TransitionBall(0.05, p, "sa", "exact"))
+    bound = bound_problem.bind(m._with_sparsity(), rr.kl(2.0), ambiguity=rr.TransitionBall(0.05, p, "sa", "exact"))
     assert isinstance(bound.ball, listed_balls.ListedBall)
 
 
@@ -330,7 +339,7 @@ def test_one_step_against_convex_programs(p):
             away = optimize.minimize_scalar(lambda w: np.linalg.norm(v - w, q), bounds=(v.min(), v.max()))
             size = min([np.linalg.norm(v - w, q) for w in (*v, (v.max() + v.min()) / 2)] + [cast("Any", away).fun])
         reg = rr.norm_ball(a, p)
-        problem = bellman.bind(m, reg, ambiguity=rr.TransitionBall(b, p, rectangular, form))
+        problem = bound_problem.bind(m, reg, ambiguity=rr.TransitionBall(b, p, rectangular, form))
         found = np.asarray(bellman.backup(problem, jnp.asarray(v), jnp.zeros(()))[0])
         radius = a + (G * b * size if rectangular == "s" else 0)
         for s in range(n):
@@ -385,7 +394,7 @@ def test_rows_that_share_a_radius(kind, dtype, error):
 
     @jax.jit
     def step(reg, radius):
-        problem = bellman.bind(m, reg, ambiguity=rr.TransitionBall(radius, kind, "s", "exact"))
+        problem = bound_problem.bind(m, reg, ambiguity=rr.TransitionBall(radius, kind, "s", "exact"))
         h, c = jnp.asarray(v), jnp.zeros((), dtype)
         th, policy, _ = bellman.backup(problem, h, c)
         assert problem.ball is not None
@@ -428,7 +437,7 @@ def test_how_often_a_backup_looks_at_rows_that_share_a_radius(grid, reg, kind, m
         return noise(*arguments)
 
     monkeypatch.setattr(shared_balls, "_noise", counted)
-    problem = bellman.bind(
+    problem = bound_problem.bind(
         grid, plain.regulariser_or_none(grid, reg), ambiguity=rr.TransitionBall(0.01, kind, form="exact")
     )
     h = jnp.asarray(np.random.default_rng(0).normal(size=25))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg.solvers import bellman, elimination, evaluation, krylov, linear, methods
+from robustreg.solvers import bellman, bound_problem, elimination, evaluation, krylov, linear, methods
 from robustreg.solvers.plain import no_regulariser
 
 DISCOUNTS = (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6)
@@ -195,7 +195,7 @@ def test_no_product_rounds_by_the_slowest_mode():
     P = np.tile(families(0, n, 1)[-1:], (lanes, 1, 1))
     b = np.random.default_rng(0).integers(-64, 100, (lanes, n)) / 64
     m = rr.mdp(P[:, :, None].astype(np.float32), np.zeros((n, 1), np.float32), g, layout="sas")
-    chain = bellman.chain(bellman.bind(m, no_regulariser(m)), jnp.ones((1, n, lanes), np.float32))
+    chain = bellman.chain(bound_problem.bind(m, no_regulariser(m)), jnp.ones((1, n, lanes), np.float32))
     ones, right = jnp.ones((n, lanes), np.float32), jnp.asarray(b.T, np.float32)
     zero, mass = jnp.zeros(lanes, np.float32), jnp.sum(chain.exit_rate, axis=0)
     solved = linear._refined(chain, chain.apply, right, zero, ones, chain.exit_rate, mass)
@@ -229,7 +229,7 @@ def test_the_horizon_bounds_the_inverse():
     for termination in (None, ends):
         rows = P if termination is None else P * (1 - termination)
         m = rr.mdp(rows[:, :, None], np.zeros((7, 1)), 0.9999, termination=termination)
-        chain = bellman.chain(bellman.bind(m, no_regulariser(m)), jnp.ones((1, 7, len(P))))
+        chain = bellman.chain(bound_problem.bind(m, no_regulariser(m)), jnp.ones((1, 7, len(P))))
         steps = exact(rows, np.full(len(P), 0.9999), np.ones((len(P), 7)), False)
         assert (steps.max(-1) <= np.asarray(chain.horizon) * (1 + 1e-9)).all()
 
@@ -272,7 +272,7 @@ def test_a_lane_that_krylov_steps_do_not_help_holds_up_no_other(monkeypatch):
     P[1] = np.eye(n)[(np.arange(n) + 1) % n] * (1 - 2.0**-10)
     P[1, :, 0] += 2.0**-10
     m = rr.mdp(P[:, :, None], np.zeros((count, n, 1)), 0.999, layout="sas")
-    chain = bellman.chain(bellman.bind(m, no_regulariser(m)), jnp.ones((1, n, count)))
+    chain = bellman.chain(bound_problem.bind(m, no_regulariser(m)), jnp.ones((1, n, count)))
     asked: list[int] = []
     real: Any = vars(krylov)["bicgstab"]
 

@@ -9,6 +9,7 @@ import oracle
 import pytest
 
 import robustreg as rr
+from robustreg.solvers import bound_problem
 
 pytestmark = pytest.mark.slow
 
@@ -79,25 +80,23 @@ def test_episodes_that_end_count_by_their_length():
 
 def test_an_episode_that_may_go_on_for_ever_counts_for_ever():
     """If any action that the prior allows avoids the end, the bound is 1/(1-g); if the prior forbids it, it is not."""
-    from robustreg.solvers import bellman
 
     P, ends = np.zeros((2, 2, 2)), np.array([[0.0, 0.0], [1.0, 0.0]])
     P[0, :, 1], P[1, 1, 0] = 1, 1
     m = rr.mdp(P, np.zeros((2, 2)), 1 - 1e-9, termination=ends, layout="sas")
-    horizon = lambda reg: float(bellman.bind(m, reg).horizon)  # noqa: E731
+    horizon = lambda reg: float(bound_problem.bind(m, reg).horizon)  # noqa: E731
     assert horizon(rr.kl(1.0)) >= 0.99e9
     assert horizon(rr.kl(1.0, prior=np.array([1.0, 0.0]))) <= 5
     # Geometric endings: the expected length is 1/p.
     slow = rr.mdp(np.full((1, 1, 1), 0.99), np.zeros((1, 1)), 1 - 1e-9, termination=np.full((1, 1), 0.01))
-    assert 99 <= float(bellman.bind(slow, rr.kl(1.0)).horizon) <= 250
+    assert 99 <= float(bound_problem.bind(slow, rr.kl(1.0)).horizon) <= 250
     # Several lanes, each by its own mask and discount.
-    many = bellman.bind(m, rr.kl(np.ones(2), prior=np.array([[[0.5, 0.5]], [[1.0, 0.0]]]))).horizon
+    many = bound_problem.bind(m, rr.kl(np.ones(2), prior=np.array([[[0.5, 0.5]], [[1.0, 0.0]]]))).horizon
     assert many.shape == (2,) and many[0] >= 0.99e9 and many[1] <= 5
 
 
 def test_the_horizon_is_a_supersolution():
     """Against the exact longest expected time, by policy iteration on random problems that end."""
-    from robustreg.solvers import bellman
 
     rng = np.random.default_rng(0)
     for seed in range(6):
@@ -108,7 +107,7 @@ def test_the_horizon_is_a_supersolution():
         w = np.ones(n)
         for _ in range(5000):
             w = 1 + g * (P @ w).max(-1)
-        found = float(bellman.bind(m, rr.kl(1.0)).horizon)
+        found = float(bound_problem.bind(m, rr.kl(1.0)).horizon)
         assert w.max() <= found <= 3 * w.max()
 
 

@@ -11,7 +11,7 @@ from cases import garnet_case, replace
 import robustreg as rr
 from robustreg._core import pytrees
 from robustreg.game import sets
-from robustreg.solvers import bellman, lane_groups
+from robustreg.solvers import bellman, bound_problem, lane_groups
 
 AWKWARD = np.array([[1.0, -2.0, 3.0], [np.inf, 1.0, 2.0], [np.nan, 1.0, 2.0], [-np.inf, -np.inf, -np.inf]]).T
 
@@ -35,7 +35,7 @@ def test_reductions_are_the_plain_ones():
 def test_no_product_is_handed_to_a_library_of_reductions():
     """XLA's CPU compiler did so for sums of 1,024 results and more: 10 to 40 times slower."""
     m = rr.problems.slippery_grid(32, 0.99)
-    problem = bellman.bind(m, rr.alpha(1.5, jnp.geomspace(0.1, 10.0, 16)))
+    problem = bound_problem.bind(m, rr.alpha(1.5, jnp.geomspace(0.1, 10.0, 16)))
     policy = jnp.full((m.n_actions, m.n_states, 16), 1 / m.n_actions)
 
     def step(problem, policy, x):

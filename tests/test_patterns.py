@@ -11,7 +11,7 @@ import pytest
 
 import robustreg as rr
 from robustreg.problems import sparsity
-from robustreg.solvers import bellman
+from robustreg.solvers import bellman, bound_problem
 
 
 def star(n=64):
@@ -56,7 +56,7 @@ def make(name, own, lanes):
     reward = np.random.default_rng(2).normal(size=(n_states, n_actions))
     m = rr.mdp(kernel, reward, 0.9)._with_sparsity()
     assert vars(m.transitions)["pattern"] is not None
-    problem = bellman.bind(m, rr.kl(np.ones(lanes)))
+    problem = bound_problem.bind(m, rr.kl(np.ones(lanes)))
     policy = np.random.default_rng(3).dirichlet(np.ones(n_actions), (lanes, n_states))
     chain = bellman.chain(problem, jnp.asarray(policy.transpose(2, 1, 0)))
     return chain, 0.9 * np.einsum("...sat,lsa->lst" if not own else "lsat,lsa->lst", matrix, policy)

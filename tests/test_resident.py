@@ -20,7 +20,7 @@ import oracle
 import pytest
 
 import robustreg as rr
-from robustreg.solvers import bellman, resident_kernel
+from robustreg.solvers import bound_problem, resident_kernel
 from robustreg.solvers.loop import iterate
 from robustreg.solvers.tolerance import Tolerance
 
@@ -211,7 +211,7 @@ def test_the_certificate_is_the_librarys(twice, name):
 
     def once():
         def run(m, reg, start):
-            problem = bellman.bind(m, reg)
+            problem = bound_problem.bind(m, reg)
             tol, limit = Tolerance.read(None, DTYPE).broadcast(problem.batch), jnp.asarray(1, jnp.int32)
             loop = iterate(dataclasses.replace(problem, valid=problem.valid | True), rr.Newton(), tol, limit, start)
             return loop.noise, loop.half_width

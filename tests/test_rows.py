@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import robustreg as rr
-from robustreg.solvers import bellman
+from robustreg.solvers import bound_problem
 
 S, A = 6, 2
 REG = rr.kl(2.0)
@@ -155,7 +155,7 @@ def test_termination_is_part_of_the_sum():
 def test_rounding_is_no_deviation():
     """Rows normalised in double precision and stored in float32 miss 1 by rounding: the bounds are as tight as ever."""
     rng = np.random.default_rng(7)
-    deviation = jax.jit(lambda m: bellman.bind(m, REG).deviation)
+    deviation = jax.jit(lambda m: bound_problem.bind(m, REG).deviation)
     for n in (3, 50, 400):
         P = rng.dirichlet(np.full(n, 0.3), (n, 2))
         m = rr.mdp(P.astype(np.float32) / 1, rng.normal(size=(n, 2)).astype(np.float32), 0.9, normalise=True)

@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 
 import robustreg as rr
 from robustreg.problems import endless_states
-from robustreg.solvers import bellman
+from robustreg.solvers import bound_problem
 
 S, A = cases.STATES, cases.ACTIONS
 ALPHA = np.array([1.0, 1.0, 1.0, 0.5, 1.5, 2.0, 0.0, 3.0])
@@ -166,7 +166,7 @@ def test_the_horizon_is_the_longest_any_policy_takes(solved):
 
     @jax.jit
     def bounds(m, reg):
-        bound = bellman.bind(m, reg)
+        bound = bound_problem.bind(m, reg)
         return bound.horizon, bound.proved
 
     found, proved = (np.asarray(x)[:, 0] for x in bounds(m, reg))

@@ -29,8 +29,9 @@ from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import Bound, maximise
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity as balls
-from robustreg.solvers import bellman, plain, undiscounted
+from robustreg.solvers import bellman, bound_problem, plain, undiscounted
 from robustreg.solvers.ambiguity import TransitionBall
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.evaluation import unlimited
 from robustreg.solvers.plain import HardMax
 from robustreg.solvers.solution import Solution, SolveError, concrete
@@ -159,7 +160,7 @@ def _certify(
     strict: bool,
 ) -> Certificate:
     others = (value.shape[:-1], policy.shape[:-2], perturbation.shape[:-2])
-    problem = bellman.bind(mdp, reg, *others, strict=strict, ambiguity=ball)
+    problem = bound_problem.bind(mdp, reg, *others, strict=strict, ambiguity=ball)
     n = len(problem.batch)
     v, p, dr = (pytrees.lanes_last(x, n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2)))
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
@@ -192,7 +193,7 @@ def _certify(
     indifference = extremes.largest(jnp.where(p > 0, jnp.abs(perturbed - h[None]), 0 * p), 0)
     best = extremes.largest(jnp.where(masked, -jnp.inf, perturbed), 0)
     # (What noise in the transitions takes off is in the perturbation: for it the transitions are what they were.)
-    bare = problem if ball is None else bellman.bind(mdp, reg, *others, strict=strict)
+    bare = problem if ball is None else bound_problem.bind(mdp, reg, *others, strict=strict)
     below, above = bellman.value_bounds(bare, h, c, best, jnp.zeros_like(c))
     if wanted is not None and steps is not None:
         plain = _plain_bounds(problem, h, c, dr, p, steps)
@@ -210,7 +211,7 @@ def _certify(
 
 
 def _plain_bounds(
-    problem: bellman.BoundProblem, h: Array, c: Array, dr: Array, policy: Array, steps: Array
+    problem: BoundProblem, h: Array, c: Array, dr: Array, policy: Array, steps: Array
 ) -> tuple[Array, Array]:
     """Bounds on the best plain value on the perturbed reward where some policy need not end, `[S, *B]` each.
 
@@ -222,7 +223,7 @@ def _plain_bounds(
         jnp.isneginf(problem.regulariser.log_prior), -jnp.inf, jnp.zeros_like(problem.regulariser.log_prior)
     )
     operator: Any = HardMax(unlimited(problem), masked)
-    plain = bellman.with_operator(problem, operator, problem.reward - jnp.where(jnp.isfinite(dr), dr, 0))
+    plain = bound_problem.with_operator(problem, operator, problem.reward - jnp.where(jnp.isfinite(dr), dr, 0))
     th, _, q = bellman.backup(plain, h, c)
     # Above the best there is, below what this policy earns.
     own = jnp.sum(policy * jnp.where(policy > 0, q, 0), axis=0)
@@ -231,7 +232,7 @@ def _plain_bounds(
     return v - z, v + z
 
 
-def _shortage(problem: bellman.BoundProblem, operator: Bound, policy: Array, q: Array) -> Array:
+def _shortage(problem: BoundProblem, operator: Bound, policy: Array, q: Array) -> Array:
     """How much lower than computed a policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
     unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
     moved = jnp.abs(jnp.sum(policy, axis=0) - 1) + policy.shape[0] * unit

@@ -20,7 +20,7 @@ from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import maximise
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman
+from robustreg.solvers import bound_problem
 from robustreg.solvers.evaluation import evaluate, occupancy
 
 
@@ -137,7 +137,7 @@ def aggregated_slack(
 @jax.jit
 def _slack(mdp: MDP, reg: Regulariser, dr: Array) -> Array:
     """`-Omega*(dr)` per state, `[*B, S]`, to rounding of dr also for a small beta; batch axes as in `solve`."""
-    problem = bellman.bind(mdp, reg, dr.shape[:-2])
+    problem = bound_problem.bind(mdp, reg, dr.shape[:-2])
     x = pytrees.lanes_last(dr, len(problem.batch), 2)
     x = jnp.broadcast_to(x, x.shape[:2] + problem.batch)
     return pytrees.batch_first(-maximise(problem.regulariser.by_rows(), x)[0], 1)

@@ -8,7 +8,7 @@ from robustreg._core import checks, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity as balls
-from robustreg.solvers import bellman, plain
+from robustreg.solvers import bellman, bound_problem, plain
 from robustreg.solvers.ambiguity import TransitionBall
 from robustreg.solvers.solution import Solution
 
@@ -38,7 +38,7 @@ def worst_model(mdp: MDP, reg: Regulariser | None, sol: Solution, ambiguity: Tra
 
 @jax.jit
 def _worst_model(mdp: MDP, reg: Regulariser, value: Array, policy: Array, ball: TransitionBall) -> tuple[Array, Array]:
-    problem = bellman.bind(mdp, reg, value.shape[:-1], policy.shape[:-2], ambiguity=ball)
+    problem = bound_problem.bind(mdp, reg, value.shape[:-1], policy.shape[:-2], ambiguity=ball)
     assert problem.ball is not None
     n, batch = len(problem.batch), problem.batch
     v = jnp.broadcast_to(pytrees.lanes_last(value, n, 1), (mdp.n_states, *batch))

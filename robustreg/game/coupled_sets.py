@@ -14,7 +14,7 @@ from jax import Array, lax
 from robustreg._core import checks, loops, pytrees
 from robustreg.game.sets import Adversary, Whole, is_masked, shape
 from robustreg.regularisers.bound import maximise
-from robustreg.solvers import bellman
+from robustreg.solvers.bound_problem import BoundProblem
 
 # `Features.price`: how often the temperature halves, Newton steps at each, and lengths that a step is tried with. Fewer
 # steps or a faster fall lose track where an action's probability vanishes: a bound off by 1e-3 instead of 1e-5.
@@ -67,37 +67,35 @@ class Features(Adversary):
         """Return the features as `[F, A, S, *b]`."""
         return Features(pytrees.lanes_last(jnp.asarray(self.features, dtype), batch_ndim, 3))
 
-    def start(self, problem: bellman.BoundProblem) -> Array:
+    def start(self, problem: BoundProblem) -> Array:
         """w, `[F, *B]`."""
         return jnp.zeros((self.features.shape[0], *problem.batch), problem.dtype)
 
-    def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
+    def retract(self, problem: BoundProblem, params: Array) -> Array:
         """Any w stands for a member."""
         return params
 
-    def _combined(self, problem: bellman.BoundProblem, params: Array) -> tuple[Array, Array, Array]:
+    def _combined(self, problem: BoundProblem, params: Array) -> tuple[Array, Array, Array]:
         """`features @ w [A, S, *B]`, its conjugates `[S, *B]` and normals `[A, S, *B]`."""
         x = jnp.broadcast_to(jnp.sum(self.features * params[:, None, None], axis=0), shape(problem))
         return x, *maximise(problem.regulariser, x)
 
-    def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
+    def perturbation(self, problem: BoundProblem, params: Array) -> Array:
         """Compute `features @ w` less what its hardest state exceeds."""
         x, excess, _ = self._combined(problem, params)
         return x - jnp.max(excess, axis=0)[None, None]
 
-    def _temperature(self, problem: bellman.BoundProblem, count: Array) -> Array:
+    def _temperature(self, problem: BoundProblem, count: Array) -> Array:
         """Of the maximum over states, in reward units: the perturbation falls short of the best by so much a visit."""
         cooled = jnp.maximum(1.0 / (1 + count.astype(problem.dtype)) ** 2, float(jnp.finfo(problem.dtype).eps) ** 0.5)
         return 0.1 * cooled / jnp.max(problem.regulariser.beta, axis=0)
 
-    def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
+    def ascent(self, problem: BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """Newton's direction in w for the smoothed maximum."""
         slope, hessian, _ = self._model(problem, params, policy * visits[None], self._temperature(problem, count))
         return _solve(hessian, slope)
 
-    def _model(
-        self, problem: bellman.BoundProblem, w: Array, mu: Array, temperature: Array
-    ) -> tuple[Array, Array, Array]:
+    def _model(self, problem: BoundProblem, w: Array, mu: Array, temperature: Array) -> tuple[Array, Array, Array]:
         """Slope and curvature in w of `<mu, phi w> - |mu| max_s Omega*((phi w)_s)`, smoothed; the normals, weighted."""
         _, excess, normal = self._combined(problem, w)
         total = jnp.sum(mu, axis=(0, 1))
@@ -125,7 +123,7 @@ class Features(Adversary):
         """`sum_{s,a} weight phi phi^T`, `[F, F, *B]`."""
         return jnp.sum(table[:, None] * table[None] * weight[None, None], axis=(2, 3))
 
-    def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """R's support function at an occupancy `u >= 0` that the features cannot tell from mu.
 
         `<mu, phi w> = <u, phi w>` for every w, and no member of R takes more than that from u. The normals' occupancy
@@ -155,7 +153,7 @@ class Features(Adversary):
         start = (params, coldest, self._support(problem, mu))
         return jnp.zeros_like(visits), loops.fori_loop(0, _HALVINGS * _STEPS_EACH, step, start)[2]
 
-    def _split(self, problem: bellman.BoundProblem, mu: Array, target: Array) -> Array:
+    def _split(self, problem: BoundProblem, mu: Array, target: Array) -> Array:
         """R's support function a way from mu towards a target, `[*B]`, the best of a few."""
         metric = jnp.maximum(mu, target)
         seen = _solve(self._gram(metric, self.features), self._project(target - mu))
@@ -166,7 +164,7 @@ class Features(Adversary):
         return jnp.minimum(*(self._support(problem, mu + (part * step)[None, None] * change) for part in (0.9, 1.0)))
 
     @staticmethod
-    def _support(problem: bellman.BoundProblem, u: Array) -> Array:
+    def _support(problem: BoundProblem, u: Array) -> Array:
         u = jnp.maximum(u, 0)
         mass = jnp.sum(u, axis=0)
         prior = jnp.broadcast_to(jnp.exp(problem.regulariser.log_prior), u.shape)
@@ -226,23 +224,23 @@ class SharedBudget(Adversary):
         budget, weights = jnp.asarray(self.budget, dtype), jnp.asarray(self.weights, dtype)
         return SharedBudget(pytrees.lanes_last(budget, batch_ndim, 0), pytrees.lanes_last(weights, batch_ndim, 1))
 
-    def start(self, problem: bellman.BoundProblem) -> dict[str, Array]:
+    def start(self, problem: BoundProblem) -> dict[str, Array]:
         """Compute `beta dr` within R, and logarithms of the states' shares in the budget."""
         zero = jnp.zeros(shape(problem), problem.dtype)
         return {"within": zero, "share": zero[0]}
 
-    def retract(self, problem: bellman.BoundProblem, params: dict[str, Array]) -> dict[str, Array]:
+    def retract(self, problem: BoundProblem, params: dict[str, Array]) -> dict[str, Array]:
         """R's own projection; shares normalised."""
         return {"within": Whole().retract(problem, params["within"]), "share": jax.nn.log_softmax(params["share"], 0)}
 
-    def perturbation(self, problem: bellman.BoundProblem, params: dict[str, Array]) -> Array:
+    def perturbation(self, problem: BoundProblem, params: dict[str, Array]) -> Array:
         """Return a member of R, and each state's share of the budget on all its actions alike."""
         extra = self.budget[None] * jnp.exp(params["share"]) / self.weights
         dr = Whole().perturbation(problem, params["within"]) + extra[None]
         return jnp.where(is_masked(problem), 0, dr)
 
     def ascent(
-        self, problem: bellman.BoundProblem, params: dict[str, Array], policy: Array, visits: Array, count: Array
+        self, problem: BoundProblem, params: dict[str, Array], policy: Array, visits: Array, count: Array
     ) -> dict[str, Array]:
         """Shares rise with visits per weight (multiplicative weights), slower the more they would move the agent."""
         worth = visits / self.weights
@@ -256,7 +254,7 @@ class SharedBudget(Adversary):
         }
 
     def price(
-        self, problem: bellman.BoundProblem, params: dict[str, Array], policy: Array, visits: Array
+        self, problem: BoundProblem, params: dict[str, Array], policy: Array, visits: Array
     ) -> tuple[Array, Array]:
         """Return the support function itself: the whole budget goes to the state of most visits per weight."""
         return problem.regulariser.value(policy), self.budget * jnp.max(visits / self.weights, axis=0)

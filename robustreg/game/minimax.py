@@ -52,7 +52,7 @@ from robustreg.game.sets import Adversary, Whole, is_masked
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman
+from robustreg.solvers import bellman, bound_problem
 from robustreg.solvers.evaluation import search, unlimited
 from robustreg.solvers.loop import freeze
 from robustreg.solvers.plain import FixedPolicy, HardMax
@@ -226,7 +226,7 @@ class _Play(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="rules")
 def _play(mdp: MDP, reg: Regulariser, adversary: Adversary, tol: Tolerance, rules: moves.Rules) -> Game:
-    problem = lax.optimization_barrier(bellman.bind(mdp, reg, tol.shape, adversary.batch_shape))
+    problem = lax.optimization_barrier(bound_problem.bind(mdp, reg, tol.shape, adversary.batch_shape))
     n, batch = len(problem.batch), problem.batch
     setup = moves.Setup(problem, adversary.bind(n, mdp.dtype), pytrees.lanes_last(mdp.initial, n, 1), rules)
     tol = tol.broadcast(batch)
@@ -313,7 +313,7 @@ def _value(
     setup: moves.Setup, operator: Bound, reward: Array, start: Array, accuracy: Tolerance
 ) -> tuple[Array, Array, Array]:
     """Value from the start of an operator's fixed point, a bound on its error, and the rounding in that, `[*B]`."""
-    loop = search(bellman.with_operator(setup.problem, operator, reward), accuracy, start)
+    loop = search(bound_problem.with_operator(setup.problem, operator, reward), accuracy, start)
     return _from_start(setup, loop.h + loop.c[None]), loop.half_width, loop.noise
 
 

@@ -18,6 +18,7 @@ from jax import Array
 from robustreg._core import loops, pytrees
 from robustreg.game.sets import boundary, is_masked, shape
 from robustreg.solvers import bellman, linear
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.loop import freeze
 
 if TYPE_CHECKING:  # see `minimax`
@@ -50,7 +51,7 @@ class Rules:
 class Setup:
     """Hold what does not change during play; `adversary` is bound, `initial` is `[S, *b]`."""
 
-    problem: bellman.BoundProblem
+    problem: BoundProblem
     adversary: Any
     initial: Array
     rules: Rules = pytrees.static()
@@ -90,7 +91,7 @@ def opening(setup: Setup) -> Position:
     return Position(logits, policy, params, memories, zero[0], means, jnp.zeros(problem.batch, jnp.int32))
 
 
-def _per_lane(problem: bellman.BoundProblem, function: Any) -> Any:
+def _per_lane(problem: BoundProblem, function: Any) -> Any:
     """A function of trees whose leaves end in the lanes' axes, for each lane by itself.
 
     A transformation that looks at norms would otherwise couple lanes.

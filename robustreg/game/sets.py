@@ -34,18 +34,18 @@ from jax import Array, lax
 
 from robustreg._core import checks, pytrees, roots
 from robustreg.regularisers.bound import maximise
-from robustreg.solvers import bellman
+from robustreg.solvers.bound_problem import BoundProblem
 
 # Steps of the safeguarded root finding in `Box`: Newton takes 4 to 10.
 _ROOT_STEPS = 40
 
 
-def is_masked(problem: bellman.BoundProblem) -> Array:
+def is_masked(problem: BoundProblem) -> Array:
     """Actions of prior 0, `[A, 1 or S, *b]`."""
     return jnp.isneginf(problem.regulariser.log_prior)
 
 
-def shape(problem: bellman.BoundProblem) -> tuple[int, ...]:
+def shape(problem: BoundProblem) -> tuple[int, ...]:
     """Compute `[A, S, *B]` in full."""
     return (*problem.reward.shape[:2], *problem.batch)
 
@@ -76,28 +76,28 @@ class Adversary:
         """Return the same set in the kernels' layout."""
         return self
 
-    def start(self, problem: bellman.BoundProblem) -> Any:
+    def start(self, problem: BoundProblem) -> Any:
         """Parameters of no perturbation."""
         return jnp.zeros(shape(problem), problem.dtype)
 
-    def retract(self, problem: bellman.BoundProblem, params: Any) -> Any:
+    def retract(self, problem: BoundProblem, params: Any) -> Any:
         """Parameters of a member of the set, from any."""
         raise NotImplementedError
 
-    def perturbation(self, problem: bellman.BoundProblem, params: Any) -> Array:
+    def perturbation(self, problem: BoundProblem, params: Any) -> Array:
         """Return the member `dr`, `[A, S, *B]`, that retracted parameters stand for."""
         raise NotImplementedError
 
-    def ascent(self, problem: bellman.BoundProblem, params: Any, policy: Array, visits: Array, count: Array) -> Any:
+    def ascent(self, problem: BoundProblem, params: Any, policy: Array, visits: Array, count: Array) -> Any:
         """Direction in which `<mu, dr>` rises; `count` rounds have been played, `[*B]`."""
         raise NotImplementedError
 
-    def price(self, problem: bellman.BoundProblem, params: Any, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: BoundProblem, params: Any, policy: Array, visits: Array) -> tuple[Array, Array]:
         """Compute `cost [S, *B]` and `extra [*B]` with `max { <mu, dr> : dr in the set } <= sum_s d cost + extra`."""
         raise NotImplementedError
 
 
-def boundary(problem: bellman.BoundProblem, x: Array) -> tuple[Array, Array]:
+def boundary(problem: BoundProblem, x: Array) -> tuple[Array, Array]:
     """Return the highest point of R's boundary with the normal that `x/beta` has, in units of 1/beta, and that normal.
 
     Where the normal of an action is 0 the boundary is flat in it: lower entries have the same normal and take less.
@@ -116,25 +116,25 @@ class Whole(Adversary):
 
     _free = True
 
-    def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
+    def retract(self, problem: BoundProblem, params: Array) -> Array:
         """Along the direction that moves all actions alike."""
         return boundary(problem, params)[0]
 
-    def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
+    def perturbation(self, problem: BoundProblem, params: Array) -> Array:
         """Return the parameters in reward units."""
         return params / problem.regulariser.beta[None]
 
-    def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
+    def ascent(self, problem: BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """Along the boundary: `pi` less the boundary's normal."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         return natural(problem, policy, normal)
 
-    def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """Return the regulariser: this is how the set was defined."""
         return problem.regulariser.value(policy), jnp.zeros(problem.batch, problem.dtype)
 
 
-def natural(problem: bellman.BoundProblem, policy: Array, normal: Array) -> Array:
+def natural(problem: BoundProblem, policy: Array, normal: Array) -> Array:
     """Compute `(pi - p)/w`, the step in `beta dr` towards the perturbation whose normal is `pi`, `[A, S, *B]`.
 
     w is the regulariser's curvature at the larger of the two.
@@ -185,7 +185,7 @@ class Box(Whole):
         bound = bound.reshape((1, 1)) if bound.ndim == 0 else bound
         return Box(pytrees.lanes_last(bound, batch_ndim, 2))
 
-    def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
+    def retract(self, problem: BoundProblem, params: Array) -> Array:
         """Compute `clip(x - c, -bound, bound)` with the number c per state that puts it on the boundary of R."""
         reg, masked = problem.regulariser, is_masked(problem)
         x, bound = params / reg.beta[None], jnp.broadcast_to(self.bound, params.shape)
@@ -219,7 +219,7 @@ class Box(Whole):
         dr = jnp.where(normal == 0, jnp.maximum(dr, jnp.minimum(reg.worst_case(normal), bound)), dr)
         return jnp.where(masked, 0, reg.beta[None] * dr)
 
-    def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
+    def ascent(self, problem: BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """Compute `pi` less the part of it that the boundary of R bears; the box bears the rest."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         dr = self.perturbation(problem, params)
@@ -228,7 +228,7 @@ class Box(Whole):
         share = pytrees.total(jnp.where(free, policy, 0)) / jnp.where(borne > 0, borne, 1)
         return natural(problem, policy, jnp.where(borne > 0, share, 1)[None] * normal)
 
-    def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """Compute `l Omega(p) + sum_a bound |pi - l p|` for the best multiple l of the normal p."""
         normal = maximise(problem.regulariser, params / problem.regulariser.beta[None])[1]
         own = problem.regulariser.value(normal)
@@ -256,23 +256,23 @@ class StatesOnly(Adversary):
 
     _responses = 1
 
-    def start(self, problem: bellman.BoundProblem) -> Array:
+    def start(self, problem: BoundProblem) -> Array:
         """Compute `beta u`, `[S, *B]`."""
         return jnp.zeros(shape(problem)[1:], problem.dtype)
 
-    def retract(self, problem: bellman.BoundProblem, params: Array) -> Array:
+    def retract(self, problem: BoundProblem, params: Array) -> Array:
         """Not above 0."""
         return jnp.minimum(params, 0)
 
-    def perturbation(self, problem: bellman.BoundProblem, params: Array) -> Array:
+    def perturbation(self, problem: BoundProblem, params: Array) -> Array:
         """Compute `u(s)` for every action, 0 on masked ones."""
         dr = jnp.broadcast_to((params / problem.regulariser.beta)[None], shape(problem))
         return jnp.where(is_masked(problem), 0, dr)
 
-    def ascent(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
+    def ascent(self, problem: BoundProblem, params: Array, policy: Array, visits: Array, count: Array) -> Array:
         """Every visit pays u."""
         return jnp.sum(policy, axis=0)
 
-    def price(self, problem: bellman.BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
+    def price(self, problem: BoundProblem, params: Array, policy: Array, visits: Array) -> tuple[Array, Array]:
         """Nothing: `u <= 0`."""
         return jnp.zeros(visits.shape, problem.dtype), jnp.zeros(problem.batch, problem.dtype)

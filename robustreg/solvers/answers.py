@@ -11,7 +11,8 @@ from jax import Array, lax
 
 from robustreg._core import loops, pytrees
 from robustreg.regularisers.bound import Bound
-from robustreg.solvers import bellman, implicit, linear
+from robustreg.solvers import implicit, linear
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.solution import Solution, Status
 from robustreg.solvers.tolerance import Tolerance
 
@@ -27,7 +28,7 @@ class Stopped(NamedTuple):
 
 
 def finish(
-    problem: bellman.BoundProblem,
+    problem: BoundProblem,
     stopped: Stopped,
     initial: Array,
     tol: Tolerance,
@@ -71,7 +72,7 @@ def finish(
     )
 
 
-def _log_policy(problem: bellman.BoundProblem, policy: Array, q: Array, lost: Array) -> Array:
+def _log_policy(problem: BoundProblem, policy: Array, q: Array, lost: Array) -> Array:
     """Logarithm of the policy, `[A, S, *B]`, of a harmless one in lanes that are lost: see `implicit`."""
     policy = jnp.where(lost[None, None], 1 / policy.shape[0], policy)
     q = jnp.where(lost[None, None], 0, q)
@@ -80,7 +81,7 @@ def _log_policy(problem: bellman.BoundProblem, policy: Array, q: Array, lost: Ar
     return regulariser.log_policy(policy, q) if problem.ball is None else Bound.log_policy(regulariser, policy, q)
 
 
-def _honest(problem: bellman.BoundProblem, stopped: Stopped, tol: Tolerance) -> Array:
+def _honest(problem: BoundProblem, stopped: Stopped, tol: Tolerance) -> Array:
     """Take CONVERGED off lanes that were not told how close, and ended with an interval wider than half their value."""
     size = jnp.max(jnp.abs(stopped.h + stopped.c[None]), axis=0)
     wide = ~tol.given & (stopped.half_width > 0.25 * size) & (problem.magnitudes.reward > 0)

@@ -56,7 +56,8 @@ from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, implicit, krylov, linear, loop, methods, plain, readings
+from robustreg.solvers import bellman, bound_problem, implicit, krylov, linear, loop, methods, plain, readings
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.solution import Answer, Status
 from robustreg.solvers.tolerance import Tolerance
 
@@ -163,7 +164,7 @@ class Howard(methods.Newton):
 
 @jax.jit
 def _solve_average(mdp: MDP, reg: Regulariser, tol: Tolerance, limit: Array) -> Average:
-    problem = bellman.bind(mdp, reg, tol.shape, averaged=True)
+    problem = bound_problem.bind(mdp, reg, tol.shape, averaged=True)
     batch = problem.batch
     start = jnp.zeros((mdp.n_states, *batch), mdp.dtype)
     fixed = lax.stop_gradient(problem)
@@ -193,7 +194,7 @@ def _solve_average(mdp: MDP, reg: Regulariser, tol: Tolerance, limit: Array) -> 
 
 
 @jax.custom_jvp
-def attach(problem: bellman.BoundProblem, h: Array, c: Array, lost: Array) -> tuple[Array, ...]:
+def attach(problem: BoundProblem, h: Array, c: Array, lost: Array) -> tuple[Array, ...]:
     """One backup at a bias and a gain found elsewhere, with the derivatives of the pair attached.
 
     Args:
@@ -227,7 +228,7 @@ def _attach_jvp(primals: tuple, tangents: tuple) -> tuple[tuple[Array, ...], tup
 attach.defjvp(_attach_jvp, symbolic_zeros=True)
 
 
-def _poisson(problem: bellman.BoundProblem, policy: Array, b: Array, lost: Array) -> tuple[Array, Array]:
+def _poisson(problem: BoundProblem, policy: Array, b: Array, lost: Array) -> tuple[Array, Array]:
     """Solve `x + g = b + P_pi x` for g, `[*B]`, and x up to a constant, `[S, *B]`, differentiably in everything."""
     chain, home = _homewards(problem, policy, lost)
     zero = jnp.zeros(problem.batch, b.dtype)
@@ -239,7 +240,7 @@ def _poisson(problem: bellman.BoundProblem, policy: Array, b: Array, lost: Array
     return g, linear.solve(chain, b - g[None], zero, None, linear.Method())
 
 
-def _homewards(problem: bellman.BoundProblem, policy: Array, lost: Array) -> tuple[bellman.Chain, Array]:
+def _homewards(problem: BoundProblem, policy: Array, lost: Array) -> tuple[bellman.Chain, Array]:
     """The policy's chain, ending where it comes home, and home, `[S, *B]`, 1 in one state and 0 elsewhere."""
     chain = bellman.chain(problem, policy)
     home = lax.stop_gradient(_home(*loops.alike(lax.stop_gradient((chain, lost)))))

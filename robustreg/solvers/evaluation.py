@@ -18,8 +18,9 @@ from robustreg.regularisers import masks
 from robustreg.regularisers.bound import Bound
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity as balls
-from robustreg.solvers import bellman, elimination, implicit, linear, methods, readings, undiscounted
+from robustreg.solvers import bellman, bound_problem, elimination, implicit, linear, methods, readings, undiscounted
 from robustreg.solvers.ambiguity import TransitionBall
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.loop import Loop, iterate
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.plain import FixedPolicy, no_regulariser
@@ -27,7 +28,7 @@ from robustreg.solvers.solution import Status
 from robustreg.solvers.tolerance import Tolerance
 
 
-def unlimited(problem: bellman.BoundProblem) -> Array:
+def unlimited(problem: BoundProblem) -> Array:
     """Return an endless beta, for an operator that has no logarithms to round, laid out as the problem's own."""
     return jnp.full_like(problem.regulariser.beta, jnp.finfo(problem.dtype).max)
 
@@ -90,7 +91,7 @@ def _evaluate(
     ball: TransitionBall | None = None,
 ) -> Array:
     others = (policy.shape[:-2],) + (() if reward is None else (reward.shape[:-2],))
-    problem = bellman.bind(mdp, no_regulariser(mdp) if reg is None else reg, *others, ambiguity=ball)
+    problem = bound_problem.bind(mdp, no_regulariser(mdp) if reg is None else reg, *others, ambiguity=ball)
     n = len(problem.batch)
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     cost, ruined = _cost(problem, p, reg is None)
@@ -104,7 +105,7 @@ def _evaluate(
     return value if reg is None else jnp.where(pytrees.batch_first(ruined, 1), -jnp.inf, value)
 
 
-def _cost(problem: bellman.BoundProblem, policy: Array, free: bool) -> tuple[Array, Array]:
+def _cost(problem: BoundProblem, policy: Array, free: bool) -> tuple[Array, Array]:
     """Cost of a policy `[S, *B]`, and the states from which it comes to one of infinite cost, where it is 0 instead.
 
     Where no cost is infinite, which is nearly always, the loop below does not turn once.
@@ -148,12 +149,12 @@ def nominal_optimum(mdp: MDP, reg: Regulariser | None = None) -> Array:
 
 @jax.jit
 def _nominal_optimum(mdp: MDP, log_prior: Array | None) -> Array:
-    problem = bellman.bind(mdp, dataclasses.replace(no_regulariser(mdp), log_prior=log_prior))
+    problem = bound_problem.bind(mdp, dataclasses.replace(no_regulariser(mdp), log_prior=log_prior))
     return fixed_point(problem, problem.regulariser, problem.reward)
 
 
 def fixed_point(
-    problem: bellman.BoundProblem,
+    problem: BoundProblem,
     operator: Bound,
     reward: Array,
     start: Array | None = None,
@@ -171,7 +172,7 @@ def fixed_point(
     single = isinstance(operator, FixedPolicy)
     if single:
         problem, _ = undiscounted.own_horizon(problem, operator.policy)
-    problem = bellman.with_operator(problem, operator, reward)
+    problem = bound_problem.with_operator(problem, operator, reward)
     goal = Tolerance.read(tol, problem.dtype).broadcast(problem.batch)
     chosen = start is not None
     start = jnp.broadcast_to(start, (problem.n_states, *problem.batch)) if chosen else bellman.of_one_step(problem)
@@ -190,14 +191,14 @@ def fixed_point(
     return pytrees.batch_first(implicit.mark(h + c[None], failed), 1)
 
 
-def search(problem: bellman.BoundProblem, tol: Tolerance, start: Array) -> Loop:
+def search(problem: BoundProblem, tol: Tolerance, start: Array) -> Loop:
     """Run the loop on a problem whose regulariser may be one policy, from a start `[S, *B]`; see `loop.iterate`."""
     single = isinstance(problem.regulariser, FixedPolicy)
     solver = _evaluation(problem) if single else methods.chosen(None, warm=True)
     return iterate(problem, solver, tol, jnp.asarray(10_000, jnp.int32), start)
 
 
-def _evaluation(problem: bellman.BoundProblem) -> Solver:
+def _evaluation(problem: BoundProblem) -> Solver:
     """Newton's method for the operator of one policy, which is affine: one linear system, solved well at once.
 
     A step or two more take off what rounding left. Where `_settled` can eliminate, a chain that needs many is not its
@@ -213,7 +214,7 @@ def _evaluation(problem: bellman.BoundProblem) -> Solver:
     )
 
 
-def _settled(problem: bellman.BoundProblem, loop: Loop, tol: Tolerance) -> tuple[Array, Array, Array]:
+def _settled(problem: BoundProblem, loop: Loop, tol: Tolerance) -> tuple[Array, Array, Array]:
     """The fixed point `h + c` that a loop found, and the lanes in which it found none, `[*B]`.
 
     No status goes with a bare value: one that missed half its digits must not pass for one that has them. The value of
@@ -267,7 +268,7 @@ def _policy(mdp: MDP, policy: ArrayLike) -> Array:
 
 @jax.jit
 def _occupancy(mdp: MDP, policy: Array) -> Array:
-    problem = bellman.bind(mdp, no_regulariser(mdp), policy.shape[:-2])
+    problem = bound_problem.bind(mdp, no_regulariser(mdp), policy.shape[:-2])
     n = len(problem.batch)
     p = jnp.broadcast_to(pytrees.lanes_last(policy, n, 2), policy.shape[:-3:-1] + problem.batch)
     if mdp.available is not None:

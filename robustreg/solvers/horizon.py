@@ -39,7 +39,8 @@ from robustreg._core import checks, extremes, loops, pytrees
 from robustreg.problems import arguments
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
-from robustreg.solvers import bellman, implicit, loop, plain, readings
+from robustreg.solvers import bellman, bound_problem, implicit, loop, plain, readings
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.solution import Answer, Status
 
 
@@ -176,7 +177,7 @@ def _solve_horizon(
     mdp: MDP, reg: Regulariser, terminal: Array | None, n_steps: int, varying: bool, checkpoint: bool
 ) -> Horizon:
     lanes = readings.shape_of(terminal, 1)
-    problem = bellman.bind(mdp, reg, *([(*lanes, 1), (n_steps,)] if varying else [lanes]), steps=n_steps)
+    problem = bound_problem.bind(mdp, reg, *([(*lanes, 1), (n_steps,)] if varying else [lanes]), steps=n_steps)
     batch = problem.batch[: len(problem.batch) - varying]
     terminal = jnp.zeros((mdp.n_states,), mdp.dtype) if terminal is None else terminal
     last = pytrees.lanes_last(jnp.broadcast_to(terminal, batch + terminal.shape[-1:]), len(batch), 1)
@@ -218,7 +219,7 @@ def _solve_horizon(
     )
 
 
-def _broken(problem: bellman.BoundProblem) -> Array:
+def _broken(problem: BoundProblem) -> Array:
     """Lanes, and steps, with a number out of range or not finite, `[*B]`."""
     masked = jnp.isneginf(problem.regulariser.log_prior)
     bad = jnp.any(~jnp.isfinite(jnp.where(masked, 0, problem.reward)), axis=(0, 1))
@@ -239,8 +240,8 @@ _in_place.defjvps(lambda dx, out, x, y: dx, None)
 
 
 def _by_step(
-    problem: bellman.BoundProblem, batch: tuple[int, ...]
-) -> tuple[list[Array], Callable[[list[Array]], bellman.BoundProblem]]:
+    problem: BoundProblem, batch: tuple[int, ...]
+) -> tuple[list[Array], Callable[[list[Array]], BoundProblem]]:
     """Split a problem with lanes `[*batch, T]`: what changes from step to step, time first, and a maker of one step.
 
     Only those arrays go through the scan, whose gradients it then stacks; all else is the same array in every step.
@@ -250,7 +251,7 @@ def _by_step(
     }
     kernel = leaves.pop("transitions")
 
-    def through(change: Callable[[Array, int], Array]) -> bellman.BoundProblem:
+    def through(change: Callable[[Array, int], Array]) -> BoundProblem:
         changed = jax.tree.map(lambda x: change(x, x.ndim - 1), leaves)
         return dataclasses.replace(problem, transitions=kernel._by_lane(change), batch=batch, **changed)
 
@@ -261,7 +262,7 @@ def _by_step(
             moving.append(jnp.moveaxis(x, axis, 0))
         return x
 
-    def at_step(rows: list[Array]) -> bellman.BoundProblem:
+    def at_step(rows: list[Array]) -> BoundProblem:
         left = iter(rows)
         return through(lambda x, axis: next(left) if x.shape[axis] > 1 else jnp.squeeze(x, axis))
 
@@ -325,9 +326,7 @@ def _half_width(state: State, value: Array) -> Array:
     return (1 + 8 * unit) * (state.error + 6 * unit * state.reach) + 4 * unit * jnp.max(jnp.abs(value), axis=0)
 
 
-def _backwards(
-    at_step: Callable[[list[Array]], bellman.BoundProblem], state: State, rows: list[Array]
-) -> tuple[State, Row]:
+def _backwards(at_step: Callable[[list[Array]], BoundProblem], state: State, rows: list[Array]) -> tuple[State, Row]:
     """Take one step back in time."""
     problem = at_step(rows)
     th, policy, q = implicit.step(problem, state.h, state.c)
@@ -341,7 +340,7 @@ def _backwards(
     return new, Row(value, _half_width(new, value), policy, jnp.where(masked, 0, q - th[None]))
 
 
-def _error(problem: bellman.BoundProblem, state: State, th: Array, q: Array) -> Array:
+def _error(problem: BoundProblem, state: State, th: Array, q: Array) -> Array:
     """Bound the error of `T V` but for that of `c e`: one backup's own, and what is handed on, `[*B]`."""
     size = jnp.max(jnp.abs(state.h), axis=0)
     own = _unit(th) * bellman.rounding_of_step(problem, size, state.c, bellman.cost(problem, th, q))

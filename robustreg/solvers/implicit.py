@@ -33,6 +33,7 @@ from jax import Array
 from robustreg._core import pytrees
 from robustreg.problems.transitions import Transitions
 from robustreg.solvers import bellman, linear
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.linear import Method
 
 Optimum = tuple[Array, Array, Array, Array, Array | None]
@@ -48,7 +49,7 @@ class Tour(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attach(
     method: Method,
-    problem: bellman.BoundProblem,
+    problem: BoundProblem,
     h: Array,
     c: Array,
     accuracy: Array,
@@ -104,7 +105,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
         dth = jax.jvp(lambda x: bellman.backup(x, v, jnp.zeros_like(c)), (problem,), (moving,))[1][0]
         dh = linear.solve(chain, jnp.broadcast_to(dth, h.shape), accuracy, dprobe, method, inexact, visits)
 
-        def policy_and_q(x: bellman.BoundProblem, v: Array) -> tuple[Array, Array]:
+        def policy_and_q(x: BoundProblem, v: Array) -> tuple[Array, Array]:
             return bellman.backup(x, v, jnp.zeros_like(c))[1], bellman.q_values(x, v, jnp.zeros_like(c))
 
         return found, (dh, dh, *jax.jvp(policy_and_q, (problem, v), (moving, dh))[1], still)
@@ -118,7 +119,7 @@ def _attach_jvp(method: Method, primals: tuple, tangents: tuple) -> tuple[Optimu
     return found, (dh, dh, dpolicy, jnp.broadcast_to(dq, q.shape), still)
 
 
-def explicit(problem: bellman.BoundProblem, change: bellman.BoundProblem, v: Array) -> Array | None:
+def explicit(problem: BoundProblem, change: BoundProblem, v: Array) -> Array | None:
     """Change of `r + g P v` at fixed v, `[A, S, *B]`; None if nothing in it changes."""
     terms = []
     if (dr := pytrees.given(change.reward)) is not None:
@@ -134,7 +135,7 @@ attach.defjvp(_attach_jvp, symbolic_zeros=True)
 
 
 @jax.custom_jvp
-def step(problem: bellman.BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
+def step(problem: BoundProblem, h: Array, c: Array) -> tuple[Array, Array, Array]:
     """One backup of any value, `bellman.backup`, with derivatives in h and in every leaf of the problem, c a constant.
 
     They are those of `Omega*(r + g P V)` as it is written, like those of `attach`.
@@ -180,7 +181,7 @@ def _mark_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tupl
 mark.defjvp(_mark_jvp)
 
 
-def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem:
+def harmless(problem: BoundProblem, lost: Array) -> BoundProblem:
     """Put an empty problem into the lanes that are lost, `[*B]`: finite numbers, discount 0."""
 
     def put(x: Array, value: float) -> Array:
@@ -206,7 +207,7 @@ def harmless(problem: bellman.BoundProblem, lost: Array) -> bellman.BoundProblem
     )
 
 
-def policy_error(problem: bellman.BoundProblem, half_width: Array) -> Array:
+def policy_error(problem: BoundProblem, half_width: Array) -> Array:
     """Bound the relative error of an occupancy, in the 1-norm, that is due to the error of V, `[*B]`.
 
     Action values that err by `g w` move a policy by at most some x in the 1-norm, as its regulariser says. With another

@@ -46,7 +46,8 @@ from robustreg.problems.mdps import MDP
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers import divergences
 from robustreg.regularisers.bound import maximise
-from robustreg.solvers import bellman
+from robustreg.solvers import bellman, bound_problem
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.loop import freeze
 from robustreg.solvers.solution import Status
 
@@ -115,7 +116,7 @@ class Dual:
 
 def bind(mdp: MDP, reg: Any, reference: Array, batch: tuple[int, ...]) -> tuple[Dual, Array]:
     """Lay the dual out for the kernels, and tell in which lanes it has a solution, `[*B]`."""
-    whole: Any = bellman.bind(mdp, reg, reference.shape[:-2], batch)
+    whole: Any = bound_problem.bind(mdp, reg, reference.shape[:-2], batch)
     n, core = len(batch), (mdp.n_actions, mdp.n_states)
     mu0 = jnp.broadcast_to(pytrees.lanes_last(reference, n, 2), (*core, *batch))
     mu0 = mu0 / jnp.sum(mu0, axis=(0, 1))[None, None]
@@ -144,7 +145,7 @@ def bind(mdp: MDP, reg: Any, reference: Array, batch: tuple[int, ...]) -> tuple[
     return Dual(whole.transitions, joint, reward, *numbers, initial, kept, offset), lax.stop_gradient(sound)
 
 
-def _visitable(problem: bellman.BoundProblem, allowed: Array, initial: Array) -> tuple[Array, Array]:
+def _visitable(problem: BoundProblem, allowed: Array, initial: Array) -> tuple[Array, Array]:
     """Pairs that some policy inside the reference visits, `[A, S, *B]`, and whether there is such a policy, `[*B]`."""
     p, dtype = problem.transitions, initial.dtype
     # With discount 0 nothing is ahead.

@@ -24,22 +24,22 @@ from robustreg._core import pytrees
 from robustreg.problems.dense import Dense
 from robustreg.problems.transitions import Transitions
 from robustreg.regularisers.families import BoundAlpha
-from robustreg.solvers import bellman
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.tolerance import Tolerance
 
 # A group has as many lanes as give vectors [S, lanes] of so many bytes (a dozen are in use at a time, and should stay
 # in a core's cache), within the bounds. 64 to 256 KiB measured alike; a single lane at a time was far worse.
 _BYTES, _FEWEST, _MOST = 2**17, 8, 256
 
-Run = Callable[[bellman.BoundProblem, Tolerance, Array], Any]
+Run = Callable[[BoundProblem, Tolerance, Array], Any]
 
 
-def width(problem: bellman.BoundProblem) -> int:
+def width(problem: BoundProblem) -> int:
     """Lanes of a group on a CPU."""
     return int(np.clip(2 ** round(np.log2(_BYTES / (problem.n_states * problem.dtype.itemsize))), _FEWEST, _MOST))
 
 
-def in_groups(run: Run, problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Any:
+def in_groups(run: Run, problem: BoundProblem, tol: Tolerance, h: Array) -> Any:
     """Run `run(problem, tol, h)`, whose leaves end in the lanes' axes, in groups where that is faster.
 
     Args:
@@ -55,7 +55,7 @@ def in_groups(run: Run, problem: bellman.BoundProblem, tol: Tolerance, h: Array)
     return lax.platform_dependent(problem, tol, h, cpu=lambda *x: _grouped(run, *x), default=run)
 
 
-def _grouped(run: Run, problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Any:
+def _grouped(run: Run, problem: BoundProblem, tol: Tolerance, h: Array) -> Any:
     size, lanes = width(problem), math.prod(problem.batch)
     order = _by_hardness(problem)
     # The last group repeats its last lane.
@@ -76,7 +76,7 @@ def _grouped(run: Run, problem: bellman.BoundProblem, tol: Tolerance, h: Array) 
     return jax.tree.map(put_back, found)
 
 
-def _by_hardness(problem: bellman.BoundProblem) -> Array:
+def _by_hardness(problem: BoundProblem) -> Array:
     """Flat numbers of the lanes, `[n]`, the easy ones first."""
     reg: Any = problem.regulariser
     keys = [reg.beta] + ([reg.alpha] if isinstance(reg, BoundAlpha) else []) + [problem.discount]
@@ -89,7 +89,7 @@ def _by_hardness(problem: bellman.BoundProblem) -> Array:
     return jnp.lexsort([flat(x) for x in keys])
 
 
-def _take_lanes(problem: bellman.BoundProblem, index: tuple[Array, ...]) -> bellman.BoundProblem:
+def _take_lanes(problem: BoundProblem, index: tuple[Array, ...]) -> BoundProblem:
     """The lanes at `index`, one array `[n]` per batch axis."""
 
     def pick(x: Any) -> Any:

@@ -16,7 +16,7 @@ best value. Whatever the status, `lower` and `upper` are the returned value with
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,20 @@ from robustreg._core import checks, loops, pytrees
 from robustreg.problems.mdps import MDP
 from robustreg.regularisers.regulariser import Regulariser
 from robustreg.solvers import ambiguity as balls
-from robustreg.solvers import answers, bellman, lane_groups, linear, methods, plain, readings, resident, undiscounted
+from robustreg.solvers import (
+    answers,
+    bellman,
+    first_sweeps,
+    lane_groups,
+    linear,
+    methods,
+    plain,
+    readings,
+    resident,
+    undiscounted,
+)
 from robustreg.solvers.ambiguity import TransitionBall
+from robustreg.solvers.bound_problem import BoundProblem, bind
 from robustreg.solvers.methods import Solver
 from robustreg.solvers.solution import Guess, Solution, Status
 from robustreg.solvers.tolerance import Tolerance
@@ -149,7 +161,7 @@ def _solve(
 ) -> Solution:
     others = ((tol.value, 0), (init, 1), (probe, 0), (visited, 1))
     shapes = [x.shape[: x.ndim - core] for x, core in others if x is not None]
-    problem = bellman.bind(mdp, reg, *shapes, strict=strict, ambiguity=ball)
+    problem = bind(mdp, reg, *shapes, strict=strict, ambiguity=ball)
     batch = problem.batch
     tol = tol.broadcast(batch)
     init, visited = (
@@ -198,7 +210,7 @@ class Loop:
     memory: object
 
 
-def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: Array, h: Array) -> Loop:
+def iterate(problem: BoundProblem, solver: Solver, tol: Tolerance, limit: Array, h: Array) -> Loop:
     """Run a solver until every lane has stopped.
 
     Args:
@@ -209,10 +221,10 @@ def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit
         h: start, `[S, *B]`.
     """
 
-    def run(problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Loop:
+    def run(problem: BoundProblem, tol: Tolerance, h: Array) -> Loop:
         return dataclasses.replace(_iterate(problem, solver, tol, limit, h), memory=())
 
-    def loop(problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Loop:
+    def loop(problem: BoundProblem, tol: Tolerance, h: Array) -> Loop:
         return lane_groups.in_groups(run, problem, tol, h)
 
     problem, tol, limit, h = loops.alike((problem, tol, limit, h))
@@ -221,7 +233,7 @@ def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit
         return loop(problem, tol, h)
     platform, engine = found
 
-    def kernel(problem: bellman.BoundProblem, tol: Tolerance, h: Array) -> Loop:
+    def kernel(problem: BoundProblem, tol: Tolerance, h: Array) -> Loop:
         x = engine(problem, tol, limit, h)
         size, count = jnp.zeros_like(x.half_width), jnp.zeros_like(x.steps)
         return Loop(x.h, x.c, size, x.noise, x.h, x.c, x.half_width, count, x.steps, x.status, ())
@@ -229,13 +241,13 @@ def iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit
     return lax.platform_dependent(problem, tol, h, **{platform: kernel}, default=loop)
 
 
-def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: Array, h: Array) -> Loop:
+def _iterate(problem: BoundProblem, solver: Solver, tol: Tolerance, limit: Array, h: Array) -> Loop:
     batch, dtype = problem.batch, problem.dtype
     # A caller's jit may close over the MDP. Its arrays are then constants, which the compiler moves into the loop and
     # lays out anew at every turn: three times slower on a grid of 1,024 states. A start of zeros is one as well, which
     # it spends seconds to fold where there are thousands of lanes.
     problem, h = lax.optimization_barrier((problem, h))
-    h, swept = _swept(problem, solver, limit, h)
+    h, swept = first_sweeps.swept(problem, solver, limit, h)
     limit = jnp.minimum(limit - swept, solver.max_steps)
     zero, infinite = jnp.zeros(batch, dtype), jnp.full(batch, jnp.inf, dtype)
     count = jnp.zeros(batch, jnp.int32)
@@ -250,86 +262,83 @@ def _iterate(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limi
     return dataclasses.replace(end, steps=end.steps + swept)
 
 
-def _swept(problem: bellman.BoundProblem, solver: Solver, limit: Array, h: Array) -> tuple[Array, Array]:
-    """Begin with the plain sweeps of Newton's method, without books; returns h and their number, `[*B]`."""
-    none = loops.alike((h, jnp.zeros(problem.batch, jnp.int32)), problem, limit)
-    # (Without a discount, sweeps need not stay below what every policy can reach: see `undiscounted`.)
-    if type(solver) is not methods.Newton or problem.averaged or problem.proved is not None:
-        return none
+class _Look(NamedTuple):
+    """What a turn sees of V = h + c.
 
-    def sweep(most: int, problem: bellman.BoundProblem, limit: Array, h: Array) -> tuple[Array, Array]:
-        own, zero = methods.first_sweeps(problem, most, limit), jnp.zeros(problem.batch, problem.dtype)
-
-        def once(i: Array, h: Array) -> Array:
-            return jnp.where(i < own, bellman.backup(problem, h, zero)[0], h)
-
-        new = loops.fori_loop(0, most, once, h, (problem, own))
-        # What overflows here must not look like an input that is not finite.
-        return jnp.where(jnp.all(jnp.isfinite(new), axis=0)[None], new, h), own
-
-    most = methods.usual_sweeps(problem.n_states) if solver.sweeps is None else solver.sweeps
-    if most == 0:
-        return none
-    several = functools.partial(sweep, most)
-    if solver.sweeps is not None:
-        return several(problem, limit, h)
-    return lax.platform_dependent(problem, limit, h, cpu=lambda *_: none, default=several)
-
-
-def _turn(problem: bellman.BoundProblem, solver: Solver, tol: Tolerance, limit: Array, state: Loop) -> Loop:
-    """Take one step: a backup, a look at its certificate, a proposal.
-
-    With V = h + c and the residual `T V - V`, the certificate says that V* is within `width` of `T V + shift`, in exact
-    arithmetic, and `noise` is what rounding may add to that.
+    Attributes:
+        residual: `T V - V` about its middle, `[S, *B]`.
+        c: offset with which `h + residual + c` is the midpoint of the interval that the residual proves: what a lane
+            that stops in this turn returns, and the value that the solver corrects.
+        size: `max |residual|`, `[*B]`.
+        width, noise: half-width of that interval in exact arithmetic, and what rounding may add to it, `[*B]`.
+        goal: the half-width that is left for the residual once rounding has had its share of the tolerance, `[*B]`.
+        chain: of the policy that is best at V.
+        steady: whether the rounding bound has settled, `[*B]`.
     """
+
+    residual: Array
+    c: Array
+    size: Array
+    width: Array
+    noise: Array
+    goal: Array
+    chain: bellman.Chain
+    steady: Array
+
+
+def _look(problem: BoundProblem, tol: Tolerance, state: Loop) -> _Look:
+    """Evaluate the backup and its certificate: V* is within `width + noise` of `h + residual + c`."""
     worst = bellman.worst_transitions(problem, state.h, state.c)
     th, policy, left = bellman.backup(problem, state.h, state.c, worst)
-    # From here on d is the residual about its middle, and (h + d, c) the midpoint of the interval that d proves: what a
-    # lane that stops in this turn returns, and the value that the solver corrects.
-    d, shift, largest, width = _centre(problem, th - state.h)
-    c = state.c + shift
+    d, shift, size, width = _centre(problem, th - state.h)
     unit = 0.5 * float(jnp.finfo(problem.dtype).eps)
     # The shift is a quotient and a sum; c itself is in the rounding bound already.
     noise = bellman.rounding(problem, state.size, state.c, bellman.cost(problem, th, left)) + 4 * unit * jnp.abs(shift)
     noise = noise + bellman.deviation_cost(problem, state.size + jnp.abs(state.c) + jnp.abs(shift) + width)
-    # The half-width that is left for the residual once rounding has had its share of the tolerance.
-    goal = jnp.where(tol.given, tol.value - noise, noise)
-    improved = width + noise < state.half_width
-    stalled = jnp.where(improved, 0, state.stalled + 1)
     # The bound of a start far away says nothing about the next step's.
-    steady = noise >= 0.5 * state.noise
+    steady, c = noise >= 0.5 * state.noise, state.c + shift
     if problem.averaged:
         # Where a policy's chain falls apart, its bias is without bound, and the next policy is another one.
         scale = jnp.maximum(jnp.abs(c), problem.magnitudes.charged)
         steady = steady & (noise <= float(jnp.finfo(problem.dtype).eps) ** (1 / 3) * scale)
-    status = _verdict(width, noise, tol, stalled, steady, state.steps, limit)
+    goal = jnp.where(tol.given, tol.value - noise, noise)
+    return _Look(d, c, size, width, noise, goal, bellman.chain(problem, policy, worst), steady)
+
+
+def _turn(problem: BoundProblem, solver: Solver, tol: Tolerance, limit: Array, state: Loop) -> Loop:
+    """Take one step: a backup, a look at its certificate, a proposal."""
+    look = _look(problem, tol, state)
+    half_width = look.width + look.noise
+    improved = half_width < state.half_width
+    stalled = jnp.where(improved, 0, state.stalled + 1)
+    status = _verdict(look.width, look.noise, tol, stalled, look.steady, state.steps, limit)
 
     step = methods.Step(
         h=state.h,
-        c=c,
-        residual=d,
-        size=largest,
-        chain=bellman.chain(problem, policy, worst),
-        half_width=width,
-        goal=goal,
+        c=look.c,
+        residual=look.residual,
+        size=look.size,
+        chain=look.chain,
+        half_width=look.width,
+        goal=look.goal,
         count=state.steps,
     )
     # The solver corrects V by M d, where M is its approximation of (I - K)^{-1} (see `bellman`).
     correction, memory = solver.propose(step, state.memory)
-    next_h, next_c, size = _recentre(state.h + correction, c)
+    next_h, next_c, size = _recentre(state.h + correction, look.c)
 
     # Solvers may propose worse values than they had (Newton's far from V*): what is returned is the best one met.
-    best_h = jnp.where(improved[None], state.h + d, state.best_h)
-    best_c = jnp.where(improved, c, state.best_c)
+    best_h = jnp.where(improved[None], state.h + look.residual, state.best_h)
+    best_c = jnp.where(improved, look.c, state.best_c)
     stopped = status != _RUNNING
     new = Loop(
         h=jnp.where(stopped[None], best_h, next_h),
         c=jnp.where(stopped, best_c, next_c),
         size=size,
-        noise=noise,
+        noise=look.noise,
         best_h=best_h,
         best_c=best_c,
-        half_width=jnp.where(improved, width + noise, state.half_width),
+        half_width=jnp.where(improved, half_width, state.half_width),
         stalled=stalled,
         steps=state.steps + 1,
         status=status,
@@ -353,7 +362,7 @@ def _verdict(
     return jnp.where(jnp.isfinite(width + noise), status, broken).astype(jnp.int32)
 
 
-def _centre(problem: bellman.BoundProblem, d: Array) -> tuple[Array, Array, Array, Array]:
+def _centre(problem: BoundProblem, d: Array) -> tuple[Array, Array, Array, Array]:
     """Residual, shift of the offset, `max |residual|` and half-width of the error of `T V = h + d + offset`.
 
     If no episode ends, moving V by m/(1-g) with m the midrange of d leaves the policy alone and centres d: the

@@ -13,16 +13,8 @@ correction if the policy did not change. The loop (in `solve`) owns counting, st
 Newton's method here is regularised policy iteration: its linear system is the evaluation of the current policy,
 written for the correction so that no digits are lost to the size of V. It converges quadratically, so the early
 systems are solved loosely (inexact Newton, [Dembo, Eisenstat and Steihaug 1982]): the Krylov solver starts from the
-value-iteration step and stops at once where that already reduces the residual enough.
-
-**Plain sweeps first.** Far from V* a policy is about to change, and where it is nearly deterministic its linear system
-is hard besides. A sweep `V <- T V` brings news one state further, in a plane to all of them in some `sqrt(S)` sweeps,
-and a policy that is worth evaluating: with `4 sqrt(S)` of them (but two horizons at most: by then episodes are over)
-grids of 256 and 1,024 states, beta from .1 to 300, take .35 of the products with chains at a discount of .99 (of the
-largest number .28), and .52 (.82) at .999. Whether that pays is a matter of the machine. On an accelerator a sweep is
-one kernel, and costs less than a product and the inner products around it. On a CPU it costs 6 to 9 products (it reads
-the rows of every action and takes A exponentials, where a product reads one row of a mixture), as much as it saves:
-none there.
+value-iteration step and stops at once where that already reduces the residual enough. On an accelerator plain sweeps
+come first (`first_sweeps`).
 """
 
 import dataclasses
@@ -36,8 +28,6 @@ from robustreg.solvers import bellman, linear
 
 # Forcing of Newton's method at a discount of 1.
 _EXACT = 1e-8
-# States from which plain sweeps do not pay on an accelerator either.
-_LARGE = 4096
 
 
 @pytrees.dataclass
@@ -253,14 +243,3 @@ def chosen(solver: Solver | None, warm: bool) -> Solver:
     if warm and isinstance(solver, Newton) and solver.sweeps is None:
         return dataclasses.replace(solver, sweeps=0)
     return solver
-
-
-def usual_sweeps(n_states: int) -> int:
-    """Return how many plain sweeps an accelerator begins with; none where sweeps and products both wait for memory."""
-    return round(4 * n_states**0.5) if n_states < _LARGE else 0
-
-
-def first_sweeps(problem: bellman.BoundProblem, most: int, limit: Array) -> Array:
-    """Plain sweeps of each lane, `[*B]`: `most`, two horizons if they are less, and one step left of its `limit`."""
-    few = jnp.where(2 * problem.horizon < most, jnp.ceil(2 * problem.horizon), most).astype(jnp.int32)
-    return jnp.broadcast_to(jnp.clip(jnp.minimum(few, limit - 1), 0), problem.batch)

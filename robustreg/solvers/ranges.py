@@ -2,7 +2,7 @@
 
 Leaves that were traced, or came by the class itself, have passed no factory. So each solve measures, once and inside
 the compiled program: whether rows of P sum to `1 - termination` (`validity`), how long episodes last (`horizon`), and
-how large the summands of a backup are (`magnitudes`). All are functions of what `bellman.bind` has laid out.
+how large the summands of a backup are (`magnitudes`). All are functions of what `bound_problem.bind` has laid out.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ _WILD = 16
 
 
 class Given(NamedTuple):
-    """Hold what is measured: a problem as `bellman.bind` lays it out, by the names of `bellman.BoundProblem`."""
+    """Hold the arrays of a problem as `bound_problem.bind` lays them out: the first fields of a `BoundProblem`."""
 
     transitions: Transitions
     regulariser: Bound

@@ -30,7 +30,8 @@ from jax import Array
 from robustreg.problems.dense import Dense
 from robustreg.problems.successors import BoundSuccessors
 from robustreg.regularisers.families import BoundAlpha, BoundKL
-from robustreg.solvers import bellman, methods, resident_kernel
+from robustreg.solvers import bellman, first_sweeps, methods, resident_kernel
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.resident_kernel import Carrier, Sizes
 from robustreg.solvers.tolerance import Tolerance
 
@@ -59,10 +60,10 @@ class Found(NamedTuple):
     products: Array
 
 
-Engine = Callable[[bellman.BoundProblem, Tolerance, Array, Array], Found]
+Engine = Callable[[BoundProblem, Tolerance, Array, Array], Found]
 
 
-def find(problem: bellman.BoundProblem, solver: Any) -> tuple[str, Engine] | None:
+def find(problem: BoundProblem, solver: Any) -> tuple[str, Engine] | None:
     """Find the kernel for a problem.
 
     Args:
@@ -81,7 +82,7 @@ def find(problem: bellman.BoundProblem, solver: Any) -> tuple[str, Engine] | Non
     return place.platform, functools.partial(_solve, sizes, place, solver)
 
 
-def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
+def _eligible(problem: BoundProblem, solver: Any) -> Sizes | None:
     reg, rows, (n_actions, n_states) = problem.regulariser, problem.transitions, problem.reward.shape[:2]
     if problem.proved is not None or problem.ball is not None:  # of which the kernel knows nothing
         return None
@@ -118,7 +119,7 @@ def _eligible(problem: bellman.BoundProblem, solver: Any) -> Sizes | None:
     return sizes if sizes.blocks else None
 
 
-def entries(problem: bellman.BoundProblem) -> int:
+def entries(problem: BoundProblem) -> int:
     """Successors of a state: those of all its actions one after the other, or those that its actions share."""
     rows = problem.transitions
     own = isinstance(rows, BoundSuccessors) and rows.indices.shape[1] == problem.reward.shape[0]
@@ -129,7 +130,7 @@ def _solve(
     sizes: Sizes,
     place: Carrier,
     solver: methods.Newton,
-    problem: bellman.BoundProblem,
+    problem: BoundProblem,
     tol: Tolerance,
     limit: Array,
     h: Array,
@@ -138,9 +139,9 @@ def _solve(
     batch, n = problem.batch, math.prod(problem.batch)
     tables = _tables(sizes, problem)
     rows = [_rows_of_lanes(x.shape[x.ndim - len(batch) :], batch) for x, _ in tables]
-    # (See `methods`. Their number is even: two share a turn.)
+    # (See `first_sweeps`. Their number is even: two share a turn.)
     most = round(SWEEPS * sizes.states**0.5) if solver.sweeps is None else solver.sweeps
-    sweeps = _each(methods.first_sweeps(problem, most, limit - 1), batch) // 2 * 2
+    sweeps = _each(first_sweeps.of_lanes(problem, most, limit - 1), batch) // 2 * 2
     limits = jnp.minimum(jnp.minimum(limit, 2**30), solver.max_steps + sweeps).astype(jnp.int32)
     valid = _each(bellman.sound(problem), batch).astype(jnp.int32)
     integers = jnp.stack([*rows, limits, sweeps, valid], axis=-1)
@@ -155,7 +156,7 @@ def _each(x: Array, batch: tuple[int, ...]) -> Array:
     return jnp.broadcast_to(x, batch).ravel()
 
 
-def _numbers(problem: bellman.BoundProblem, tol: Tolerance) -> Array:
+def _numbers(problem: BoundProblem, tol: Tolerance) -> Array:
     """The numbers of each lane, `[n, 14]`, in the order of `Numbers` in certificate.cu."""
     reg, known = problem.regulariser, problem.magnitudes
     order = reg.alpha[0] - 1 if type(reg) is BoundAlpha else jnp.zeros((), problem.dtype)
@@ -190,7 +191,7 @@ def _rows_of_lanes(own: tuple[int, ...], batch: tuple[int, ...]) -> Array:
     return row
 
 
-def _tables(sizes: Sizes, problem: bellman.BoundProblem) -> list[tuple[Array, Array]]:
+def _tables(sizes: Sizes, problem: BoundProblem) -> list[tuple[Array, Array]]:
     """The tables in the order of `TABLES`: each with its lanes' axes last, and as rows `[M, ...]` for the kernel."""
     reg, kernel, axes = problem.regulariser, problem.transitions, len(problem.batch)
     none = jnp.zeros((1,) * (1 + axes), problem.dtype)

@@ -37,6 +37,7 @@ from jax import Array, lax
 
 from robustreg._core import loops
 from robustreg.solvers import bellman, lifetimes
+from robustreg.solvers.bound_problem import BoundProblem
 from robustreg.solvers.solution import Status
 from robustreg.solvers.tolerance import Tolerance
 
@@ -46,14 +47,14 @@ _ROOM = 4
 _SHARE = 1 / 32
 
 
-def pending(problem: bellman.BoundProblem) -> Array | None:
+def pending(problem: BoundProblem) -> Array | None:
     """Tell in which lanes some policy need not end, `[*B]`; None where no discount is 1."""
     if problem.proved is None:
         return None
     return jnp.broadcast_to(problem.valid & ~problem.proved, problem.batch)
 
 
-def own_horizon(problem: bellman.BoundProblem, policy: Array) -> tuple[bellman.BoundProblem, Array | None]:
+def own_horizon(problem: BoundProblem, policy: Array) -> tuple[BoundProblem, Array | None]:
     """Put the steps of one policy in the place of those of all, in the lanes where these have no bound.
 
     Args:
@@ -85,7 +86,7 @@ def own_horizon(problem: bellman.BoundProblem, policy: Array) -> tuple[bellman.B
     return dataclasses.replace(problem, horizon=steps, proved=proved, valid=valid), w
 
 
-def begin(problem: bellman.BoundProblem, h: Array, chosen: bool) -> tuple[bellman.BoundProblem, Array, Array | None]:
+def begin(problem: BoundProblem, h: Array, chosen: bool) -> tuple[BoundProblem, Array, Array | None]:
     """Prepare lanes in which some policy need not end for the loop.
 
     Args:
@@ -115,7 +116,7 @@ def begin(problem: bellman.BoundProblem, h: Array, chosen: bool) -> tuple[bellma
     return dataclasses.replace(problem, horizon=jnp.where(ends, most, problem.horizon), proved=proved), h, wanted
 
 
-def above(problem: bellman.BoundProblem, h: Array, c: Array, z: Array) -> Array:
+def above(problem: BoundProblem, h: Array, c: Array, z: Array) -> Array:
     """Test whether `U = h + c + z` has `T U <= U`, rounding included, `[*B]`: then U is above V*.
 
     Args:
@@ -138,8 +139,8 @@ def asked(wanted: Array | None, tol: Tolerance) -> Tolerance:
 
 
 def settle(
-    problem: bellman.BoundProblem, wanted: Array | None, h: Array, c: Array, half_width: Array
-) -> tuple[bellman.BoundProblem, Array, Array]:
+    problem: BoundProblem, wanted: Array | None, h: Array, c: Array, half_width: Array
+) -> tuple[BoundProblem, Array, Array]:
     """Prove, after the loop, what the values of the lanes are worth in which some policy need not end.
 
     Args:
@@ -176,7 +177,7 @@ def settle(
     return dataclasses.replace(problem, horizon=horizon), half_width, lost
 
 
-def allowance(problem: bellman.BoundProblem, h: Array, c: Array, th: Array, q: Array) -> Array:
+def allowance(problem: BoundProblem, h: Array, c: Array, th: Array, q: Array) -> Array:
     """Bound the residual at `V = h + c`, rounding included, and allow `_ROOM` times as much, `[*B]`."""
     low, high = bellman.extremes(th - h, True)
     short = dataclasses.replace(problem, horizon=jnp.ones_like(problem.horizon))
