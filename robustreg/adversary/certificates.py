@@ -16,7 +16,7 @@ A certificate trusts no solver, and no root finder. From `value` and `policy` it
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +149,36 @@ def certify(
     return _certify(mdp._with_sparsity(), reg, *claims.values(), ball, strict=checks.flag("strict", strict))
 
 
+class _Claim(NamedTuple):
+    """A claimed value V = h + c and policy, and what one step from them is worth.
+
+    Attributes:
+        value, h: `[S, *B]`; c: `[*B]`.
+        policy: `[A, S, *B]`; NaN where it is no distribution.
+        th: `T V - c`, `[S, *B]`.
+        q, left: action values less c, and what the worst transitions leave of them, `[A, S, *B]`; 0 where `masked`.
+        operator: the operator that faces those transitions.
+        masked: actions that the prior forbids.
+    """
+
+    value: Array
+    h: Array
+    c: Array
+    policy: Array
+    th: Array
+    q: Array
+    left: Array
+    operator: Bound
+    masked: Array
+
+
+class _Pending(NamedTuple):
+    """Where some policy need not end: which lanes, `[*B]`, and the steps of the claimed one, `[S, *B]`."""
+
+    lanes: Array
+    steps: Array
+
+
 @functools.partial(jax.jit, static_argnames="strict")
 def _certify(
     mdp: MDP,
@@ -163,80 +193,106 @@ def _certify(
     problem = bound_problem.bind(mdp, reg, *others, strict=strict, ambiguity=ball)
     n = len(problem.batch)
     v, p, dr = (pytrees.lanes_last(x, n, core) for x, core in ((value, 1), (policy, 2), (perturbation, 2)))
+    claim = _claimed(problem, v, p)
+    wanted = undiscounted.pending(problem)
+    problem, steps = undiscounted.own_horizon(problem, claim.policy)
+    pending = None if wanted is None or steps is None else _Pending(wanted, steps)
+    shortage = _shortage(problem, claim)
+    lower, upper = _bounds(problem, claim, shortage, pending)
+    # (What noise in the transitions takes off is in the perturbation: for it the transitions are what they were.)
+    bare = problem if ball is None else bound_problem.bind(mdp, reg, *others, strict=strict)
+    indifference, consistency = _against(problem, bare, claim, dr, pending)
+    feasible = jnp.broadcast_to(dr - (claim.q - claim.left), claim.q.shape)
+    slack = -maximise(claim.operator.by_rows(), feasible)[0]
+    public = [pytrees.batch_first(x, 1) for x in (lower, upper, indifference, slack, consistency)]
+    rounding, storage = _roundings(problem, claim, dr)
+    return Certificate(*public, rounding=rounding + jnp.where(jnp.isfinite(shortage), shortage, 0), storage=storage)
+
+
+def _claimed(problem: BoundProblem, v: Array, policy: Array) -> _Claim:
+    """Take one step from what is claimed."""
     c = 0.5 * (jnp.max(v, axis=0) + jnp.min(v, axis=0))
     h = v - c[None]
     worst = bellman.worst_transitions(problem, h, c)
-    th, q = bellman.backup(problem, h, c, worst)[0], bellman.q_values(problem, h, c)
     masked = jnp.isneginf(problem.regulariser.log_prior)
-    q = jnp.where(masked, 0, q)
-    # Rows that are no distribution (beyond rounding of their sum) prove nothing.
-    unit = float(jnp.finfo(mdp.dtype).eps)
-    proper = jnp.all(p >= 0, axis=0) & (jnp.abs(jnp.sum(p, axis=0) - 1) <= 8 * p.shape[0] * unit)
-    p = jnp.where(proper[None], p, jnp.nan)
     operator, left = bellman.faced(problem, h, c, worst)
-    left = jnp.where(masked, 0, left)
-    own = jnp.sum(p * left, axis=0) - operator.value(p)
-    wanted = undiscounted.pending(problem)
-    problem, steps = undiscounted.own_horizon(problem, p)
-    shortage = _shortage(problem, operator, p, q)
-    lower = bellman.value_bounds(problem, h, c, own, bellman.cost(problem, own, q))[0] - shortage[None]
-    cost = bellman.cost(problem, th, q)
-    upper = bellman.value_bounds(problem, h, c, th, cost)[1]
-    if wanted is not None and steps is not None:
+    th = maximise(operator, left)[0]
+    q = left if problem.ball is None else bellman.q_values(problem, h, c)
+    q, left = (jnp.where(masked, 0, x) for x in (q, left))
+    # Rows that are no distribution (beyond rounding of their sum) prove nothing.
+    unit = float(jnp.finfo(v.dtype).eps)
+    proper = jnp.all(policy >= 0, axis=0) & (jnp.abs(jnp.sum(policy, axis=0) - 1) <= 8 * policy.shape[0] * unit)
+    return _Claim(v, h, c, jnp.where(proper[None], policy, jnp.nan), th, q, left, operator, masked)
+
+
+def _bounds(problem: BoundProblem, at: _Claim, shortage: Array, pending: _Pending | None) -> tuple[Array, Array]:
+    """Bound what the policy guarantees from below and V* from above, `[S, *B]` each; NaN where the two cross."""
+    own = jnp.sum(at.policy * at.left, axis=0) - at.operator.value(at.policy)
+    lower = bellman.value_bounds(problem, at.h, at.c, own, bellman.cost(problem, own, at.q))[0] - shortage[None]
+    upper = bellman.value_bounds(problem, at.h, at.c, at.th, bellman.cost(problem, at.th, at.q))[1]
+    if pending is not None:
         # The steps of this policy say nothing of the others: see `undiscounted`.
-        z = undiscounted.allowance(problem, h, c, th, q)[None] * steps
-        proved = undiscounted.above(problem, h, c, z)
-        upper = jnp.where(wanted[None], jnp.where(proved[None], v + (1 + 4 * unit) * z, jnp.inf), upper)
+        unit = float(jnp.finfo(problem.dtype).eps)
+        z = undiscounted.allowance(problem, at.h, at.c, at.th, at.q)[None] * pending.steps
+        proved = undiscounted.above(problem, at.h, at.c, z)
+        bound = jnp.where(proved[None], at.value + (1 + 4 * unit) * z, jnp.inf)
+        upper = jnp.where(pending.lanes[None], bound, upper)
     wrong = (lower > upper) | ~bellman.sound(problem)[None]
-    lower, upper = (jnp.where(wrong, jnp.nan, x) for x in (lower, upper))
-    perturbed = q - dr
-    indifference = extremes.largest(jnp.where(p > 0, jnp.abs(perturbed - h[None]), 0 * p), 0)
-    best = extremes.largest(jnp.where(masked, -jnp.inf, perturbed), 0)
-    # (What noise in the transitions takes off is in the perturbation: for it the transitions are what they were.)
-    bare = problem if ball is None else bound_problem.bind(mdp, reg, *others, strict=strict)
-    below, above = bellman.value_bounds(bare, h, c, best, jnp.zeros_like(c))
-    if wanted is not None and steps is not None:
-        plain = _plain_bounds(problem, h, c, dr, p, steps)
-        below, above = (jnp.where(wanted[None], x, y) for x, y in zip(plain, (below, above)))
-    consistency = jnp.maximum(jnp.abs(above - v), jnp.abs(below - v))
-    feasible = -maximise(operator.by_rows(), jnp.broadcast_to(dr - (q - left), q.shape))[0]
-    noise = bellman.rounding(problem, jnp.max(jnp.abs(h), axis=0), c, cost)
-    stored = 0.5 * unit * jnp.max(jnp.abs(v), axis=0) * (1 + problem.discount) * problem.horizon
-    # q, the q that the perturbation was made of, and the perturbation are each rounded to half a unit of their size.
-    sizes = jnp.where(masked | ~jnp.isfinite(dr), 0, 2 * jnp.abs(q) + jnp.abs(dr))
-    storage = 0.5 * unit * jnp.max(sizes, axis=(0, 1)) * problem.horizon
-    public = [pytrees.batch_first(x, 1) for x in (lower, upper, indifference, feasible, consistency)]
-    noise = noise + jnp.where(jnp.isfinite(shortage), shortage, 0) + stored
-    return Certificate(*public, rounding=noise, storage=storage)
+    return jnp.where(wrong, jnp.nan, lower), jnp.where(wrong, jnp.nan, upper)
 
 
-def _plain_bounds(
-    problem: BoundProblem, h: Array, c: Array, dr: Array, policy: Array, steps: Array
+def _against(
+    problem: BoundProblem, bare: BoundProblem, at: _Claim, dr: Array, pending: _Pending | None
 ) -> tuple[Array, Array]:
+    """Compute `indifference` and `consistency` against the perturbation `dr [A, S, *B]`, `[S, *B]` each.
+
+    Args:
+        bare: the problem whose transitions are certain.
+    """
+    perturbed = at.q - dr
+    indifference = extremes.largest(jnp.where(at.policy > 0, jnp.abs(perturbed - at.h[None]), 0 * at.policy), 0)
+    best = extremes.largest(jnp.where(at.masked, -jnp.inf, perturbed), 0)
+    below, above = bellman.value_bounds(bare, at.h, at.c, best, jnp.zeros_like(at.c))
+    if pending is not None:
+        plain = _plain_bounds(problem, at, dr, pending.steps)
+        below, above = (jnp.where(pending.lanes[None], x, y) for x, y in zip(plain, (below, above)))
+    return indifference, jnp.maximum(jnp.abs(above - at.value), jnp.abs(below - at.value))
+
+
+def _plain_bounds(problem: BoundProblem, at: _Claim, dr: Array, steps: Array) -> tuple[Array, Array]:
     """Bounds on the best plain value on the perturbed reward where some policy need not end, `[S, *B]` each.
 
     Against the worst case every action is worth as much as every other, going on forever included: what earns nothing
     more than x in a step earns no more than x times its steps, and policies that take more of them than this one are
     left out.
     """
-    masked = jnp.where(
-        jnp.isneginf(problem.regulariser.log_prior), -jnp.inf, jnp.zeros_like(problem.regulariser.log_prior)
-    )
-    operator: Any = HardMax(unlimited(problem), masked)
+    log_prior = jnp.where(at.masked, -jnp.inf, jnp.zeros_like(problem.regulariser.log_prior))
+    operator: Any = HardMax(unlimited(problem), log_prior)
     plain = bound_problem.with_operator(problem, operator, problem.reward - jnp.where(jnp.isfinite(dr), dr, 0))
-    th, _, q = bellman.backup(plain, h, c)
+    th, _, q = bellman.backup(plain, at.h, at.c)
     # Above the best there is, below what this policy earns.
-    own = jnp.sum(policy * jnp.where(policy > 0, q, 0), axis=0)
-    most, least = (undiscounted.allowance(plain, h, c, x, q) for x in (th, own))
-    v, z = h + c[None], jnp.maximum(most, least)[None] * steps
+    own = jnp.sum(at.policy * jnp.where(at.policy > 0, q, 0), axis=0)
+    most, least = (undiscounted.allowance(plain, at.h, at.c, x, q) for x in (th, own))
+    v, z = at.h + at.c[None], jnp.maximum(most, least)[None] * steps
     return v - z, v + z
 
 
-def _shortage(problem: BoundProblem, operator: Bound, policy: Array, q: Array) -> Array:
-    """How much lower than computed a policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
-    unit = 0.5 * float(jnp.finfo(policy.dtype).eps)
+def _roundings(problem: BoundProblem, at: _Claim, dr: Array) -> tuple[Array, Array]:
+    """Compute `rounding`, but for the policy's share of it, and `storage` of a `Certificate`, `[*B]` each."""
+    unit = float(jnp.finfo(problem.dtype).eps)
+    cost = bellman.cost(problem, at.th, at.q)
+    noise = bellman.rounding(problem, jnp.max(jnp.abs(at.h), axis=0), at.c, cost)
+    stored = 0.5 * unit * jnp.max(jnp.abs(at.value), axis=0) * (1 + problem.discount) * problem.horizon
+    # q, the q that the perturbation was made of, and the perturbation are each rounded to half a unit of their size.
+    sizes = jnp.where(at.masked | ~jnp.isfinite(dr), 0, 2 * jnp.abs(at.q) + jnp.abs(dr))
+    return noise + stored, 0.5 * unit * jnp.max(sizes, axis=(0, 1)) * problem.horizon
+
+
+def _shortage(problem: BoundProblem, at: _Claim) -> Array:
+    """How much lower than computed the policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
+    policy, unit = at.policy, 0.5 * float(jnp.finfo(problem.dtype).eps)
     moved = jnp.abs(jnp.sum(policy, axis=0) - 1) + policy.shape[0] * unit
-    each = operator.value_error(policy) + moved * jnp.abs(jnp.sum(policy * q, axis=0))
+    each = at.operator.value_error(policy) + moved * jnp.abs(jnp.sum(policy * at.q, axis=0))
     # `rounding` counts the reward of an action by what an optimal policy may give it: this one may give it more.
     paid = 3 * unit * jnp.sum(policy * jnp.where(policy == 0, 0, jnp.abs(problem.reward)), axis=0)
     return jnp.max(each + paid, axis=0) * problem.horizon
