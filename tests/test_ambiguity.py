@@ -251,24 +251,28 @@ def test_lists_of_successors_cost_what_rows_written_out_do(p: Any, dtype, error)
         h, x = rng.normal(size=(2, n, lanes)).astype(dtype)
         h = jnp.asarray(np.round(h) if ties else h)
         dense = rows._rows(1, dtype)
-        balls = listed_balls.listed(radius, rows, p), ambiguity.written_out(radius, rows, p)
-        g, none = jnp.full(lanes, 0.9, dtype), jnp.zeros(lanes, dtype)
         policy = jnp.asarray(np.moveaxis(rng.dirichlet(np.ones(actions), (n, lanes)), -1, 0).astype(dtype))
-        found: list[Any] = [ball.worst(h, none) for ball in balls]
-        listed, written = (
-            0.9 * np.asarray(ball.expected(rows, h, x) - rows._expect(h)) for ball, x in zip(balls, found)
-        )
-        assert np.abs(listed - written).max() <= error
-        noise = balls[0].noise(policy, found[0])
-        worst = np.asarray(noise + dense)
-        assert worst.min() >= -error and np.abs(np.asarray(noise).sum(2)).max() <= error
-        assert np.abs(0.9 * np.einsum("asib,ib->asb", noise, h) - listed).max() <= error
-        pull = balls[0].pull(policy, g, found[0])
-        entries = np.asarray(pull.entries())
-        assert np.abs(np.einsum("asib,asb->sib", noise, -0.9 * policy) - entries).max() <= error
-        assert np.abs(np.einsum("sib,ib->sb", entries, x) - pull.apply(jnp.asarray(x))).max() <= error
-        assert np.abs(np.einsum("sib,sb->ib", entries, x) - pull.transpose(jnp.asarray(x))).max() <= error
-        np.testing.assert_array_equal(pull.pick((jnp.asarray([2, 0]),)).entries(), entries[..., [2, 0]])
+
+        def all_of_it(radius, rows, h, x, policy):
+            plain, none, g = rows._expect(h), jnp.zeros(lanes, dtype), jnp.full(lanes, 0.9, dtype)
+            balls: Any = listed_balls.listed(radius, rows, p), ambiguity.written_out(radius, rows, p)
+            worst = [ball.worst(h, none) for ball in balls]
+            costs = [ball.expected(rows, h, w) - plain for ball, w in zip(balls, worst)]
+            pull = balls[0].pull(policy, g, worst[0])
+            picked = pull.pick((jnp.asarray([2, 0]),)).entries()
+            noise = balls[0].noise(policy, worst[0])
+            return *costs, noise, pull.entries(), pull.apply(x), pull.transpose(x), picked
+
+        found = jax.jit(all_of_it)(radius, rows, h, jnp.asarray(x), policy)
+        listed, written, noise, entries, ahead, back, picked = map(np.asarray, found)
+        assert 0.9 * np.abs(listed - written).max() <= error
+        worst = noise + np.asarray(dense)
+        assert worst.min() >= -error and np.abs(noise.sum(2)).max() <= error
+        assert 0.9 * np.abs(np.einsum("asib,ib->asb", noise, h) - listed).max() <= error
+        assert np.abs(np.einsum("asib,asb->sib", noise, -0.9 * np.asarray(policy)) - entries).max() <= error
+        assert np.abs(np.einsum("sib,ib->sb", entries, x) - ahead).max() <= error
+        assert np.abs(np.einsum("sib,sb->ib", entries, x) - back).max() <= error
+        np.testing.assert_array_equal(picked, entries[..., [2, 0]])
 
 
 @pytest.mark.parametrize("p", [1, np.inf, "kl"])
