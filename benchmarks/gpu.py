@@ -18,8 +18,22 @@
 Times are medians of warm calls to the end of their work. Values of every thousandth lane (five at least) are solved
 again in float64 by NumPy, and must lie within the certified interval: `inside`. `rate` is how fast memory is copied and
 products of matrices are formed on this device in the same run; `flop_per_s` of a solve counts the additions and
-products of its backups and Krylov steps. Every section runs by itself: one that fails
-is reported, and the others go on.
+products of its backups and Krylov steps. Every section runs by itself: one that fails is reported, and the others go on.
+
+No printout of a GPU yet. *Careful hand* and *loop* on two shared CPU cores (JAX 0.12.0, float32, 2026-11-30), `inside`
+in every row but careful hand's of the 16 x 16 grid at .999, which float32 stops outside its tolerance:
+
+                                           careful hand              loop            times   first call, s
+    grid 16 0.9          256 betas            34 ms             24 ms              1.4        .41, 4.7
+    grid 16 0.99         256                 679                47                14.5        .80, 4.3
+    grid 16 0.999        256               1,161               161                 7.2       1.6,  4.9
+    grid 32 0.9          256                 258                90                 2.9        .62, 5.3
+    grid 32 0.99         256               2,014               337                 6.0       2.3,  5.9
+    grid 32 0.999        256              17,244               444                38.8      16,    6.3
+    256 dense 64       4,096                 262               475                  .55       .71, 5.3
+    4096 dense 64      4,096               1,331               893                 1.5       1.6,  6.3
+    256 sparse 64      4,096                 449               212                 2.1       1.0,  5.8
+    4096 sparse 64     4,096               1,040               220                 4.7       1.5,  5.0
 """
 
 import argparse
