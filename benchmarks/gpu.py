@@ -18,7 +18,7 @@
 Times are medians of warm calls to the end of their work. Values of every thousandth lane (five at least) are solved
 again in float64 by NumPy, and must lie within the certified interval: `inside`. `rate` is how fast memory is copied and
 products of matrices are formed on this device in the same run; `flop_per_s` of a solve counts the additions and
-products of its backups and Krylov steps. Every section runs by itself: one that fails is reported, and the others go on.
+products of its backups and Krylov steps. Every section runs by itself: one that fails is reported, the others go on.
 
 No printout of a GPU yet. *Careful hand* and *loop* on two shared CPU cores (JAX 0.12.0, float32, 2026-11-30), `inside`
 in every row but careful hand's of the 16 x 16 grid at .999, which float32 stops outside its tolerance:
