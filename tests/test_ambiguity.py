@@ -322,7 +322,7 @@ def test_second_derivatives(form, p: Any, rectangular):
             return rr.solve(k.replace(reward=k.reward + t * moved), rr.kl(2.0), ambiguity=ball).objective
 
         slope = jax.jit(jax.grad(objective))
-        second = float(jax.jit(lambda t: jax.jvp(slope, (t,), (1.0,))[1])(0.0))
+        second = float(jax.jit(lambda t, slope=slope: jax.jvp(slope, (t,), (1.0,))[1])(0.0))
         assert abs(second - (slope(e) - slope(-e)) / (2 * e)) < 1e-5 * (1 + abs(second))
         if form != "exact":  # (one kind of rows is like the other)
             break
