@@ -20,10 +20,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 # Files that take longest, in this order: begun last, one of them would keep one process of two busy alone.
-LONGEST = """test_resident test_stacking test_undiscounted test_algebra test_gymnasium test_game test_solvers
-test_gradients test_masks test_honesty test_devices test_occupancy_regularisation test_whole_gradients test_calibration
-test_robust_sets test_examples test_rounding test_inside_programs test_ambiguity test_average test_layer
-test_chains""".split()
+LONGEST = """test_ambiguity test_devices test_resident test_stacking test_undiscounted test_algebra test_honesty
+test_calibration test_gymnasium test_game test_certificates test_solvers test_gradients test_masks
+test_occupancy_regularisation test_whole_gradients test_orders_per_state test_robust_sets test_examples
+test_rounding test_inside_programs test_average test_layer test_chains""".split()
 
 
 def pytest_addoption(parser):

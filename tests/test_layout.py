@@ -69,6 +69,23 @@ def test_groups_change_nothing(kind, monkeypatch):
     assert np.asarray(whole.converged).sum() == 12
 
 
+def test_few_lanes_of_some_hundred_states_are_solved_one_by_one():
+    """A batch is its single solves, also where a lane has failed, and takes no more steps than they do."""
+    garnet = lambda n, dtype: rr.problems.garnet(n, 2, 3, 0.9, dtype=dtype)._with_sparsity()  # noqa: E731
+    lanes = lambda m, n: lane_groups.width(bound_problem.bind(m, rr.kl(np.ones(n, m.dtype))))  # noqa: E731
+    assert [lanes(garnet(128, float), n) for n in (2, 32, 33)] == [1, 1, 128]
+    assert [lanes(garnet(n, float), 2) for n in (127, 1024, 1025)] == [128, 1, 16]
+    assert [lanes(garnet(n, np.float32), 2) for n in (2048, 2049)] == [1, 16]
+    dense = rr.mdp(np.full((2, 128, 128), 1 / 128), np.zeros((128, 2)), 0.9, layout="ass")
+    assert lanes(dense, 2) == 128
+    m, betas = garnet(128, float), (3.0, np.nan, 0.5)
+    reg = lambda beta: dataclasses.replace(rr.kl(np.ones_like(beta)), beta=jnp.asarray(beta))  # noqa: E731
+    together, alone = rr.solve(m, reg(betas), tol=1e-9), [rr.solve(m, reg(b), tol=1e-9) for b in betas]
+    assert np.array_equal(together.steps, [x.steps for x in alone])
+    assert np.array_equal(together.status, [x.status for x in alone])
+    np.testing.assert_allclose(together.value, [x.value for x in alone], atol=1e-12)
+
+
 def test_lanes_that_share_one_of_several_dense_kernels_stay_together(monkeypatch):
     """A group would hold a copy of its kernel for each lane."""
     grouped, calls = lane_groups._grouped, []
