@@ -1,6 +1,6 @@
 """How fast are sweeps on an accelerator, beside what one would write by hand, and are the certificates true?
 
-    python benchmarks/gpu.py [--sections grids,kernel,turns,single,mixed,dense,orders,sweep,rest,tf32,states]
+    python benchmarks/gpu.py [--sections grids,kernel,turns,single,mixed,dense,orders,double,sweep,rest,tf32,states]
                              [--size small|full] [--budget 460] [--json FILE]
 
 * `grids`: slippery grids, betas log-spaced in [.1, 300]; `dense`: Garnets of 64 states, 256 and 4,096 of them, dense
@@ -10,15 +10,16 @@
   with `ROBUSTREG_KERNEL=0`; *solve*, with `ROBUSTREG_KERNEL=1`. All are jitted functions of beta that return the
   values, as the hand-written ones do; *everything* is `rr.solve` with all that it returns.
 * `kernel`: the kernel alone, and its arithmetic. `turns`: the loop alone with other numbers of plain sweeps before
-  Newton's method (by the root of the number of states) and of Krylov steps between two looks. `sweep`: `rr.sweep` to a
-  million cells. `single`: one problem, value and value with gradient, warm and first call. `states`: one MDP of up to
-  ten million states. `rest`: gradients of many lanes, a game, one-step layers. `tf32`: certificates where products of
-  matrices are forced into TF32.
+  Newton's method (by the root of the number of states) and of Krylov steps between two looks. `sweep`: `rr.sweep` to
+  a million cells. `single`: one problem, value and value with gradient, warm and first call. `states`: one MDP of up
+  to ten million states. `rest`: gradients of many lanes, a game, calibration, one-step layers. `double`: float64.
+  `tf32`: certificates where products of matrices are forced into TF32.
 
 Times are medians of warm calls to the end of their work. Values of every thousandth lane (five at least) are solved
 again in float64 by NumPy, and must lie within the certified interval: `inside`. `rate` is how fast memory is copied and
 products of matrices are formed on this device in the same run; `flop_per_s` of a solve counts the additions and
-products of its backups and Krylov steps. Every section runs by itself: one that fails is reported, the others go on.
+products of its backups and Krylov steps. Every section runs by itself: one that fails is reported, the others go on. At
+the end stands what is asked of a card (`asked.py`), and whether these rows have it.
 
 No printout of a GPU yet. *Careful hand* and *loop* on two shared CPU cores (JAX 0.12.0, float32, 2026-11-30), `inside`
 in every row but careful hand's of the 16 x 16 grid at .999, which float32 stops outside its tolerance:
@@ -54,6 +55,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import robustreg as rr  # noqa: E402  # the checkout's own
+from benchmarks.asked import verdicts  # noqa: E402
 from benchmarks.hand import Problem, careful_hand, inside, vmapped_hand  # noqa: E402
 from robustreg.solvers import bound_problem, krylov, resident, resident_kernel
 from robustreg.solvers.tolerance import Tolerance  # noqa: E402
@@ -144,7 +146,8 @@ def show(row: Row) -> Row:
     rest = {k: v for k, v in row.items() if k not in ("section", "problem", "lanes", "method", "seconds", "per_second")}
     rate = f"{row['per_second']:>14,.0f}/s" if "per_second" in row else ""
     text = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
-    print(f"{head}{1e3 * row.get('seconds', np.nan):>11.3f} ms{rate}  {text}", flush=True)
+    spent = f"{1e3 * row['seconds']:>11.3f} ms" if "seconds" in row else ""
+    print(f"{head}{spent}{rate}  {text}", flush=True)
     return row
 
 
@@ -286,6 +289,14 @@ def orders() -> list[Row]:
     return rows
 
 
+def double() -> list[Row]:
+    """Lanes in float64, which the kernel leaves to the loop."""
+    size, n = (4, 8) if SMALL else (16, 4096)
+    with jax.enable_x64(True):
+        problem = Problem(f"grid {size} 0.99", rr.problems.slippery_grid(size, 0.99, dtype=np.float64), 1e-6)
+        return compare("double", problem, n, "vmapped,careful,loop")
+
+
 def sweep() -> list[Row]:
     """Tables of many cells."""
     problem, rows = (grid(4, 0.9, 1e-3) if SMALL else grid(16, 0.99, 1e-3)), []
@@ -337,13 +348,17 @@ def states() -> list[Row]:
 
 
 def rest() -> list[Row]:
-    """Gradients of many lanes, a game, and the one-step layer."""
+    """Gradients of many lanes, a game, calibration, and the one-step layer."""
     size, n = (4, 4) if SMALL else (16, 1024)
     m = rr.problems.slippery_grid(size, 0.9, dtype=np.float32)._with_sparsity()
     betas = jnp.asarray(np.geomspace(0.1, 300, n, dtype=np.float32))
     logits = jax.random.normal(jax.random.key(0), (8, 32) if SMALL else (1024, 32_000), jnp.float32)
     total = jax.jit(jax.grad(lambda b: rr.solve(m, rr.kl(b), tol=1e-3).objective.sum()))
+    errors = -jnp.abs(jax.random.normal(jax.random.key(1), (9 if SMALL else 99, m.n_states, m.n_actions), jnp.float32))
+    errors = errors.at[..., 0].multiply(-1)  # what is feared raises one reward and lowers the others
+    chosen = jax.jit(lambda x: rr.calibrate(rr.kl(jnp.float32(1.0)), x, 0.9))
     calls: dict[str, Callable[[], Any]] = {
+        f"calibration, {len(errors)} samples": lambda: chosen(errors),
         f"gradient, {n} lanes": lambda: total(betas),
         f"game, {n} lanes": lambda: rr.solve_game(m, rr.kl(betas), tol=1e-3),
         "layer, softmax": functools.partial(jax.jit(jax.grad(lambda x: (jax.nn.softmax(x) ** 2).sum())), logits),
@@ -391,7 +406,9 @@ def rates() -> list[Row]:
     return [show(row) for row in rows]
 
 
-SECTIONS = {f.__name__: f for f in (grids, kernel, turns, single, mixed, dense, orders, sweep, rest, tf32, states)}
+SECTIONS = {
+    f.__name__: f for f in (grids, kernel, turns, single, mixed, dense, orders, double, sweep, rest, tf32, states)
+}
 
 
 def main() -> None:
@@ -407,8 +424,13 @@ def main() -> None:
     about = {"date": datetime.date.today().isoformat(), "device": device.device_kind, "jax": jax.__version__}
     about |= {"robustreg": rr.__version__, "python": sys.version.split()[0], "size": options.size}
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    for section in [rates, *(SECTIONS[name] for name in options.sections.split(","))]:
-        if time.time() - begin > options.budget:
+    everything: list[Row] = []
+
+    def asked() -> list[Row]:
+        return [show(row) for row in verdicts(everything)]
+
+    for section in [rates, *(SECTIONS[name] for name in options.sections.split(",")), asked]:
+        if section is not asked and time.time() - begin > options.budget:
             print(f"{section.__name__}: no time left", flush=True)
             continue
         try:
@@ -416,6 +438,7 @@ def main() -> None:
         except Exception as error:  # the others are still worth having
             rows = [show({"section": section.__name__} | said(error))]
             traceback.print_exc()
+        everything += rows
         if options.json:
             with open(options.json, "a") as file:
                 file.writelines(json.dumps(about | row) + "\n" for row in rows)

@@ -17,7 +17,7 @@ class Problem(NamedTuple):
 
     Attributes:
         name: of the table.
-        mdp: in float32; `[M]` leading axes of distinct ones.
+        mdp: `[M]` leading axes of distinct ones.
         tol: certified.
         betas: smallest and largest, log-spaced over the lanes of each MDP.
     """
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     def lanes(self, n: int) -> jax.Array:
         """Strengths of n lanes, `[n]` or `[M, n/M]`."""
         m = self.mdp.batch_shape[0] if self.mdp.batch_shape else 1
-        row = np.geomspace(*self.betas, n // m, dtype=np.float32)
+        row = np.geomspace(*self.betas, n // m, dtype=self.mdp.dtype)
         return jnp.asarray(np.broadcast_to(row, (m, n // m)) if self.mdp.batch_shape else row)
 
 
@@ -60,7 +60,7 @@ def vmapped_hand(problem: Problem) -> Callable[..., jax.Array]:
             new = jax.nn.logsumexp(beta * (reward + g * expect(p, v)), axis=-1, b=1 / m.n_actions) / beta
             return new, jnp.max(jnp.abs(new - v)), k + 1
 
-        start = (jnp.zeros(m.n_states, jnp.float32), jnp.float32(jnp.inf), 0)
+        start = (jnp.zeros(m.n_states, m.dtype), jnp.asarray(jnp.inf, m.dtype), 0)
         return lax.while_loop(lambda s: (s[1] > stop) & (s[2] < 100_000), step, start)[0]
 
     over = jax.vmap(one, (None, None, 0))
@@ -96,7 +96,7 @@ def careful_hand(problem: Problem) -> Callable[..., jax.Array]:
             return jnp.any(state[2] > problem.tol) & (state[3] < 100_000)
 
         zero = jnp.zeros_like(beta)
-        start = (jnp.zeros(beta.shape[:-2] + (m.n_states, beta.shape[-1]), jnp.float32), zero, zero + jnp.inf, 0)
+        start = (jnp.zeros(beta.shape[:-2] + (m.n_states, beta.shape[-1]), m.dtype), zero, zero + jnp.inf, 0)
         h, c, *_ = lax.while_loop(going, step, start)
         return jnp.swapaxes(h + c, -1, -2)
 
