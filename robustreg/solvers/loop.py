@@ -12,6 +12,11 @@ end, constants are no null direction of the residual: `w = g/(1-g) max|d|` then,
 then still wider than half of the value). A lane whose `w` is far below
 `u` but whose `u` exceeds `tol`, or whose `w + u` has not improved for `_PATIENCE` steps, has STAGNATED and returns its
 best value. Whatever the status, `lower` and `upper` are the returned value with `w + u` on either side.
+
+**On a GPU** a turn of a loop waits for the host, some 27 us. The flag
+`--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL` in `XLA_FLAGS` takes two thirds of that off (JAX 0.11.2 on an
+H200: a batched solve 7.3 -> 5.2 ms), but has made a gradient 35 times slower, whose graph was built anew at every call:
+measure with it before you keep it. Nothing here sets it.
 """
 
 import dataclasses
