@@ -69,7 +69,8 @@ def in_groups(run: Run, problem: BoundProblem, tol: Tolerance, h: Array) -> Any:
 
 def _grouped(run: Run, problem: BoundProblem, tol: Tolerance, h: Array) -> Any:
     size, lanes = width(problem), math.prod(problem.batch)
-    order = _by_hardness(problem)
+    # (Nobody waits in a group of one.)
+    order = _by_hardness(problem) if size > 1 else jnp.arange(lanes)
     # The last group repeats its last lane.
     padded = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (-lanes % size,))]).reshape(-1, size)
 
@@ -79,7 +80,7 @@ def _grouped(run: Run, problem: BoundProblem, tol: Tolerance, h: Array) -> Any:
         return run(_take_lanes(problem, index), *part)
 
     found = lax.map(solve, padded)
-    place = jnp.argsort(order)
+    place = jnp.argsort(order) if size > 1 else order
 
     def put_back(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, -2)
