@@ -11,7 +11,7 @@ from oracle import solve as by_hand
 
 import robustreg as rr
 from robustreg.problems import generators
-from robustreg.solvers import krylov, loop, methods
+from robustreg.solvers import first_sweeps, krylov, methods
 
 
 class Accelerated:
@@ -30,8 +30,8 @@ class Accelerated:
 
 @pytest.fixture
 def accelerated(monkeypatch):
-    """Let the loop and Krylov solves take the branches for accelerators."""
-    monkeypatch.setattr(loop, "lax", Accelerated(loop.lax))
+    """Let first sweeps and Krylov solves take the branches for accelerators."""
+    monkeypatch.setattr(first_sweeps, "lax", Accelerated(first_sweeps.lax))
     monkeypatch.setattr(krylov, "steps_per_turn", lambda: 4)
     jax.clear_caches()
     yield
