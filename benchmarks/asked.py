@@ -47,7 +47,7 @@ def verdicts(rows: list[Row]) -> Iterator[Row]:
 
 
 def _least(section: str, problem: str, lanes: int) -> float:
-    """How often as fast as careful hand a solve is to be; never slower, whatever the size."""
+    """Return how often as fast as careful hand a solve is to be; never slower, whatever the size."""
     if section == "dense":
         return 2 if problem == "4096 dense 64" and lanes == 4096 else 1
     if lanes not in (256, 4096):

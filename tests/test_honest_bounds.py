@@ -80,7 +80,6 @@ def test_episodes_that_end_count_by_their_length():
 
 def test_an_episode_that_may_go_on_for_ever_counts_for_ever():
     """If any action that the prior allows avoids the end, the bound is 1/(1-g); if the prior forbids it, it is not."""
-
     P, ends = np.zeros((2, 2, 2)), np.array([[0.0, 0.0], [1.0, 0.0]])
     P[0, :, 1], P[1, 1, 0] = 1, 1
     m = rr.mdp(P, np.zeros((2, 2)), 1 - 1e-9, termination=ends, layout="sas")
@@ -97,7 +96,6 @@ def test_an_episode_that_may_go_on_for_ever_counts_for_ever():
 
 def test_the_horizon_is_a_supersolution():
     """Against the exact longest expected time, by policy iteration on random problems that end."""
-
     rng = np.random.default_rng(0)
     for seed in range(6):
         n, g = 8, 1 - 1e-5

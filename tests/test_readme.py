@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,15 @@ def steady(text):
 
 
 def test_every_block_is_of_a_kind_that_is_tested_here():
-    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text"}
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text", "toml"}
     outputs = sum(bool(expected) for kind in ("bash", "python") for _, expected in pairs(kind))
     assert outputs == sum(kind == "text" for kind, _ in BLOCKS)
     assert README.count("```") == 2 * len(BLOCKS)
+
+
+def test_the_table_is_a_shipped_configuration():
+    ((code, _),) = pairs("toml")
+    assert tomllib.loads(code) == tomllib.loads((ROOT / "configs" / "machine.toml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("code", "expected"), pairs("python"))

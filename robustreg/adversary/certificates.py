@@ -150,7 +150,7 @@ def certify(
 
 
 class _Claim(NamedTuple):
-    """A claimed value V = h + c and policy, and what one step from them is worth.
+    """Hold a claimed value V = h + c and policy, and what one step from them is worth.
 
     Attributes:
         value, h: `[S, *B]`; c: `[*B]`.
@@ -173,7 +173,7 @@ class _Claim(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """Where some policy need not end: which lanes, `[*B]`, and the steps of the claimed one, `[S, *B]`."""
+    """Hold where some policy need not end: which lanes, `[*B]`, and the steps of the claimed one, `[S, *B]`."""
 
     lanes: Array
     steps: Array
@@ -289,7 +289,7 @@ def _roundings(problem: BoundProblem, at: _Claim, dr: Array) -> tuple[Array, Arr
 
 
 def _shortage(problem: BoundProblem, at: _Claim) -> Array:
-    """How much lower than computed the policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
+    """Bound how much lower than computed the policy's value may be: rounding of its cost, and of its sum, `[*B]`."""
     policy, unit = at.policy, 0.5 * float(jnp.finfo(problem.dtype).eps)
     moved = jnp.abs(jnp.sum(policy, axis=0) - 1) + policy.shape[0] * unit
     each = at.operator.value_error(policy) + moved * jnp.abs(jnp.sum(policy * at.q, axis=0))

@@ -268,7 +268,7 @@ def _iterate(problem: BoundProblem, solver: Solver, tol: Tolerance, limit: Array
 
 
 class _Look(NamedTuple):
-    """What a turn sees of V = h + c.
+    """Hold what a turn sees of V = h + c.
 
     Attributes:
         residual: `T V - V` about its middle, `[S, *B]`.
